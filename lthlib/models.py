@@ -214,7 +214,7 @@ def _join(layer: nn.Module, inputs: str, outputs: str) -> nn.Module:
     return layer
 
 
-# ------------------------------------------------------------------------------------------ residual networks
+# ---------------------------------------------------------------------------- residual networks
 
 
 class BasicBlock(nn.Module):
@@ -406,7 +406,7 @@ def _wrn_28_10(layers: Layers, image_size: int) -> nn.Module:
     return WideResNet(layers, depth=28, widen=10)
 
 
-# ----------------------------------------------------------------------------------------------------- chains
+# ---------------------------------------------------------------------------- chains
 
 
 class Vgg(nn.Module):
@@ -440,7 +440,7 @@ def _vgg16_bn(layers: Layers, image_size: int) -> nn.Module:
     return Vgg(layers, [w for width, n in widths for w in (*[width] * n, None)])
 
 
-# --------------------------------------------------------------------------------------------- looking at one
+# ---------------------------------------------------------------------------- looking at one
 
 
 def all_groups(model: nn.Module) -> dict[str, int]:
