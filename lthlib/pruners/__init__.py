@@ -1,0 +1,177 @@
+"""Sparsification methods: a method is a score, the moment it is taken, and a rewind point.
+
+Each method is one function in one file of this package, under `@method`; a new file registers itself. What a
+method may look at is a `Moment`, what it answers is `Found`, what it does while the network trains is a
+`Dynamics`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lthlib import masks as masking
+from lthlib.errors import Registry, UserError, choose
+from lthlib.masks import Masks
+
+FAMILIES = ("dense", "random", "magnitude", "initialisation", "dynamic", "structured", "control")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All that a method may look at.
+
+    Attributes:
+        model: A private copy of the network at the moment the method asked for; the method may change it.
+        masks: The masks of the source, all True where it is dense.
+        n_keep: Prunable weights to keep at this round.
+        round: The round on the ladder 1 - 0.8^n.
+        seed: Of every draw the method makes.
+        batch: ``batch(n)`` returns n training images in a seeded random order, ``batch(per_class=k)`` returns
+            k of each class, class by class: float images (N, C, H, W) in [0, 1], and their labels (N,).
+        options: Of this method, by name; complete.
+    """
+
+    model: nn.Module
+    masks: Masks
+    n_keep: int
+    round: int
+    seed: int
+    batch: Callable[..., tuple[Tensor, Tensor]]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found: at most one of the three, none of them for the dense network.
+
+    Attributes:
+        masks: Unstructured: one bool tensor per prunable weight, ``n_keep`` True in total.
+        kept_channels: Structured: sorted indices of the channels kept, by channel group.
+        channels: Small dense: the widths of a fresh network, by channel group.
+    """
+
+    masks: Masks | None = None
+    kept_channels: dict[str, Tensor] | None = None
+    channels: dict[str, int] | None = None
+
+
+class Dynamics(Protocol):
+    """What a method does while the network trains."""
+
+    def update(self, step: int, model: nn.Module, masks: Masks, optimizer: Optimizer) -> bool:
+        """Look at the network after a backward pass, before gradients are masked.
+
+        Pruned weights are exact zeros in the parameters, so ``weight.grad`` is the gradient of all weights,
+        pruned ones included, at the sparse network. May change masks (as entries of the dict), weights and
+        momentum.
+
+        Args:
+            step: Optimizer steps before this one, from 0.
+            model: The network in training.
+            masks: Its masks, changed in place.
+            optimizer: Its optimizer.
+
+        Returns:
+            Whether the optimizer's step is to be skipped this time.
+        """
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `METHODS`.
+
+    Attributes:
+        name: As written in a grid.
+        title: As written in a figure.
+        find: From a `Moment` to `Found`.
+        source: The network the method looks at: "init" (untouched initial weights), "dense" (trained),
+            "previous" (the method's own ticket one round earlier, trained), or another method, whose ticket of
+            the same round it takes.
+        start: Where the ticket's training starts: "init", "rewind" (the shared rewind point of the dense run)
+            or "reinit" (initial weights of another seed).
+        during: Makes the `Dynamics` from options, number of steps, masks and seed; None where masks stand
+        still.
+        options: Name -> default.
+        reference: BibTeX key.
+        family: One of `FAMILIES`.
+        paper: Whether it is one of the paper's seven.
+    """
+
+    name: str
+    title: str
+    find: Callable[[Moment], Found]
+    source: str
+    start: str
+    during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None
+    options: Mapping[str, object]
+    reference: str
+    family: str
+    paper: bool
+
+
+METHODS: Registry[Method] = Registry("method")
+
+
+def method(
+    name: str,
+    *,
+    title: str,
+    source: str,
+    start: str,
+    reference: str,
+    family: str,
+    during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None = None,
+    options: Mapping[str, object] | None = None,
+    paper: bool = False,
+):
+    """Register the function below as the method ``name``; the fields are those of `Method`."""
+    choose(start, ("init", "rewind", "reinit"), "start")
+    choose(family, FAMILIES, "family")
+
+    def register(find: Callable[[Moment], Found]) -> Callable[[Moment], Found]:
+        METHODS[name] = Method(
+            name, title, find, source, start, during, dict(options or {}), reference, family, paper
+        )
+        return find
+
+    return register
+
+
+def find(name: str, moment: Moment) -> Found:
+    """Run a method and check what it found: the masks fit and hold exactly ``moment.n_keep`` weights.
+
+    Raises:
+        UserError: For an unknown method, an empty network, scores that are not finite, masks that do not fit.
+    """
+    entry = METHODS[name]
+    masking.prunable(moment.model)
+    masking.check_fits(moment.model, moment.masks)
+    if moment.n_keep < 1:
+        raise UserError(f"Round {moment.round} leaves no weight to {entry.title}: choose a lower sparsity.")
+    shapes = {layer: weight.shape for layer, weight in masking.prunable(moment.model).items()}
+    found = entry.find(moment)
+    if found.masks is not None:
+        if {layer: mask.shape for layer, mask in found.masks.items()} != shapes:
+            raise ValueError(f"{name} found masks that do not fit its network")
+        if masking.n_kept(found.masks) != moment.n_keep:
+            raise ValueError(f"{name} kept {masking.n_kept(found.masks)} weights, not {moment.n_keep}")
+    return found
+
+
+def _sort() -> None:
+    """Order the registry by family, the paper's methods first, whatever the files are called."""
+    entries = sorted(METHODS.values(), key=lambda m: (FAMILIES.index(m.family), not m.paper))
+    METHODS.clear()
+    METHODS.update((entry.name, entry) for entry in entries)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+_sort()
