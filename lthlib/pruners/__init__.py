@@ -92,12 +92,12 @@ class Method:
         title: As written in a figure.
         find: From a `Moment` to `Found`.
         source: The network the method looks at: "init" (untouched initial weights), "dense" (trained),
-            "previous" (the method's own ticket one round earlier, trained), or another method, whose ticket of
-            the same round it takes.
+            "previous" (the method's own ticket one round earlier, trained), or another method, whose
+            ticket of the same round it takes.
         start: Where the ticket's training starts: "init", "rewind" (the shared rewind point of the dense run)
             or "reinit" (initial weights of another seed).
         during: Makes the `Dynamics` from options, number of steps, masks and seed; None where masks stand
-        still.
+            still.
         options: Name -> default.
         reference: BibTeX key.
         family: One of `FAMILIES`.
