@@ -11,7 +11,7 @@ from lthlib.errors import UserError
 
 # Elements per chunk: one chunk of float64 temporaries stays in the second-level cache, and memory does
 # not grow with the number of images.
-CHUNK_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 15
 
 
 def as_array(values: ArrayLike, name: str) -> np.ndarray:
@@ -103,8 +103,8 @@ def softmax(logits: ArrayLike) -> np.ndarray:
 
 
 def chunks(n_images: int, n_classes: int) -> Iterator[slice]:
-    """Slices of images whose logits are at most `CHUNK_ELEMENTS` (at least one image each)."""
-    step = max(1, CHUNK_ELEMENTS // n_classes)
+    """Slices of images of about `CHUNK_ELEMENTS` logits, but at least 256 images: vectors stay long."""
+    step = max(256, CHUNK_ELEMENTS // n_classes)
     return (slice(start, start + step) for start in range(0, n_images, step))
 
 

@@ -22,37 +22,12 @@ from numpy.typing import ArrayLike
 
 from lthlib.errors import UserError, choose
 from lthlib.metrics import describe
-from lthlib.metrics._arrays import (
-    check_labels,
-    check_logits,
-    check_probs,
-    chunks,
-    shifted_by_class,
-    softmax,
-)
-
-__all__ = [
-    "BrierDecomposition",
-    "Interval",
-    "ReliabilityDiagram",
-    "ace",
-    "adaptive_ece",
-    "bootstrap",
-    "bootstrap_summary",
-    "brier",
-    "brier_decomposition",
-    "calibration_summary",
-    "classwise_ece",
-    "ece",
-    "nll",
-    "reliability_diagram",
-    "sce",
-    "softmax",
-    "temperature_scaling",
-]
+from lthlib.metrics._arrays import check_labels, check_logits, check_probs, chunks, shifted_by_class
+from lthlib.metrics._arrays import softmax as softmax
 
 N_BINS = 15  # Guo et al., 2017, section 5
 LEGACY_BINS = 14  # what linspace(0, 1, 15) makes
+FEW_BINS = 50  # up to here comparing with every edge is faster than a binary search
 
 
 # ------------------------------------------------------------------------------------------ equal-width bins
@@ -65,18 +40,13 @@ def _check_bins(n_bins: int, edges: str = "right") -> None:
 
 
 def _bin_index(p: np.ndarray, n_bins: int, edges: str = "right") -> np.ndarray:
-    """Index of the equal-width bin of each p in [0, 1]; three times as fast as `np.searchsorted`."""
-    cuts = np.arange(n_bins + 1) / n_bins
-    cuts[0], cuts[-1] = -np.inf, np.inf
-    if edges == "right":
-        bins = np.maximum(np.ceil(p * n_bins).astype(np.intp) - 1, 0)
-        # p * n_bins may round across a whole number; the comparison with the edges themselves decides.
-        bins -= p <= cuts[bins]
-        bins += p > cuts[bins + 1]
-    else:
-        bins = np.minimum((p * n_bins).astype(np.intp), n_bins - 1)
-        bins -= p < cuts[bins]
-        bins += p >= cuts[bins + 1]
+    """Index of the equal-width bin of each p in [0, 1]: how many inner edges lie below it."""
+    inner = np.arange(1, n_bins) / n_bins
+    if n_bins > FEW_BINS:
+        return np.searchsorted(inner, p, side="left" if edges == "right" else "right")
+    bins = np.zeros(p.shape, dtype=np.int8)
+    for edge in inner:
+        bins += p > edge if edges == "right" else p >= edge
     return bins
 
 
@@ -89,8 +59,7 @@ def _residuals(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _class_gaps(p: np.ndarray, residuals: np.ndarray, n_bins: int, edges: str = "right") -> np.ndarray:
     """Signed sums (C, n_bins) of the residuals of each class in each bin of its probability; p is (C, N)."""
-    cells = _bin_index(p, n_bins, edges)
-    cells += n_bins * np.arange(len(p))[:, None]
+    cells = _bin_index(p, n_bins, edges) + n_bins * np.arange(len(p))[:, None]
     sums = np.bincount(cells.ravel(), weights=residuals.ravel(), minlength=n_bins * len(p))
     return sums.reshape(len(p), n_bins)
 

@@ -592,7 +592,9 @@ def _batches(model: nn.Module, images: Tensor, labels: Tensor, chunk: int) -> It
         raise UserError(f"chunk is {chunk}; at least one image per pass is needed.")
     if images.ndim != 4 or len(images) == 0:
         raise UserError(f"The images have the shape {tuple(images.shape)}; (N >= 1, C, H, W) is needed.")
-    labels = torch.as_tensor(check_labels(labels, len(images), np.iinfo(np.int64).max))
+    labels = torch.as_tensor(labels)
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"The labels have the shape {tuple(labels.shape)}; one per image is needed.")
     device = next((p.device for p in model.parameters()), images.device)
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
         x = x.to(device)
@@ -611,7 +613,7 @@ def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = x.detach().clone().requires_grad_()
         logits = model(x).double()
         check_labels(y, len(x), logits.shape[1])
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y.long(), reduction="sum"), x)
     return gradient.sign()
 
 

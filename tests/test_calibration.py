@@ -1,0 +1,433 @@
+"""Calibration metrics: hand-made cases, laws, and independent libraries where they should agree."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss, log_loss
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from lthlib.errors import UserError
+from lthlib.metrics import METRICS
+from lthlib.metrics.calibration import (
+    _bin_index,
+    ace,
+    adaptive_ece,
+    bootstrap,
+    bootstrap_summary,
+    brier,
+    brier_decomposition,
+    calibration_summary,
+    classwise_ece,
+    ece,
+    nll,
+    reliability_diagram,
+    sce,
+    softmax,
+    temperature_scaling,
+)
+
+BINNED = [ece, sce, adaptive_ece, ace]
+OF_PROBS = [*BINNED, brier]
+
+
+def sample(seed, n=400, n_classes=5, scale=2.0):
+    """Logits with labels that they predict better than chance, but not as well as they claim."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(n_classes, size=n)
+    logits = rng.normal(size=(n, n_classes)) * scale
+    logits[np.arange(n), labels] += 1.5
+    return logits.astype(np.float32), labels
+
+
+def two_class(confidences, hits):
+    """Probabilities with the given confidences in class 0, and labels so that the hits come out."""
+    first = np.asarray(confidences, dtype=np.float64)
+    return np.stack([first, 1 - first], axis=1), 1 - np.asarray(hits)
+
+
+# ------------------------------------------------------------------------------------------------- the bins
+
+
+@pytest.mark.parametrize("n_bins", [1, 2, 3, 7, 10, 14, 15, 49, 50, 51, 100, 103])
+def test_bins_are_decided_by_the_edge_itself_and_its_neighbours(n_bins):
+    k = np.arange(1, n_bins)
+    edge = k / n_bins
+    below, above = np.nextafter(edge, 0), np.nextafter(edge, 1)
+    for p, right, left in [(below, k - 1, k - 1), (edge, k - 1, k), (above, k, k)]:
+        np.testing.assert_array_equal(_bin_index(p, n_bins, "right"), right)
+        np.testing.assert_array_equal(_bin_index(p, n_bins, "left"), left)
+    for edges in ("right", "left"):
+        np.testing.assert_array_equal(_bin_index(np.array([0.0, 1.0]), n_bins, edges), [0, n_bins - 1])
+
+
+def test_ece_on_a_shared_edge_is_right_closed_by_default():
+    probs, labels = two_class([0.55, 0.6, 0.65], [0, 1, 0])
+    right = (abs((0 - 0.55) + (1 - 0.6)) + abs(0 - 0.65)) / 3
+    left = (abs(0 - 0.55) + abs((1 - 0.6) + (0 - 0.65))) / 3
+    assert ece(probs, labels, n_bins=5) == pytest.approx(right, abs=1e-15)
+    assert ece(probs, labels, n_bins=5, edges="left") == pytest.approx(left, abs=1e-15)
+
+
+def test_confidence_of_exactly_one_shares_the_last_bin_unlike_torchmetrics():
+    probs, labels = two_class([0.95, 1.0], [1, 0])
+    guo = abs((1 - 0.95) + (0 - 1.0)) / 2
+    for edges in ("right", "left"):
+        assert ece(probs, labels, edges=edges) == pytest.approx(guo, abs=1e-15)
+    theirs = multiclass_calibration_error(torch.tensor(probs), torch.tensor(labels), 2, n_bins=15)
+    assert float(theirs) == pytest.approx(((1 - 0.95) + (1.0 - 0)) / 2)
+
+
+def test_float32_softmax_above_one_counts_as_one():
+    over = np.nextafter(np.float32(1), np.float32(2))
+    probs = np.array([[over, 0], [1, 0]], dtype=np.float32)
+    assert ece(probs, [1, 0]) == pytest.approx(abs((0 - 1) + (1 - 1)) / 2)
+
+
+def test_sce_counts_probabilities_of_exactly_zero_and_one():
+    probs = [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    # class 0: the 1 is right. Class 1: two 1s, one right. Class 2: three 0s, one is the true class.
+    expected = (0 + abs(1 - 2) + 1) / 3 / 3
+    assert sce(probs, [0, 1, 2]) == pytest.approx(expected)
+    assert sce(np.eye(3), [0, 1, 2]) == 0
+
+
+# -------------------------------------------------------------------------------- agreement and definitions
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15, 100])
+def test_ece_agrees_with_torchmetrics_off_the_edges(n_bins):
+    logits, labels = sample(0)
+    probs = softmax(logits)
+    theirs = multiclass_calibration_error(torch.tensor(probs), torch.tensor(labels), 5, n_bins=n_bins)
+    assert ece(probs, labels, n_bins=n_bins) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def official_ece(probs, labels):
+    """The published definition, in words: 15 edges, right-closed, the overflow bin never visited."""
+    confidence, hits = probs.max(axis=1), probs.argmax(axis=1) == labels
+    bins = np.digitize(confidence, np.linspace(0, 1, 15), right=True)
+    gaps = [hits[bins == b].sum() - confidence[bins == b].sum(dtype=np.float64) for b in range(15)]
+    return np.abs(gaps).sum() / len(labels)
+
+
+def test_legacy_switch_reproduces_the_published_fourteen_bins():
+    logits, labels = sample(1, n=3000, scale=1.0)
+    probs = softmax(logits).astype(np.float32)
+    probs[:50] = np.eye(5, dtype=np.float32)[labels[:50] - 1] * np.nextafter(np.float32(1), np.float32(2))
+    probs[50:60] = [0.5, 0.25, 0.25, 0, 0]
+    legacy = ece(probs, labels, legacy_lthpass=True)
+    assert legacy == pytest.approx(official_ece(probs, labels), abs=1e-7)
+    assert abs(legacy - ece(probs, labels)) > 1e-4
+    assert abs(legacy - ece(probs, labels, n_bins=14)) > 1e-4  # the dropped overconfident images
+
+
+def test_sce_of_two_classes_is_the_binary_ece_of_either():
+    logits, labels = sample(2, n_classes=2)
+    probs = softmax(logits)
+    for target, p in [(labels, probs[:, 1]), (1 - labels, probs[:, 0])]:
+        binary = binary_calibration_error(torch.tensor(p), torch.tensor(target), n_bins=15)
+        assert sce(probs, labels) == pytest.approx(float(binary), abs=1e-6)
+
+
+def test_sce_is_the_mean_over_classes_of_their_binary_errors():
+    logits, labels = sample(3)
+    probs = softmax(logits)
+    parts = [
+        float(binary_calibration_error(torch.tensor(probs[:, c]), torch.tensor(labels == c).int(), n_bins=15))
+        for c in range(5)
+    ]
+    assert sce(probs, labels) == pytest.approx(np.mean(parts), abs=1e-6)
+    assert classwise_ece is sce
+
+
+def test_adaptive_ece_cuts_the_sorted_confidences_into_equal_parts():
+    logits, labels = sample(4, n=150)
+    probs = softmax(logits)
+    order = np.argsort(probs.max(axis=1))
+    residual = ((probs.argmax(axis=1) == labels) - probs.max(axis=1))[order]
+    assert adaptive_ece(probs, labels, 10) == pytest.approx(
+        sum(abs(part.mean()) for part in residual.reshape(10, 15)) / 10
+    )
+    assert adaptive_ece(probs, labels, 150) == pytest.approx(np.abs(residual).mean())
+    assert adaptive_ece(probs, labels, 1000) == pytest.approx(np.abs(residual).mean())
+
+
+def test_adaptive_ece_never_splits_equal_confidences():
+    probs, labels = two_class([0.9] * 10, [1, 0] * 5)
+    assert adaptive_ece(probs, labels, 5) == pytest.approx(0.9 - 0.5)
+
+
+def test_ace_is_nixons_double_mean_and_the_threshold_drops_small_probabilities():
+    logits, labels = sample(5, n=120)
+    probs = softmax(logits)
+    gaps = []
+    for c in range(5):
+        order = np.argsort(probs[:, c])
+        residual = ((labels == c) - probs[:, c])[order]
+        gaps += [abs(part.mean()) for part in residual.reshape(6, 20)]
+    assert ace(probs, labels, n_bins=6) == pytest.approx(np.sum(gaps) / (5 * 6))
+
+    probs, labels = np.array([[0.995, 0.005], [0.9, 0.1], [0.8, 0.2]]), np.array([0, 0, 1])
+    one_bin_each = abs((1 - 0.995) + (1 - 0.9) + (0 - 0.8)) / 3, abs((0 - 0.1) + (1 - 0.2)) / 2
+    assert ace(probs, labels, n_bins=1, threshold=0.01) == pytest.approx(np.mean(one_bin_each))
+    assert ace(probs, labels, n_bins=1, threshold=1.0) == 0
+
+
+def test_nll_agrees_with_sklearn_and_stays_finite_where_log_of_softmax_does_not():
+    logits, labels = sample(6)
+    assert nll(logits, labels) == pytest.approx(log_loss(labels, softmax(logits)))
+    saturated = np.array([[0, 120]], dtype=np.float32)
+    assert torch.tensor(saturated).softmax(1).log()[0, 0] == -np.inf
+    assert nll(saturated, [0]) == 120.0
+    assert nll(np.array([[0, 5000.0]]), [0]) == 5000.0
+    assert nll(np.zeros((3, 7)), [0, 3, 6]) == pytest.approx(np.log(7))
+
+
+def test_brier_agrees_with_sklearn_unhalved():
+    logits, labels = sample(7)
+    probs = softmax(logits)
+    assert brier(probs, labels) == pytest.approx(brier_score_loss(labels, probs, scale_by_half=False))
+    assert brier([[1, 0]], [1]) == 2
+
+
+@pytest.mark.parametrize("edges", ["right", "left"])
+@pytest.mark.parametrize("n_bins", [1, 15, 1000, None])
+def test_brier_terms_add_up_for_any_binning(n_bins, edges):
+    logits, labels = sample(8)
+    probs = softmax(logits)
+    terms = brier_decomposition(probs, labels, n_bins, edges)
+    total = terms.reliability - terms.resolution + terms.uncertainty + terms.within_bin
+    assert total == pytest.approx(brier(probs, labels), abs=1e-14)
+    frequency = np.bincount(labels) / len(labels)
+    assert terms.uncertainty == pytest.approx((frequency * (1 - frequency)).sum())
+
+
+def test_brier_terms_of_a_hand_made_forecast():
+    # Two forecasts of class 0, 0.8 (right 3 of 4) and 0.3 (right 1 of 4): the base rate is 1/2.
+    probs, labels = two_class([0.8] * 4 + [0.3] * 4, [1, 1, 1, 0, 1, 0, 0, 0])
+    terms = brier_decomposition(probs, labels)
+    assert terms.reliability == pytest.approx(2 * ((0.8 - 0.75) ** 2 + (0.3 - 0.25) ** 2) / 2)
+    assert terms.resolution == pytest.approx(2 * 0.25**2)
+    assert terms.uncertainty == pytest.approx(2 * 0.5 * 0.5)
+    assert terms.within_bin == pytest.approx(0, abs=1e-15)
+    coarse = brier_decomposition(probs, labels, n_bins=1)
+    assert coarse.resolution == pytest.approx(0, abs=1e-15)
+    # One bin: variance of the forecasts minus twice their covariance with the outcome, for both classes.
+    assert coarse.within_bin == pytest.approx(2 * (0.25**2 - 2 * 0.25 * 0.25))
+
+
+def test_reliability_diagram_holds_counts_means_and_the_ece():
+    probs, labels = two_class([0.55, 0.58, 0.95], [1, 0, 1])
+    diagram = reliability_diagram(probs, labels, n_bins=10)
+    np.testing.assert_array_equal(diagram.counts, [0, 0, 0, 0, 0, 2, 0, 0, 0, 1])
+    np.testing.assert_allclose(diagram.confidence[[5, 9]], [(0.55 + 0.58) / 2, 0.95])
+    np.testing.assert_allclose(diagram.accuracy[[5, 9]], [0.5, 1])
+    assert np.isnan(diagram.confidence[0])
+    assert np.isnan(diagram.accuracy[0])
+    np.testing.assert_allclose(diagram.edges, np.linspace(0, 1, 11))
+    gaps = np.nansum(diagram.counts * np.abs(diagram.accuracy - diagram.confidence))
+    assert gaps / 3 == pytest.approx(ece(probs, labels, n_bins=10))
+
+
+def test_errors_recover_a_known_overconfidence():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.6, 1, size=200_000)
+    probs, labels = two_class(confidence, rng.random(200_000) < confidence - 0.1)
+    for metric in BINNED:
+        assert metric(probs, labels) == pytest.approx(0.1, abs=0.004)
+    probs, labels = two_class(confidence, rng.random(200_000) < confidence)
+    for metric in BINNED:
+        assert metric(probs, labels) < 0.006
+
+
+# -------------------------------------------------------------------------------------- temperature scaling
+
+
+def test_temperature_of_a_constant_margin_has_a_closed_form():
+    # softmax of (a, 0) / T gives sigmoid(a / T); the likelihood peaks where that is the accuracy q.
+    logits, labels = np.tile([3.0, 0.0], (10, 1)), np.array([0] * 7 + [1] * 3)
+    assert temperature_scaling(logits, labels) == pytest.approx(3 / np.log(0.7 / 0.3), rel=1e-10)
+
+
+def test_temperature_is_the_minimum_and_scales_with_the_logits():
+    logits, labels = sample(9, n=2000)
+    temperature = temperature_scaling(logits, labels)
+    best = nll(logits / temperature, labels)
+    assert all(nll(logits / (temperature * f), labels) > best for f in (0.99, 1.01))
+    assert temperature_scaling(7 * logits.astype(np.float64), labels) == pytest.approx(7 * temperature)
+    recalibrated = calibration_summary(logits / temperature, labels)
+    before = calibration_summary(logits, labels)
+    assert recalibrated["accuracy"] == before["accuracy"]
+    assert recalibrated["ece"] < before["ece"] / 2
+
+
+def test_temperature_of_labels_drawn_from_the_softmax_converges_to_one():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(100_000, 4)) * 2
+    labels = (softmax(logits).cumsum(axis=1) < rng.random((100_000, 1))).sum(axis=1)
+    assert temperature_scaling(logits, labels) == pytest.approx(1, abs=0.01)
+
+
+def test_temperature_without_a_finite_minimum_is_the_nearer_bound():
+    right, wrong = np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 2.0], [1.0, 0.0]])
+    assert temperature_scaling(right, [0, 1], bounds=(0.05, 20)) == 0.05
+    assert temperature_scaling(wrong, [0, 1], bounds=(0.05, 20)) == 20
+    assert temperature_scaling(np.zeros((2, 2)), [0, 1]) == 100
+
+
+# ------------------------------------------------------------------------------- summary, bootstrap, chunks
+
+
+@pytest.mark.parametrize(("n", "n_classes"), [(9000, 10), (1200, 300), (1, 2)])
+def test_summary_equals_each_metric_across_chunks(n, n_classes):
+    logits, labels = sample(10, n, n_classes)
+    probs = softmax(logits)
+    expected = {
+        "accuracy": np.mean(logits.argmax(axis=1) == labels),
+        "ece": ece(probs, labels),
+        "ece_lthpass": ece(probs, labels, legacy_lthpass=True),
+        "sce": sce(probs, labels),
+        "nll": nll(logits, labels),
+        "brier": brier(probs, labels),
+    }
+    assert calibration_summary(logits, labels) == pytest.approx(expected, rel=1e-12)
+    assert nll(logits, labels) == pytest.approx(-np.log(probs[np.arange(n), labels]).mean())
+
+
+def test_bootstrap_summary_equals_the_plain_bootstrap_draw_by_draw():
+    logits, labels = sample(11, n=300)
+    probs = softmax(logits)
+    fast = bootstrap_summary(logits, labels, seed=3, n=40)
+    for name, metric, inputs in [
+        ("ece", ece, probs),
+        ("sce", sce, probs),
+        ("nll", nll, logits),
+        ("brier", brier, probs),
+    ]:
+        plain = bootstrap(metric, inputs, labels, seed=3, n=40)
+        assert vars(fast[name]) == pytest.approx(vars(plain), rel=1e-9, abs=1e-12)
+    assert bootstrap_summary(logits, labels, seed=3, n=40) == fast
+    assert bootstrap_summary(logits, labels, seed=4, n=40) != fast
+
+
+def test_bootstrap_of_the_accuracy_is_the_binomial_interval():
+    logits, labels = sample(12, n=2000)
+    interval = bootstrap_summary(logits, labels, seed=0, n=4000)["accuracy"]
+    sigma = np.sqrt(interval.value * (1 - interval.value) / 2000)
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * sigma, rel=0.05)
+    assert abs(interval.bias) < sigma / 10
+
+
+def test_bootstrap_shows_the_bias_of_binned_errors():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(200, 4))
+    labels = (softmax(logits).cumsum(axis=1) < rng.random((200, 1))).sum(axis=1)
+    assert bootstrap_summary(logits, labels, seed=0, n=200)["sce"].bias > 0.01
+
+
+# --------------------------------------------------------------------------------------------- general laws
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, n_bins=st.integers(1, 60), edges=st.sampled_from(["right", "left"]))
+def test_order_of_images_and_names_of_classes_do_not_matter(seed, n_bins, edges):
+    logits, labels = sample(seed, n=60)
+    rng = np.random.default_rng(seed)
+    images, classes = rng.permutation(60), rng.permutation(5)
+    renamed = np.argsort(classes)[labels]
+    for metric in OF_PROBS:
+        options = {} if metric is brier else {"n_bins": n_bins}
+        if metric in (ece, sce):
+            options["edges"] = edges
+        value = metric(softmax(logits), labels, **options)
+        assert metric(softmax(logits[images]), labels[images], **options) == pytest.approx(value, abs=1e-12)
+        assert metric(softmax(logits[:, classes]), renamed, **options) == pytest.approx(value, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, n_bins=st.integers(1, 20), edges=st.sampled_from(["right", "left"]))
+def test_splitting_bins_never_lowers_the_error(seed, n_bins, edges):
+    logits, labels = sample(seed, n=40)
+    probs = softmax(logits)
+    for metric in (ece, sce):
+        assert metric(probs, labels, n_bins, edges) <= metric(probs, labels, 2 * n_bins, edges) + 1e-12
+    mean_gap = abs(np.mean(probs.argmax(axis=1) == labels) - probs.max(axis=1).mean())
+    assert ece(probs, labels, n_bins=1) == pytest.approx(mean_gap, abs=1e-12)
+
+
+def test_a_class_that_never_occurs_counts_with_frequency_zero():
+    probs, labels = np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1]]), np.array([0, 1])
+    class_two = 0.1
+    others = (abs(1 - 0.7) + abs(0 - 0.2)) / 2
+    assert sce(probs, labels) == pytest.approx((2 * others + class_two) / 3)
+    assert np.isfinite(list(calibration_summary(np.log(probs), labels).values())).all()
+
+
+def test_more_bins_than_images_is_the_mean_absolute_gap():
+    probs, labels = two_class([0.6, 0.7, 0.8], [1, 0, 1])
+    assert ece(probs, labels, n_bins=10_000) == pytest.approx((0.4 + 0.7 + 0.2) / 3)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        ([[0.0, np.nan]], [0], "NaN"),
+        ([[0.0, np.inf]], [0], r"\(0, 1\)"),
+        (np.zeros((0, 3)), [], "empty"),
+        (np.zeros((2, 3)), [0, 3], "0 to 3"),
+        (np.zeros((2, 3)), [-1, 0], "-1 to 0"),
+        (np.zeros((2, 3)), [0, 1, 2], "one per image"),
+        (np.zeros((2, 3)), [0.0, 1.0], "integers"),
+        (np.zeros(3), [0], "shape"),
+        (np.zeros((2, 1)), [0, 0], "classes >= 2"),
+        ([["a", "b"]], [0], "real numbers"),
+    ],
+)
+@pytest.mark.parametrize(
+    "metric", [nll, calibration_summary, temperature_scaling, *OF_PROBS], ids=lambda metric: metric.__name__
+)
+def test_bad_arrays_are_named(metric, logits, labels, words):
+    probs = metric in OF_PROBS and np.asarray(logits).dtype.kind == "f" and np.isfinite(logits).all()
+    inputs = np.asarray(logits) + 1 / max(1, np.shape(logits)[-1]) if probs else logits
+    with pytest.raises(UserError, match=words):
+        metric(inputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p, y: ece(p, y, n_bins=0), "at least 1"),
+        (lambda p, y: sce(p, y, n_bins=2.5), "whole number"),
+        (lambda p, y: ece(p, y, edges="rigth"), "Did you mean 'right'"),
+        (lambda p, y: ece(p, y, n_bins=10, legacy_lthpass=True), "leave n_bins"),
+        (lambda p, y: ece(4 * p, y), "softmax"),
+        (lambda p, y: ece(p - 0.5, y), "softmax"),
+        (lambda p, y: ace(p, y, threshold=1.5), "threshold"),
+        (lambda p, y: temperature_scaling(p, y, bounds=(2, 1)), "smallest < largest"),
+        (lambda p, y: bootstrap_summary(p, y, seed=0, n=1), "n >= 2"),
+        (lambda p, y: bootstrap(ece, p, y[:2], seed=0), "one length"),
+    ],
+)
+def test_bad_options_are_named(call, words):
+    with pytest.raises(UserError, match=words):
+        call(np.full((3, 2), 0.5), np.array([0, 1, 0]))
+
+
+def test_torch_tensors_of_any_float_type_are_taken():
+    logits, labels = sample(13)
+    half = torch.tensor(logits).bfloat16().requires_grad_()
+    assert nll(half, torch.tensor(labels)) == pytest.approx(nll(half.detach().double().numpy(), labels))
+
+
+def test_rows_tell_the_paper_from_what_stands_beside_it():
+    rows = {name: row for name, row in METRICS.items() if row.dimension == "calibration"}
+    assert {name for name, row in rows.items() if row.in_verdict} == {"ece", "sce", "nll"}
+    assert {name for name, row in rows.items() if row.higher_is_better} == {"brier_resolution"}
+    assert rows["nll"].unit == "nats"
