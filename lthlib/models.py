@@ -470,6 +470,33 @@ def n_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def convolution_cost(
+    model: nn.Module, per_weight: Mapping[str, int] | None = None
+) -> Callable[[Mapping[str, int]], int]:
+    """Return a function that counts the convolution weights ``model`` would have at other widths.
+
+    Nothing is built: a convolution has in * out * height * width weights. The function takes channels by
+    group name; groups left out keep their size.
+
+    Args:
+        model: Made by `build`.
+        per_weight: Layer name -> what one weight of it costs, such as its output pixels for
+            multiply-accumulates; 1 if None.
+    """
+    now = all_groups(model) | {"input": spec_of(model).in_channels}
+    terms = [
+        (m.in_group, m.out_group, math.prod(m.kernel_size) * (per_weight[name] if per_weight else 1))
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+
+    def cost(channels: Mapping[str, int]) -> int:
+        sizes = now | dict(channels)
+        return sum(sizes[inputs] * sizes[outputs] * each for inputs, outputs, each in terms)
+
+    return cost
+
+
 def macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Count the multiply-accumulates of each convolution and linear layer for one image.
 
