@@ -1,0 +1,460 @@
+"""Accuracy, OoD detection, corruption errors and attacks: closed forms, laws, independent libraries."""
+
+import copy
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch import nn
+
+from lthlib.errors import UserError
+from lthlib.metrics import METRICS
+from lthlib.metrics.generalization import (
+    ALEXNET_ERROR,
+    ALL_CORRUPTIONS,
+    COMMON_CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    OOD_SCORES,
+    accuracy,
+    adversarial_accuracy,
+    adversarial_logits,
+    aupr,
+    auroc,
+    class_indices,
+    corruption_error,
+    corruption_error_alexnet,
+    energy_score,
+    fgsm,
+    fpr_at_tpr,
+    keep_classes,
+    max_logit_score,
+    msp_score,
+    ood_summary,
+    pgd,
+    relative_corruption_error,
+    softmax,
+    true_class_margin,
+)
+
+# ------------------------------------------------------------------------------------------------ accuracy
+
+
+def test_accuracy_gives_ties_to_the_first_class():
+    logits = [[0, 1, 0], [2, 2, 2], [2, 2, 2], [0, 0, 5]]
+    assert accuracy(logits, [1, 0, 2, 1]) == 2 / 4
+
+
+def test_margin_is_the_gap_to_the_best_other_class():
+    logits = np.log([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    np.testing.assert_allclose(true_class_margin(logits, [0, 2]), [0.5 - 0.3, 0.2 - 0.5])
+
+
+def test_classes_are_dropped_before_the_softmax():
+    logits = np.log([[0.6, 0.3, 0.1]])
+    kept = keep_classes(logits, [1, 2])
+    assert msp_score(kept)[0] == pytest.approx(1 - 0.3 / (0.3 + 0.1))
+    np.testing.assert_array_equal(class_indices(["n03", "n01"], ["n01", "n02", "n03"]), [2, 0])
+
+
+# -------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_have_their_closed_forms():
+    logits = np.array([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    np.testing.assert_allclose(msp_score(logits), 1 - np.array([np.e**2 / (np.e**2 + 2), 1 / 3]))
+    np.testing.assert_array_equal(max_logit_score(logits), [-3, -2])
+    np.testing.assert_allclose(energy_score(logits), [-np.log(np.e**3 + 2 * np.e), -(2 + np.log(3))])
+    np.testing.assert_allclose(energy_score(logits, 2.0), -2 * np.log(np.exp(logits / 2).sum(axis=1)))
+    np.testing.assert_allclose(energy_score(logits, 1e-3), max_logit_score(logits), atol=2e-3)
+
+
+def test_msp_orders_confidences_that_every_softmax_rounds_to_one():
+    logits = np.array([[40, 0], [60, 0], [300, 0]], dtype=np.float32)
+    assert (softmax(logits).max(axis=1) == 1).all()
+    scores = msp_score(logits)
+    np.testing.assert_allclose(scores, np.exp(-logits[:, 0].astype(float)), rtol=1e-12)
+    assert auroc(scores[1:], scores[:1]) == 1
+
+
+@pytest.mark.parametrize("score", OOD_SCORES.values())
+def test_scores_are_higher_for_less_certain_images(score):
+    logits = np.array([[c, 0.0, -c] for c in (8, 4, 2, 1)])
+    assert (np.diff(score(logits)) > 0).all()
+
+
+def test_energy_and_max_logit_move_with_the_logits_but_msp_does_not():
+    logits = np.random.default_rng(0).normal(size=(5, 4))
+    np.testing.assert_allclose(energy_score(logits + 1000), energy_score(logits) - 1000)
+    np.testing.assert_allclose(max_logit_score(logits + 1000), max_logit_score(logits) - 1000)
+    np.testing.assert_allclose(msp_score(logits + 1000), msp_score(logits))
+
+
+# --------------------------------------------------------------------------------------------------- curves
+
+
+def tied_scores(seed, n_in=300, n_out=170):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 20, n_in) / 20, rng.integers(6, 26, n_out) / 20
+
+
+def as_problem(in_scores, out_scores, positive):
+    """Labels and scores as scikit-learn takes them."""
+    labels = np.r_[np.zeros(len(in_scores)), np.ones(len(out_scores))]
+    scores = np.r_[in_scores, out_scores]
+    return (labels, scores) if positive == "ood" else (1 - labels, -scores)
+
+
+@pytest.mark.parametrize("positive", ["ood", "id"])
+@pytest.mark.parametrize("seed", range(3))
+def test_detection_numbers_agree_with_sklearn_under_ties(seed, positive):
+    known, foreign = tied_scores(seed)
+    problem = as_problem(known, foreign, positive)
+    assert auroc(known, foreign) == pytest.approx(roc_auc_score(*problem), abs=1e-14)
+    assert aupr(known, foreign, positive) == pytest.approx(average_precision_score(*problem), abs=1e-14)
+    false, true, _ = roc_curve(*problem, drop_intermediate=False)
+    for rate in (0.5, 0.95, 1.0):
+        assert fpr_at_tpr(known, foreign, rate, positive) == false[true >= rate][0]
+
+
+def test_auroc_is_the_chance_that_a_foreign_image_scores_higher():
+    known, foreign = np.array([1, 2, 2, 5]), np.array([2, 3])
+    wins = (1 + 0.5 + 0.5 + 0) + (1 + 1 + 1 + 0)
+    assert auroc(known, foreign) == wins / 8
+    assert auroc(foreign, known) == 1 - wins / 8
+    assert auroc(np.zeros(3), np.zeros(9)) == 0.5
+
+
+def test_average_precision_by_hand_and_its_chance_level():
+    # Descending: out 4, in 3, out 2, in 1.
+    assert aupr([1, 3], [2, 4]) == pytest.approx((1 / 1 + 2 / 3) / 2)
+    # Ascending, in-distribution wanted: in 1, out 2, in 3, out 4.
+    assert aupr([1, 3], [2, 4], "id") == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert aupr([1, 1, 1], [1]) == 1 / 4
+    assert aupr([1, 1, 1], [1], "id") == 3 / 4
+
+
+def test_the_two_conventions_of_fpr95_differ():
+    known = np.arange(1, 101)  # 95 % accepted up to 95, 5 % flagged from 96
+    foreign = np.array([*range(90, 100), *range(200, 290)]) + 0.5  # 95 of 100 flagged from 95.5
+    assert fpr_at_tpr(known, foreign) == 5 / 100  # 90.5 ... 94.5 are accepted
+    assert fpr_at_tpr(known, foreign, positive="ood") == 5 / 100
+    foreign[:2] = 0
+    assert fpr_at_tpr(known, foreign) == 5 / 100
+    assert fpr_at_tpr(known, foreign, positive="ood") == pytest.approx(7 / 100)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    known=st.lists(st.integers(-5, 5), min_size=1, max_size=20),
+    foreign=st.lists(st.integers(-5, 5), min_size=1, max_size=20),
+)
+def test_ranks_alone_decide(known, foreign):
+    known, foreign = np.array(known, dtype=float), np.array(foreign, dtype=float)
+    pairs = np.sign(foreign[:, None] - known).mean()
+    assert auroc(known, foreign) == pytest.approx((1 + pairs) / 2, abs=1e-15)
+    for number in (auroc, aupr, fpr_at_tpr):
+        value = number(known, foreign)
+        assert number(np.exp(known), np.exp(foreign)) == value
+        assert number(known[::-1], np.roll(foreign, 1)) == value
+
+
+def test_summary_uses_the_score_that_is_named():
+    rng = np.random.default_rng(0)
+    known, foreign = rng.normal(size=(50, 3)) * 3, rng.normal(size=(40, 3)) + 2
+    for name, score in OOD_SCORES.items():
+        summary = ood_summary(known, foreign, name)
+        a, b = score(known), score(foreign)
+        assert summary == {
+            "auroc": auroc(a, b),
+            "aupr": aupr(a, b, "ood"),
+            "aupr_id": aupr(a, b, "id"),
+            "fpr95": fpr_at_tpr(a, b, 0.95, "id"),
+            "fpr95_ood_positive": fpr_at_tpr(a, b, 0.95, "ood"),
+        }
+    assert ood_summary(known, foreign)["auroc"] != ood_summary(known, foreign, "energy")["auroc"]
+
+
+# --------------------------------------------------------------------------------------- corruption errors
+
+
+def errors_of(value, corruptions=ALL_CORRUPTIONS):
+    return {name: [value] * 5 for name in corruptions}
+
+
+def test_alexnet_has_an_error_of_one_against_itself():
+    errors = {
+        name: [mean - 0.2, mean - 0.1, mean, mean + 0.04, mean + 0.26] for name, mean in ALEXNET_ERROR.items()
+    }
+    errors = {name: np.clip(row, 0, 1) for name, row in errors.items()}
+    errors = {name: row - row.mean() + ALEXNET_ERROR[name] for name, row in errors.items()}
+    errors = {name: np.clip(row, 0, 1) for name, row in errors.items()}
+    expected = np.mean([row.mean() / ALEXNET_ERROR[name] for name, row in errors.items()])
+    assert corruption_error_alexnet(errors) == pytest.approx(expected)
+    assert corruption_error_alexnet(
+        {name: [mean] * 5 for name, mean in ALEXNET_ERROR.items()}
+    ) == pytest.approx(1)
+    assert corruption_error({name: [mean] * 5 for name, mean in ALEXNET_ERROR.items()}) == pytest.approx(
+        np.mean(list(ALEXNET_ERROR.values()))
+    )
+
+
+def test_the_three_meanings_differ():
+    errors = errors_of(0.3) | {"fog": [0.1, 0.2, 0.3, 0.4, 1.0]}
+    assert corruption_error(errors) == pytest.approx((14 * 0.3 + 0.4) / 15)
+    assert relative_corruption_error(errors, 0.1) == pytest.approx((14 * 0.3 + 0.4) / 15 - 0.1)
+    others = [0.3 / e for name, e in ALEXNET_ERROR.items() if name != "fog"]
+    assert corruption_error_alexnet(errors) == pytest.approx((sum(others) + 0.4 / ALEXNET_ERROR["fog"]) / 15)
+
+
+def test_fifteen_or_nineteen_is_a_parameter():
+    errors = errors_of(0.2, COMMON_CORRUPTIONS) | errors_of(0.6, EXTRA_CORRUPTIONS)
+    assert (len(COMMON_CORRUPTIONS), len(ALL_CORRUPTIONS)) == (15, 19)
+    assert corruption_error(errors) == pytest.approx(0.2)
+    assert corruption_error(errors, ALL_CORRUPTIONS) == pytest.approx((15 * 0.2 + 4 * 0.6) / 19)
+    assert relative_corruption_error(errors, 0.2, ALL_CORRUPTIONS) == pytest.approx(4 * 0.4 / 19)
+
+
+# -------------------------------------------------------------------------------------------------- attacks
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return (x - 0.4) / 0.25
+
+
+def small_net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            Normalize(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+            nn.Linear(8 * 36, 5),
+        )  # fmt: skip
+        net(torch.randn(64, 3, 8, 8))  # running statistics that differ from those of a batch
+    return net
+
+
+def batch(n=30, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 8, 8, generator=rng), torch.randint(5, (n,), generator=rng)
+
+
+def linear_net(weight):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(weight.shape[1], len(weight), bias=False))
+    net[1].weight.data = weight
+    return net
+
+
+def test_fgsm_on_a_linear_network_is_the_sign_of_p_minus_y_times_w():
+    rng = torch.Generator().manual_seed(0)
+    weight, images = torch.randn(4, 12, generator=rng), torch.rand(20, 3, 2, 2, generator=rng)
+    labels = torch.randint(4, (20,), generator=rng)
+    p = (images.flatten(1) @ weight.T).softmax(1)
+    gradient = (p - nn.functional.one_hot(labels, 4)) @ weight
+    expected = (images + 8 / 255 * gradient.view_as(images).sign()).clamp(0, 1)
+    torch.testing.assert_close(fgsm(linear_net(weight), images, labels, 8 / 255), expected, rtol=0, atol=0)
+
+
+def test_fgsm_sees_the_true_class_where_float32_rounds_its_gradient_away():
+    # p = (1 - 2e-11, 1e-11, 1e-11): in float32 p_0 - 1 is 0 and the sum over the other classes points down.
+    weight = torch.tensor([[25.0 + 8.0], [8.0 - 2.0], [8.0 - 2.0]])
+    images = torch.ones(1, 1, 1, 1) * 0.95
+    assert linear_net(weight)(images).softmax(1)[0, 0] == 1
+    moved = fgsm(linear_net(weight), images, torch.tensor([0]), 0.01)
+    assert moved.item() == pytest.approx(0.94)  # less of the pixel is less of class 0
+
+
+@pytest.mark.parametrize("epsilon", [1 / 255, 8 / 255, 0.3])
+def test_attacks_agree_with_foolbox(epsilon):
+    net, (images, labels) = small_net().eval(), batch()
+    theirs = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+    torch.testing.assert_close(
+        fgsm(net, images, labels, epsilon, chunk=7), attack(theirs, images, labels, epsilons=epsilon)[1]
+    )
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=20, random_start=False)
+    ours = pgd(net, images, labels, epsilon, seed=None, chunk=7)
+    torch.testing.assert_close(ours, attack(theirs, images, labels, epsilons=epsilon)[1], rtol=0, atol=1e-6)
+
+
+def test_pgd_reaches_the_corner_of_the_ball_on_a_linear_network_of_two_classes():
+    weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    images, labels = (
+        torch.rand(20, 3, 2, 2, generator=torch.Generator().manual_seed(1)),
+        torch.zeros(20).long(),
+    )
+    corner = fgsm(linear_net(weight), images, labels, 8 / 255)
+    for seed in (None, 0, 1):
+        found = pgd(linear_net(weight), images, labels, 8 / 255, steps=9, seed=seed)
+        torch.testing.assert_close(found, corner, rtol=0, atol=1e-7)
+    short = pgd(linear_net(weight), images, labels, 8 / 255, steps=1, seed=None)
+    torch.testing.assert_close(short, fgsm(linear_net(weight), images, labels, 2 / 255), rtol=0, atol=1e-7)
+
+
+def test_pgd_finds_a_higher_loss_than_fgsm():
+    net, (images, labels) = small_net().eval(), batch()
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(net(attack(net, images, labels, 0.1)), labels)
+            for attack in (fgsm, pgd)
+        ]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_attacks_stay_in_the_ball_and_in_the_pixel_range(attack):
+    net, (images, labels) = small_net(), batch()
+    moved = attack(net, images, labels, 0.3)
+    assert (moved - images).abs().max() <= 0.3 + 1e-6
+    assert moved.min() == 0
+    assert moved.max() == 1
+    torch.testing.assert_close(attack(net, images, labels, 0.0), images)
+
+
+def test_chunks_change_nothing_and_the_seed_decides_the_start():
+    net, (images, labels) = small_net(), batch()
+    for attack in (fgsm, pgd):
+        whole = attack(net, images, labels, 8 / 255, chunk=30)
+        torch.testing.assert_close(attack(net, images, labels, 8 / 255, chunk=4), whole)
+    one_step = [pgd(net, images, labels, 8 / 255, steps=1, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(one_step[0], one_step[1])
+    assert not torch.equal(one_step[0], one_step[2])
+
+
+def test_random_start_is_uniform_in_the_ball():
+    net = linear_net(torch.zeros(2, 768))  # no gradient: the images stay where they started
+    images = torch.full((50, 3, 16, 16), 0.5)
+    shift = (pgd(net, images, torch.zeros(50).long(), 0.1, steps=1) - images) / 0.1
+    assert shift.min() == pytest.approx(-1, abs=1e-3)
+    assert shift.max() == pytest.approx(1, abs=1e-3)
+    assert shift.mean() == pytest.approx(0, abs=0.01)
+    assert shift.std() == pytest.approx(3**-0.5, rel=0.01)
+
+
+def test_bytes_are_pixels_over_255():
+    net, labels = small_net(), batch()[1]
+    pixels = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fgsm(net, pixels, labels, 0.1), fgsm(net, pixels / 255, labels, 0.1))
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+def test_attacks_leave_network_and_random_states_as_found(attack, context):
+    net, (images, labels) = small_net().train(), batch()
+    net[2].eval()
+    net[1].bias.requires_grad_(False)
+    net(images).sum().backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    before, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
+    modes, originals = [m.training for m in net.modules()], (images.clone(), labels.clone())
+    random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    with context():
+        adversarial_accuracy(net, images, labels, [8 / 255], attack)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert [m.training for m in net.modules()] == modes
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        assert p.grad is gradient is None or torch.equal(p.grad, gradient)
+    assert torch.equal(images, originals[0])
+    assert torch.equal(labels, originals[1])
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+
+
+def test_training_flags_come_back_after_an_error():
+    net, (images, labels) = small_net().train(), batch()
+    with pytest.raises(UserError):
+        fgsm(net, images, labels + 5, 0.1)
+    assert all(m.training for m in net.modules())
+
+
+def test_curve_starts_at_the_clean_accuracy_and_equals_attack_by_attack():
+    net, (images, labels) = small_net(), batch()
+    epsilons = (0.0, 1 / 255, 8 / 255)
+    for name, attack in [("fgsm", fgsm), ("pgd", pgd)]:
+        curve = adversarial_accuracy(net, images, labels, epsilons, name, chunk=8)
+        with torch.no_grad():
+            logits = [copy.deepcopy(net).eval()(attack(net, images, labels, e)) for e in epsilons]
+        np.testing.assert_array_equal(curve.accuracy, [accuracy(z, labels) for z in logits])
+        np.testing.assert_allclose(
+            curve.margin, [true_class_margin(z, labels).mean() for z in logits], atol=1e-6
+        )
+        assert curve.accuracy[0] == np.mean(
+            copy.deepcopy(net).eval()(images).argmax(1).numpy() == labels.numpy()
+        )
+        assert (np.diff(curve.margin) < 0).all()
+
+
+def test_one_backward_pass_serves_every_epsilon():
+    net, (images, labels) = small_net(), batch()
+    passes = {"forward": 0, "backward": 0}
+
+    def count(module, inputs, output):
+        passes["forward"] += 1
+        if output.requires_grad:
+            output.register_hook(lambda _: passes.__setitem__("backward", passes["backward"] + 1))
+
+    net[1].register_forward_hook(count)
+    logits = adversarial_logits(net, images, labels, [0.01, 0.02, 0.04], chunk=15)
+    assert logits.shape == (3, 30, 5)
+    assert passes == {"forward": 2 * (1 + 3), "backward": 2}
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: accuracy([[np.nan, 0]], [0]), "NaN"),
+        (lambda: accuracy(np.zeros((0, 2)), []), "empty"),
+        (lambda: accuracy(np.zeros((1, 2)), [2]), "2 classes"),
+        (lambda: auroc([0.1], []), "OoD scores"),
+        (lambda: auroc([np.inf], [0.1]), "in-distribution scores"),
+        (lambda: ood_summary(np.zeros((2, 3)), np.zeros((0, 3))), "empty"),
+        (lambda: ood_summary(np.zeros((2, 3)), np.zeros((2, 3)), "mps"), "Did you mean 'msp'"),
+        (lambda: aupr([1], [2], "odo"), "Did you mean 'ood'"),
+        (lambda: fpr_at_tpr([1], [2], 95), r"\(0, 1\]"),
+        (lambda: energy_score(np.zeros((1, 2)), 0), "positive"),
+        (lambda: keep_classes(np.zeros((1, 4)), [1, 1]), "different"),
+        (lambda: keep_classes(np.zeros((1, 4)), [1, 4]), "4 classes"),
+        (lambda: class_indices(["n04"], ["n01", "n02"]), "Unknown class 'n04'"),
+        (lambda: corruption_error(errors_of(0.1, COMMON_CORRUPTIONS[1:])), "gaussian_noise"),
+        (lambda: corruption_error(errors_of(0.1) | {"fog": [0.1]}), "same number"),
+        (lambda: corruption_error(errors_of(10)), "fractions"),
+        (lambda: corruption_error(errors_of(np.nan)), "NaN"),
+        (lambda: corruption_error(errors_of(0.1), []), "at least one"),
+        (lambda: corruption_error_alexnet(errors_of(0.1), ALL_CORRUPTIONS), "speckle_noise"),
+        (lambda: corruption_error_alexnet({name: [0.1] for name in ALL_CORRUPTIONS}), "five severities"),
+        (lambda: relative_corruption_error(errors_of(0.1), 10), "clean error"),
+        (lambda: fgsm(small_net(), *batch(), 8), "8 / 255"),
+        (lambda: fgsm(small_net(), batch()[0] * 2 - 1, batch()[1], 0.1), "normalisation"),
+        (lambda: fgsm(small_net(), batch()[0], batch()[1] + 5, 0.1), "5 classes"),
+        (lambda: fgsm(small_net(), batch()[0], batch()[1][:3], 0.1), "one per image"),
+        (lambda: fgsm(small_net(), batch()[0][:0], batch()[1][:0], 0.1), "shape"),
+        (lambda: fgsm(small_net(), *batch(), 0.1, chunk=0), "chunk"),
+        (lambda: pgd(small_net(), *batch(), 0.1, steps=0), "steps"),
+        (lambda: pgd(small_net(), *batch(), 0.1, step_size=-1), "step_size"),
+        (lambda: adversarial_accuracy(small_net(), *batch(), attack="fsgm"), "Did you mean 'fgsm'"),
+        (lambda: adversarial_accuracy(small_net(), *batch(), epsilons=[]), "at least one"),
+        (lambda: adversarial_accuracy(small_net(), *batch(), steps=3), "only to attack='pgd'"),
+    ],
+)
+def test_bad_input_is_named(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_rows_tell_the_paper_from_what_stands_beside_it():
+    rows = {name: row for name, row in METRICS.items() if row.dimension == "generalization"}
+    verdict = {name: row.higher_is_better for name, row in rows.items() if row.in_verdict}
+    assert verdict == {
+        "test_accuracy": True,
+        "ood_auroc": True,
+        "corruption_error": False,
+        "fgsm_accuracy": True,
+    }
+    assert {"ood_fpr95", "relative_corruption_error", "pgd_accuracy", "adversarial_margin"} <= set(rows)
