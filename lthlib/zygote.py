@@ -1,0 +1,423 @@
+"""A process that has imported the heavy libraries and forks a notebook kernel from itself in a moment.
+
+Importing torch, torchvision and seaborn costs every page seconds before its first line runs. The zygote pays
+once; each page then gets a fork of it, with an environment, a working directory, standard streams, thread
+counts and random states of its own. The zygote itself starts no thread, which is what makes the fork safe.
+
+The page and the zygote speak over a unix socket, one connection per kernel:
+
+    page -> zygote   one line of JSON (executable, argv, env, cwd) with its stdout and stderr attached
+    zygote -> page   one line: the process id, or why there is no kernel
+    page -> zygote   one byte per signal for the kernel; closing the connection kills the kernel
+    zygote -> page   one line when the kernel has ended: its exit status as in `subprocess.Popen.returncode`
+
+Nobody outlives the one who asked: a kernel dies with its page and with the zygote, the zygote with its
+parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lthlib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout, from which `lthlib` is imported."""
+
+VARIABLE = "LTHLIB_ZYGOTE"
+"""The environment variable that names the socket of a running zygote."""
+
+PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "seaborn", "torch", "torchvision", "safetensors.torch")
+"""What pages import from other projects. Nothing of `lthlib`: an edited file must reach the next page."""
+
+INLINE = "module://matplotlib_inline.backend_inline"
+PR_SET_PDEATHSIG = 1
+REPLY_SECONDS = 60.0  # a zygote that is still importing answers when it is done
+REQUEST_SECONDS = 5.0  # a page sends its request in one go; one that stalls must not stall the others
+
+
+def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory:
+    """Make a private folder (0700) whose path is short enough for the address of a unix socket."""
+    folder = None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
+
+
+# -------------------------------------------------------------------------------------------- the page's side
+
+
+class ForkedProcess:
+    """A kernel forked by the zygote, with the part of `subprocess.Popen` that a kernel provisioner uses."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, connection: socket.socket, pid: int):
+        self.pid = pid
+        self.returncode: int | None = None
+        self._connection = connection
+        connection.setblocking(False)
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while the kernel runs. Without its zygote a kernel is dead."""
+        if self.returncode is None:
+            try:
+                line = self._connection.recv(64)
+            except BlockingIOError:
+                return None
+            except OSError:
+                line = b""
+            self.returncode = int(line) if line else -signal.SIGKILL
+            self._connection.close()
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait for the end of the kernel and return its exit status."""
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the kernel's process group, through the zygote: no other process can get it."""
+        if self.poll() is None:
+            with contextlib.suppress(OSError):
+                self._connection.send(bytes([signum]))
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_kernel(address: str, argv: Sequence[str], env: dict[str, str], cwd: str) -> ForkedProcess:
+    """Ask the zygote at ``address`` for a kernel.
+
+    Args:
+        address: The zygote's socket.
+        argv: The arguments of the kernel application (``-f``, the connection file, ...).
+        env: The kernel's whole environment.
+        cwd: The kernel's working directory.
+
+    Raises:
+        OSError: There is no zygote, it does not answer, or it runs on another interpreter.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(REPLY_SECONDS)
+        connection.connect(address)
+        request = {"executable": sys.executable, "argv": list(argv), "env": env, "cwd": cwd}
+        line = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(connection, [line], [1, 2])
+        connection.sendall(line[sent:])
+        reply = json.loads(_read_line(connection) or '{"error": "it closed the connection"}')
+        if "error" in reply:
+            raise OSError(reply["error"])
+    except BaseException:
+        connection.close()
+        raise
+    return ForkedProcess(connection, reply["pid"])
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):  # not a byte of the line after it
+        line += byte
+    return line
+
+
+@contextlib.contextmanager
+def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
+    """Keep a zygote running for the pages started inside the ``with`` block, here and in child processes.
+
+    Returns at once: pages that ask while the zygote still imports wait for it. `VARIABLE` is set for the
+    block. Only on Linux: the system libraries of macOS forbid work after a fork, so there pages start plain
+    kernels and the context is None.
+
+    Args:
+        modules: What to import before the first fork.
+
+    Raises:
+        UserError: The zygote did not start.
+    """
+    if sys.platform != "linux":
+        yield None
+        return
+    with temporary_directory("lth-zygote-") as folder:
+        address = str(Path(folder, "socket"))
+        process = _start(address, modules)
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = address
+        try:
+            yield address
+        finally:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+            process.terminate()
+            process.wait()
+
+
+def _start(address: str, modules: Sequence[str]) -> subprocess.Popen:
+    # Thread counts are each page's own business; OpenBLAS alone would start its threads on import.
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    env |= {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": INLINE}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "lthlib.zygote", address, *modules]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
+    deadline = time.monotonic() + REPLY_SECONDS
+    while not os.path.exists(address):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            raise UserError(f"The process that forks kernels did not start: {' '.join(command)}.")
+        time.sleep(0.01)
+    return process
+
+
+# ------------------------------------------------------------------------------------------ the zygote's side
+
+
+class _Server:
+    """Forks kernels, passes signals on and reports exits, all in one thread."""
+
+    def __init__(self, listener: socket.socket, parent: int):
+        self.pid = os.getpid()
+        self.parent = parent
+        self.kernels: dict[int, socket.socket] = {}
+        self.listener = listener
+        self.wake, self.woken = socket.socketpair()
+        self.woken.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.selector.register(self.wake, selectors.EVENT_READ, lambda: self.wake.recv(4096) and None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes the selector through the descriptor below
+        signal.set_wakeup_fd(self.woken.fileno(), warn_on_full_buffer=False)
+
+    def run(self) -> dict | None:
+        """Serve until the parent is gone. Returns a request in every forked kernel, None in the zygote."""
+        while os.getppid() == self.parent:
+            for key, _ in self.selector.select(timeout=0.5):
+                request = key.data()
+                if request is not None:
+                    return request
+            self._reap()
+        return None
+
+    def stop(self) -> None:
+        """Kill every kernel."""
+        for pid in self.kernels:
+            _signal_group(pid, signal.SIGKILL)
+
+    def _accept(self) -> dict | None:
+        connection, _ = self.listener.accept()
+        try:
+            request = _receive(connection)
+        except (OSError, ValueError) as problem:
+            _send(connection, {"error": f"the request was not understood ({problem})"})
+            connection.close()
+            return None
+        if request["executable"] != sys.executable:
+            _send(connection, {"error": f"it runs on another interpreter, {sys.executable}"})
+            connection.close()
+            return None
+        return self._fork(connection, request)
+
+    def _fork(self, connection: socket.socket, request: dict) -> dict | None:
+        pid = os.fork()
+        if pid == 0:
+            self._close()
+            connection.close()
+            return request
+        for stream in request["streams"]:
+            os.close(stream)
+        self.kernels[pid] = connection
+        _send(connection, {"pid": pid})
+        self.selector.register(connection, selectors.EVENT_READ, lambda: self._obey(pid))
+        return None
+
+    def _obey(self, pid: int) -> None:
+        connection = self.kernels[pid]
+        try:
+            signals = connection.recv(64)
+        except OSError:
+            signals = b""
+        if not signals:  # the page is gone, and with it all interest in its kernel
+            self.selector.unregister(connection)
+            signals = bytes([signal.SIGKILL])
+        for signum in signals:
+            _signal_group(pid, signum)
+
+    def _reap(self) -> None:
+        for pid, connection in list(self.kernels.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del self.kernels[pid]
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(connection)
+                _send(connection, os.waitstatus_to_exitcode(status))
+                connection.close()
+
+    def _close(self) -> None:
+        """Let go, in a fork, of what is the zygote's: a kernel must not hold another page's line open."""
+        signal.set_wakeup_fd(-1)
+        self.selector.close()
+        for end in (self.listener, self.wake, self.woken, *self.kernels.values()):
+            end.close()
+
+
+def _receive(connection: socket.socket) -> dict:
+    connection.settimeout(REQUEST_SECONDS)
+    data, streams, _, _ = socket.recv_fds(connection, 65536, 2)
+    while data and not data.endswith(b"\n"):
+        more = connection.recv(65536)
+        if not more:
+            break
+        data += more
+    if len(streams) != 2:
+        raise ValueError("no standard streams")
+    return json.loads(data) | {"streams": streams}
+
+
+def _send(connection: socket.socket, reply: object) -> None:
+    with contextlib.suppress(OSError):  # a page that is gone is noticed when its line reads empty
+        connection.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _signal_group(pid: int, signum: int) -> None:
+    try:
+        os.killpg(pid, signum)
+    except ProcessLookupError:  # forked a moment ago and not yet the leader of its group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def _become_kernel(request: dict, zygote_pid: int, path: list[str]) -> None:
+    """Turn this fork into what ``python -m ipykernel_launcher`` would have been."""
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.setsid()
+    _die_with(zygote_pid)
+    for signum in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, target in zip(
+        [os.open(os.devnull, os.O_RDONLY), *request["streams"]], (0, 1, 2), strict=True
+    ):
+        os.dup2(stream, target)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
+    sys.argv = ["ipykernel_launcher", *request["argv"]]
+    _set_threads()
+    _reseed()
+    if "matplotlib" in sys.modules:
+        sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", INLINE)
+    # ipykernel reads the parent's id on import, which was in the zygote; it ends the kernel on any system.
+    IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={zygote_pid}"])
+
+
+def _die_with(zygote_pid: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != zygote_pid:  # it died before the line above
+        os._exit(1)
+
+
+def _set_threads() -> None:
+    """Apply the thread counts of the environment, which the libraries read when they were loaded."""
+    from threadpoolctl import threadpool_limits
+
+    openmp = os.environ.get("OMP_NUM_THREADS")
+    if openmp:
+        threadpool_limits(int(openmp), user_api="openmp")
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(int(openmp))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threadpool_limits(int(os.environ.get("OPENBLAS_NUM_THREADS") or openmp or cores), user_api="blas")
+
+
+def _reseed() -> None:
+    """Give the global generators fresh entropy: two forks must not draw the same numbers."""
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].seed()
+
+
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(address)
+    except OSError as problem:
+        raise UserError(f"Cannot listen on {address}: {problem.strerror or problem}.") from None
+    finally:
+        os.umask(mask)
+    listener.listen(128)
+    return listener
+
+
+def _preload(modules: Sequence[str]) -> None:
+    for name in ("ipykernel.kernelapp", "ipykernel.zmqshell", "threadpoolctl", *modules):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in the kernels then leave the shared pages alone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the zygote (see the head of this file)."""
+    parser = argparse.ArgumentParser(prog="python -m lthlib.zygote", description=__doc__.splitlines()[0])
+    parser.add_argument("socket", help="where to listen, in a folder that is yours alone")
+    parser.add_argument("modules", nargs="*", help=f"what to import first (default: {' '.join(PRELOAD)})")
+    options = parser.parse_args(arguments)
+    parent = os.getppid()
+    try:
+        listener = _listen(options.socket)
+    except UserError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [entry for entry in sys.path[1:] if entry not in own]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which then ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    request, server = None, None
+    try:
+        _preload(options.modules or PRELOAD)
+        server = _Server(listener, parent)
+        request = server.run()
+    except SystemExit:
+        pass
+    finally:
+        if server is None or os.getpid() == server.pid:
+            if server is not None:
+                server.stop()
+            Path(options.socket).unlink(missing_ok=True)
+    if request is not None:
+        _become_kernel(request, server.pid, path)
+        atexit._run_exitfuncs()
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main())  # taking down torch module by module costs every page half a second
