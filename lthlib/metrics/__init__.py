@@ -50,3 +50,22 @@ def describe(
 ) -> None:  # fmt: skip
     """Add the row of one metric to `METRICS`; the arguments are the attributes of `Metric`."""
     METRICS[name] = Metric(name, title, dimension, higher_is_better, unit, definition, reference, in_verdict)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number, on its way into a row.
+
+    Attributes:
+        metric: A name in `METRICS`.
+        value: In the metric's unit.
+        n: Number of images (or other cases) it was measured on.
+        shift: What was done to the data: ``"none"``, an out-of-distribution set, a corruption, an attack.
+        severity: How much of it; 0 where that means nothing.
+    """
+
+    metric: str
+    value: float
+    n: int
+    shift: str = "none"
+    severity: float = 0

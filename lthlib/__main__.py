@@ -1,0 +1,47 @@
+"""The steps of a grid, one command each; the workflow calls them, and so may you.
+
+    python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure one method, one seed, all rounds
+    python -m lthlib rows GRID FILE                               write the tidy table of a finished grid
+    python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
+    python -m lthlib record GRID                                  put its results into book/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lthlib.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit status, 1 after an error that the person can mend."""
+    parser = argparse.ArgumentParser(prog="python -m lthlib", description="The steps of a grid, one command each.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tickets = commands.add_parser("tickets", help="train and measure one method and seed at every round")
+    for name in ("grid", "study", "method"):
+        tickets.add_argument(name)
+    tickets.add_argument("seed", type=int)
+    tickets.add_argument("--done", type=Path, help="file to write when all is done")
+    rows = commands.add_parser("rows", help="write the tidy table of a grid")
+    rows.add_argument("grid")
+    rows.add_argument("file", type=Path)
+    front = commands.add_parser("front", help="write the book's answer, status and table of contents")
+    front.add_argument("grid")
+    front.add_argument("folder", type=Path)
+    record = commands.add_parser("record", help="put a grid's results into book/results")
+    record.add_argument("grid")
+    options = vars(parser.parse_args(arguments))
+    from lthlib import report  # late: it imports torch, and --help should not
+
+    try:
+        getattr(report, options.pop("command"))(**options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Rows and arrays -> figures, in the paper's conventions.
+
+Dense is a black dashed line with the spread of its seeds; a method is solid where it wins, dashed where it has
+degraded, dotted where it has collapsed; sparsity is in percent on the ladder 1 - 0.8^n; each metric carries ↑ or ↓.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lthlib import masks
+from lthlib.metrics import METRICS
+from lthlib.pruners import METHODS
+from lthlib.verdict import COLLAPSED, DEGRADED, WINNING
+
+STYLES = {WINNING: "-", DEGRADED: "--", COLLAPSED: ":"}
+WIDTH = 10.0  # inches; the book's column
+
+
+def use_style() -> None:
+    """Set the look of every figure of the book (call once a page)."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False})
+
+
+def colours() -> dict[str, tuple[float, float, float]]:
+    """Return one colour a method, the same on every page."""
+    names = [name for name in METHODS if name != "dense"]
+    palette = [*sns.color_palette("colorblind"), *sns.color_palette("husl", max(0, len(names) - 10))]
+    return dict(zip(names, palette, strict=False))
+
+
+def label(metric: str) -> str:
+    """Return the axis label of a metric: title, unit and direction."""
+    entry = METRICS[metric]
+    unit = "%" if entry.unit == "fraction" else entry.unit
+    return f"{entry.title}{f' [{unit}]' if unit else ''} {entry.arrow}".strip()
+
+
+def factor(metric: str) -> float:
+    """Return what a value is multiplied by before it is drawn: fractions are shown in percent."""
+    return 100.0 if METRICS[metric].unit == "fraction" else 1.0
+
+
+def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2) -> Figure:
+    """Draw metric against sparsity, one panel a metric and shift.
+
+    Args:
+        judged: As `lthlib.verdict.regions` returns it.
+        panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction.
+        columns: Panels side by side.
+    """
+    if panels is None:
+        panels = [k for k, g in judged.groupby(["metric", "shift"], sort=False) if (g["region"] != "").all()]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
+        part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]
+        curve(axis, part, metric)
+        axis.set_title(METRICS[metric].title + ("" if shift == "none" else f": {shift}"))
+    methods = list(dict.fromkeys(judged["method"]))
+    figure.legend(
+        handles=legend(methods), loc="outside lower center", ncols=min(6, len(methods) + 4), frameon=False
+    )
+    return figure
+
+
+def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
+    """Draw one metric of one shift on an axis: a line a method, its interval over seeds, and the dense run's."""
+    scale, colour = factor(metric), colours()
+    first = part.iloc[0]
+    axis.axhline(scale * first["dense"], color="black", ls="--", lw=1.5, zorder=3)
+    axis.axhspan(scale * first["dense_low"], scale * first["dense_high"], color="black", alpha=0.1, lw=0)
+    for method, line in part.groupby("method", sort=False):
+        line = line.sort_values("round")
+        x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
+        axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
+        for i in range(1, len(x)):  # a segment has the style of the point it leads to
+            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["region"].iloc[i]], color=colour[method], lw=1.6)
+        won = (line["region"] == WINNING).to_numpy()
+        axis.plot(x[won], y[won], "o", color=colour[method], ms=4)
+        axis.plot(x[~won], y[~won], "o", color=colour[method], ms=4, mfc="white")
+    sparsity_axis(axis, sorted(set(part["round"])))
+    axis.set_ylabel(label(metric))
+
+
+def sparsity_axis(axis: Axes, rounds: Sequence[int]) -> None:
+    """Label an axis whose positions are rounds with the sparsity in percent."""
+    axis.set_xticks(rounds, [f"{100 * masks.sparsity_of(n):.3g}" for n in rounds])
+    axis.set_xlabel("sparsity [%]")
+    axis.grid(axis="x", visible=False)
+
+
+def legend(methods: Sequence[str]) -> list[Line2D]:
+    """Return the legend's entries: dense, the methods, the regions."""
+    colour = colours()
+    return [
+        Line2D([], [], color="black", ls="--", label="dense"),
+        *[Line2D([], [], color=colour[m], marker="o", ms=4, label=METHODS[m].title) for m in methods],
+        *[Line2D([], [], color="grey", ls=style, label=region) for region, style in STYLES.items()],
+    ]
+
+
+def reach_map(table: pd.DataFrame) -> Figure:
+    """Draw how far each method keeps each column (metric or dimension): highest sparsity won without a break, in percent.
+
+    Args:
+        table: As `lthlib.verdict.reach` returns it.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
+    titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
+    text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}")
+    sns.heatmap(
+        100 * table.fillna(0.0), annot=text, fmt="", cmap="crest", vmin=0, vmax=100, linewidths=1, ax=axis,
+        cbar_kws={"label": "kept up to sparsity [%]"}, xticklabels=titles,
+        yticklabels=[METHODS[m].title for m in table.index],
+    )  # fmt: skip
+    axis.tick_params(axis="x", rotation=25)
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def radar(table: pd.DataFrame) -> Figure:
+    """Draw the normalised scorecard of `lthlib.verdict.scorecard`: an axis a metric, 1 (outside) the best of those shown."""
+    angles = np.linspace(0, 2 * np.pi, len(table.columns), endpoint=False)
+    figure, axis = plt.subplots(figsize=(6.5, 5), subplot_kw={"projection": "polar"}, layout="constrained")
+    colour = {"dense": "black", **colours()}
+    for method, line in table.iterrows():
+        closed = np.append(line.to_numpy(), line.iloc[0])
+        style = "--" if method == "dense" else "-"
+        axis.plot(np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title)
+    axis.set_xticks(angles, [METRICS[name].title for name in table.columns])
+    axis.set_yticks([0, 0.5, 1], ["", "", ""])
+    axis.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False)
+    return figure
+
+
+def reliability(diagrams: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Draw reliability diagrams side by side: accuracy against confidence by bin, and how many images a bin holds.
+
+    Args:
+        diagrams: Title -> arrays ``count``, ``confidence``, ``accuracy`` by bin.
+    """
+    figure, axes = plt.subplots(
+        2, len(diagrams), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained", sharex=True, sharey="row",
+        height_ratios=[3, 1],
+    )  # fmt: skip
+    for (top, bottom), (title, bins) in zip(axes.T, diagrams.items(), strict=True):
+        edges = np.linspace(0, 1, len(bins["count"]) + 1)
+        centres, width = (edges[:-1] + edges[1:]) / 2, edges[1]
+        filled = bins["count"] > 0
+        top.plot([0, 1], [0, 1], color="black", ls="--", lw=1)
+        top.bar(centres[filled], bins["accuracy"][filled], width, color="C0", alpha=0.7, edgecolor="white")
+        top.plot(bins["confidence"][filled], bins["accuracy"][filled], "o", color="C3", ms=3)
+        bottom.bar(centres, bins["count"], width, color="grey", edgecolor="white")
+        bottom.set_yscale("symlog")
+        top.set_title(title)
+        bottom.set_xlabel("confidence")
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("images")
+    return figure
+
+
+def attack_curves(judged: pd.DataFrame) -> Figure:
+    """Draw accuracy against attack strength: dense beside each method at its sparsities, one panel a method."""
+    part = judged[judged["metric"] == "adversarial_accuracy"]
+    methods = list(dict.fromkeys(part["method"]))
+    columns = min(4, len(methods))
+    rows = -(-len(methods) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 2.4 * rows + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    shades = sns.color_palette("flare", part["round"].nunique())
+    for axis in axes.flat[len(methods) :]:
+        axis.remove()
+    for axis, method in zip(axes.flat, methods, strict=False):
+        mine = part[part["method"] == method]
+        for shade, (n, line) in zip(shades, mine.groupby("round"), strict=False):
+            axis.plot(line["severity"], 100 * line["mean"], "o-", ms=3, color=shade, label=f"{100 * masks.sparsity_of(n):.3g} %")
+        first = mine[mine["round"] == mine["round"].min()]
+        axis.plot(first["severity"], 100 * first["dense"], color="black", ls="--", label="dense")
+        axis.set_title(METHODS[method].title)
+        axis.set_xlabel("ε [1/255]")
+    axes[0, 0].set_ylabel(label("adversarial_accuracy"))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    return figure

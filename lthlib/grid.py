@@ -1,0 +1,138 @@
+"""Grid files: which studies a report runs, in which dimensions, with which parameters.
+
+A grid is a YAML file. `read_grid` accepts the keys of `lthlib.evaluate.Study` (``data`` and ``arch`` may be lists: one
+study each) and those of `Grid`; whatever else it finds is an error that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lthlib import compute
+from lthlib.errors import UserError, choose
+from lthlib.evaluate import DIMENSIONS, Study, study_from
+from lthlib.verdict import Thresholds
+
+STUDY_KEYS = (
+    "data", "arch", "methods", "rounds", "sparsities", "seeds", "recipe", "rewind_epoch", "train_size", "options",
+)  # fmt: skip
+KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a report runs.
+
+    Attributes:
+        name: The file's name without its suffix; the folder of its pages and recorded results.
+        title: What a reader sees.
+        studies: One for each data set and architecture.
+        dimensions: Dimension -> its parameters where they differ from the defaults.
+        precision: Of forward passes for logits.
+        thresholds: Of the verdict.
+    """
+
+    name: str
+    title: str
+    studies: tuple[Study, ...]
+    dimensions: Mapping[str, Mapping[str, object]]
+    precision: str
+    thresholds: Mapping[str, float]
+
+    def study(self, name: str) -> Study:
+        """Return the study of a name as `study_name` gives it."""
+        by_name = {study_name(study): study for study in self.studies}
+        choose(name, by_name, f"study of the grid {self.name}")
+        return by_name[name]
+
+
+def study_name(study: Study) -> str:
+    """Return the name of a study within its grid: data set and architecture."""
+    return f"{study.data.replace('@', '+').lower()}-{study.arch}"
+
+
+def read_grid(path: Path | str) -> Grid:
+    """Read and check a grid file; nothing is trained, loaded or written.
+
+    Raises:
+        UserError: Naming the key, the value and what is allowed.
+    """
+    path = Path(path)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", path.stem):
+        raise UserError(f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        known = sorted(str(p) for p in Path("workflow/grids").glob("*.yml"))
+        raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The grid file {path} cannot be read: {error}") from error
+    try:
+        return grid_from(path.stem, content)
+    except UserError as error:
+        raise UserError(f"In {path}: {error}") from error
+
+
+def grid_from(name: str, content: object) -> Grid:
+    """Build a grid from the content of its file; see `read_grid`."""
+    if not isinstance(content, dict):
+        raise UserError(f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {type(content).__name__}.")
+    for key in content:
+        choose(key, KEYS, "grid key")
+    for key in ("data", "arch", "rounds" if "sparsities" not in content else "sparsities", "seeds", "dimensions"):
+        if key not in content:
+            raise UserError(f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions.")
+    shared = {key: content[key] for key in STUDY_KEYS if key in content and key not in ("data", "arch")}
+    studies = tuple(
+        study_from({**shared, "data": data, "arch": arch})
+        for data in _names(content["data"], "data")
+        for arch in _names(content["arch"], "arch")
+    )
+    if len({study_name(study) for study in studies}) < len(studies):
+        raise UserError("data or arch names one of them twice.")
+    precision = content.get("precision", "auto")
+    choose(precision, compute.PRECISIONS, "precision")
+    return Grid(
+        name, _title(content.get("title", name)), studies, _dimensions(content["dimensions"]), precision,
+        _thresholds(content.get("thresholds") or {}),
+    )  # fmt: skip
+
+
+def _names(value: object, key: str) -> list[str]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key} is {value!r}; it must be a name or a list of names.")
+    return names
+
+
+def _title(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or "\n" in value:
+        raise UserError(f"title is {value!r}; it must be one line of text.")
+    return value
+
+
+def _dimensions(value: object) -> dict[str, dict[str, object]]:
+    if isinstance(value, list):
+        value = dict.fromkeys(map(str, value))
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"dimensions is {value!r}; it must map some of {', '.join(DIMENSIONS)} to their parameters.")
+    for name, parameters in value.items():
+        choose(name, DIMENSIONS, "dimension")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise UserError(f"dimensions: {name} is {parameters!r}; it must be a mapping of parameters, or empty.")
+        DIMENSIONS[name].parameters(parameters)
+    return {name: dict(parameters or {}) for name, parameters in value.items()}
+
+
+def _thresholds(value: object) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise UserError(f"thresholds is {value!r}; it must be a mapping.")
+    for name in value:
+        choose(name, list(vars(Thresholds())), "threshold")
+    Thresholds(**value)
+    return value

@@ -1,0 +1,325 @@
+"""A grid's way into the book: its jobs, its pages, its tables, the front page.
+
+The functions named like commands (`tickets`, `rows`, `front`, `record`) are what ``python -m lthlib`` runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from tqdm.auto import tqdm
+
+from lthlib import data, verdict
+from lthlib.code_version import code_version
+from lthlib.errors import UserError
+from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, Study, evaluate, question, rows_of
+from lthlib.grid import Grid, read_grid, study_name
+from lthlib.models import ARCHITECTURES
+from lthlib.pruners import METHODS
+from lthlib.store import ROOT, Store, say, write_atomically
+from lthlib.tickets import obtain
+
+RESULTS = "book/results"
+COMPARISON = "comparison"
+
+
+# --- jobs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and one seed of a study, at every round: what a worker trains and measures in one go."""
+
+    study: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its name within the grid."""
+        return f"{self.study}/{self.method}-s{self.seed}"
+
+
+def jobs(grid: Grid) -> list[Job]:
+    """Return a grid's jobs: dense first, then the longest chains (whose rounds build on one another)."""
+    return [
+        Job(study_name(study), method, seed)
+        for study in grid.studies
+        for method in ("dense", *sorted(study.methods, key=lambda m: METHODS[m].source != "previous"))
+        for seed in study.seeds
+    ]
+
+
+def needs(grid: Grid, job: Job) -> list[Job]:
+    """Return the jobs whose tickets a job builds on, so that no worker waits for another's lock."""
+    if job.method == "dense":
+        return []
+    source = METHODS[job.method].source
+    named = [source] if source in grid.study(job.study).methods else []
+    return [Job(job.study, method, job.seed) for method in ("dense", *named)]
+
+
+def job_version(grid: Grid, job: Job) -> str:
+    """Return a hash of the code behind a job's tickets and evaluations; another one means: run it again."""
+    method, study = METHODS[job.method], grid.study(job.study)
+    functions = [obtain, evaluate, method.find, ARCHITECTURES[study.arch].build]
+    functions += [method.during] if method.during else []
+    functions += [DIMENSIONS[name].measure() for name in grid.dimensions]
+    return code_version(*functions)
+
+
+def job_settings(grid: Grid, job: Job) -> str:
+    """Return everything of the grid that a job depends on, as text."""
+    study = asdict(grid.study(job.study))
+    study["options"] = study["options"].get(job.method, {})
+    del study["methods"], study["seeds"]
+    return json.dumps([study, grid.dimensions, grid.precision], sort_keys=True, default=list)
+
+
+def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
+    """Train and measure one method with one seed at every round of a study, then write ``done``."""
+    plan, store = read_grid(grid), Store()
+    mine = [t for t in plan.study(study).tickets() if t.method == method and t.seed == seed]
+    if not mine:
+        raise UserError(f"{method} with seed {seed} is not part of {study} in {grid}.")
+    for ticket in tqdm(mine, desc=f"{method}, seed {seed}", unit="ticket"):
+        for dimension, parameters in plan.dimensions.items():
+            evaluate(ticket, dimension, store, parameters, plan.precision)
+    if done is not None:
+        write_atomically(done, json.dumps([ticket.id for ticket in mine], indent=1) + "\n")
+
+
+# --- pages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """One page of the book that papermill makes: a template, its parameters, where it goes."""
+
+    grid: str
+    study: str
+    dimension: str
+    method: str
+    title: str
+    parameters: Mapping[str, object]
+
+    @property
+    def path(self) -> str:
+        """Path below ``book/_generated``, without suffix."""
+        return f"{self.grid}/{self.study}/{self.dimension}/{self.method}"
+
+    @property
+    def template(self) -> str:
+        """The notebook it is made from, relative to the checkout."""
+        return f"notebooks/{self.dimension}.ipynb"
+
+
+def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
+    """Return the pages of a grid: for each study and dimension the comparison, then a page a method.
+
+    Args:
+        grid: Which.
+        from_record: Whether the pages show recorded results and compute nothing.
+    """
+    plans = []
+    for study in grid.studies:
+        for dimension, parameters in grid.dimensions.items():
+            for method in (COMPARISON, *study.methods):
+                plans.append(_page(grid, study, dimension, parameters, method, from_record))
+    return plans
+
+
+def _page(
+    grid: Grid, study: Study, dimension: str, parameters: Mapping, method: str, from_record: bool
+) -> PagePlan:
+    shown = METHODS[method].title if method != COMPARISON else "all methods"
+    label = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
+    settings = {
+        "data": study.data,
+        "arch": study.arch,
+        "method": list(study.methods) if method == COMPARISON else method,
+        "seeds": list(study.seeds),
+        "rounds": list(study.rounds),
+        "recipe": asdict(study.recipe),
+        "rewind_epoch": study.rewind_epoch,
+        "train_size": study.train_size,
+        "options": {m: dict(o) for m, o in study.options.items() if method in (COMPARISON, m)},
+        "measure": dict(parameters),
+        "thresholds": dict(grid.thresholds),
+        "precision": grid.precision,
+        "recorded": RESULTS if from_record else None,
+        "compute_missing": not from_record,
+    }
+    return PagePlan(
+        grid.name, study_name(study), dimension, method,
+        f"{DIMENSIONS[dimension].title}: {shown} on {label}, {ARCHITECTURES[study.arch].title}", settings,
+    )  # fmt: skip
+
+
+def recorded_grids(but: str) -> list[Path]:
+    """Return the grid files of all recorded results, except the grid of a name."""
+    found = []
+    for folder in sorted(p.parent for p in (ROOT / RESULTS).glob("*/manifest.json")):
+        path = ROOT / "workflow" / "grids" / f"{folder.name}.yml"
+        if folder.name != but:
+            if not path.exists():
+                raise UserError(f"{folder} holds recorded results of a grid that has no file {path}.")
+            found.append(path)
+    return found
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def table(grid: Grid, store: Store, *, from_record: bool = False) -> pd.DataFrame:
+    """Return every number of a grid as one tidy table, with ``round`` beside `lthlib.evaluate.COLUMNS`."""
+    archive = Archive.read(ROOT / RESULTS) if from_record else {}
+    parts = []
+    for study in grid.studies:
+        for dimension, parameters in grid.dimensions.items():
+            name = question(dimension, DIMENSIONS[dimension].parameters(parameters), grid.precision)
+            found = [
+                archive[t.id, name].evaluation(t) if from_record else evaluate(t, dimension, store, parameters, grid.precision)
+                for t in study.tickets()
+            ]  # fmt: skip
+            parts.append(rows_of(found, dimension))
+    return pd.concat(parts, ignore_index=True)
+
+
+def rows(grid: str, file: Path) -> None:
+    """Write the tidy table of a finished grid."""
+    found = table(read_grid(grid), Store())
+    write_atomically(file, found[list(COLUMNS)].to_csv(index=False))
+
+
+def record(grid: str) -> None:
+    """Put a grid's results into ``book/results/<grid>``, computing what is missing."""
+    plan, store = read_grid(grid), Store()
+    found = {}
+    for dimension, parameters in plan.dimensions.items():
+        name = question(dimension, DIMENSIONS[dimension].parameters(parameters), plan.precision)
+        every = [t for study in plan.studies for t in study.tickets()]
+        found[dimension] = [
+            (name, evaluate(t, dimension, store, parameters, plan.precision)) for t in tqdm(every, desc=dimension)
+        ]
+    folder = ROOT / RESULTS / plan.name
+    Archive.write(folder, found)
+    say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
+
+
+# --- the book's front --------------------------------------------------------------------------------------------
+
+
+def front(grid: str, folder: Path) -> None:
+    """Write what the book's static pages include: the answer (figure and table), the status page, the contents."""
+    plan, store = read_grid(grid), Store()
+    others = [read_grid(path) for path in recorded_grids(plan.name)]
+    sections = [_answer(plan, table(plan, store), folder)]
+    sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]
+    write_atomically(folder / "answer.md", "\n\n".join(sections) + "\n")
+    plans = pages(plan) + [page for other in others for page in pages(other, from_record=True)]
+    write_atomically(folder / "status.md", _status(plans, folder))
+    write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
+
+
+def _answer(grid: Grid, found: pd.DataFrame, folder: Path) -> str:
+    from lthlib import figures
+
+    figures.use_style()
+    parts = [f"## {grid.title}"]
+    for study in grid.studies:
+        mine = found[(found["dataset"] == study.data) & (found["arch"] == study.arch)]
+        classes = len(data.load(study.data, Store()).classes) if _is_here(study) else _recorded_classes(mine)
+        judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
+        reached = verdict.reach(judged)
+        picture = f"answer-{grid.name}-{study_name(study)}.svg"
+        figures.reach_map(reached).savefig(folder / picture)
+        passes = verdict.lth_pass(judged)
+        parts += [_passes(passes), f"```{{figure}} {picture}\n:width: 100%\nHow far each method keeps each metric: the "
+                  "highest sparsity (in percent) up to which it wins without a break; – where it loses at once.\n```"]  # fmt: skip
+        parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
+        parts += [f"{len(study.tickets())} tickets, seeds {', '.join(map(str, study.seeds))}."]
+    return "\n\n".join(parts)
+
+
+def _is_here(study: Study) -> bool:
+    try:
+        data.load(study.data, Store())
+    except UserError:
+        return False
+    return True
+
+
+def _recorded_classes(mine: pd.DataFrame) -> int:
+    for record_ in Archive.read(ROOT / RESULTS).values():
+        if record_.entry["ticket"] in set(mine["ticket"]):
+            return record_.entry["provenance"]["n_classes"]
+    raise UserError("No recorded evaluation says how many classes its data set has.")
+
+
+def _passes(passes: pd.DataFrame) -> str:
+    won = passes[passes["passed"]].sort_values("round").groupby("method", sort=False).tail(1)
+    if won.empty:
+        return "No sparse network measured here wins everything: there is no **LTH-PASS** among them."
+    best = ", ".join(f"{METHODS[m].title} ({100 * s:.1f} %)" for m, s in zip(won["method"], won["sparsity"], strict=True))
+    return f"**LTH-PASS**, no worse than dense in every metric measured: {best}; in brackets the highest such sparsity."
+
+
+def _dimension_table(reached: pd.DataFrame, passes: pd.DataFrame) -> str:
+    head = ["method", *[DIMENSIONS[name].title for name in reached], "everything"]
+    lines = [head, ["---"] * len(head)]
+    for method, line in reached.iterrows():
+        mine = passes[passes["method"] == method].sort_values("round")
+        all_of = mine[mine["passed"].cumprod().astype(bool)]["sparsity"]
+        cells = [*line, all_of.iloc[-1] if len(all_of) else float("nan")]
+        lines.append([METHODS[method].title, *["–" if v != v else f"{100 * v:.1f} %" for v in cells]])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _status(plans: list[PagePlan], folder: Path) -> str:
+    lines = [
+        "# Status", "",
+        "Which code made which page, where and in what time. A page of recorded results names the commit that "
+        "measured them on the page itself.", "",
+        "| page | seconds | made by | at |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for plan in plans:
+        path = folder / f"{plan.path}.ipynb"
+        if not path.exists():
+            lines.append(f"| {plan.title} | missing | | |")
+            continue
+        meta = json.loads(path.read_text())["metadata"]
+        run = meta.get("papermill", {})
+        lines.append(
+            f"| [{plan.title}](/_generated/{plan.path}.ipynb) | {run.get('duration') or 0:.1f} | commit `{meta['lthlib']['commit']}` | "
+            f"{meta['lthlib']['time']} |"
+        )
+    from lthlib import compute
+
+    here = compute.provenance("auto")
+    lines += ["", "This build:", "", *[f"- {name}: {value}" for name, value in here.items() if name != "time"]]
+    return "\n".join(lines) + "\n"
+
+
+def _contents(plans: list[PagePlan], template: Path) -> str:
+    """Fill the table of contents: an entry ``{generated: dimension}`` becomes that dimension's pages."""
+    toc = yaml.safe_load(template.read_text())
+    for part in toc["parts"]:
+        part["chapters"] = list(_filled(part["chapters"], plans))
+    return yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
+
+
+def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
+    for chapter in chapters:
+        if "generated" not in chapter:
+            yield chapter
+            continue
+        mine = [plan for plan in plans if plan.dimension == chapter["generated"]]
+        for first in (plan for plan in mine if plan.method == COMPARISON):
+            sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
+            yield {"file": f"_generated/{first.path}", "sections": [{"file": f"_generated/{p.path}"} for p in sections]}

@@ -1,0 +1,122 @@
+"""Run a grid to a book: check the grid, run the workflow, say what is running, what failed, and where the book lies.
+
+    .venv/bin/python workflow/report.py workflow/grids/quick.yml [--profile local] [--cores all]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lthlib.errors import UserError, choose
+from lthlib.grid import Grid, read_grid
+from lthlib.store import ROOT, Store, say
+from lthlib.zygote import zygote
+
+DONE = re.compile(r"(\d+) of (\d+) steps")
+RULE = re.compile(r"^(?:local)?rule (\w+):")
+LOG = re.compile(r"^\s+log: (\S+)")
+SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
+
+
+def main() -> int:
+    """Run the grid named on the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Run a grid to a book.")
+    parser.add_argument("grid")
+    parser.add_argument("--profile", default="local", help="a folder of workflow/profiles")
+    parser.add_argument("--cores", default="all")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    began = time.monotonic()
+    try:
+        grid = read_grid(options.grid)
+        choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
+        if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
+            raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
+        with only_run(), zygote():
+            status, failed = run(options)
+    except UserError as error:
+        say(f"error: {error}")
+        return 1
+    return finish(grid, status, failed, time.monotonic() - began)
+
+
+@contextmanager
+def only_run():
+    """Let one run at a time steer this checkout; a lock whose holder is gone is free, whatever became of the holder."""
+    path = ROOT / ".snakemake" / "run.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another run is under way in this checkout: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # We are alone, so Snakemake's own locks are those of a run that was killed.
+        for stale in SNAKEMAKE_LOCKS.glob("*") if SNAKEMAKE_LOCKS.is_dir() else ():
+            stale.unlink()
+        yield
+
+
+def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
+    """Run Snakemake under a progress bar; return its exit status and the logs of the jobs that failed."""
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(ROOT),
+        "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
+        "--config", f"grid={options.grid}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    failed: list[Path] = []
+    tail: deque[str] = deque(maxlen=30)
+    log = ROOT / "_build" / "snakemake.log"
+    log.parent.mkdir(exist_ok=True)
+    with (
+        log.open("w") as record,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process,
+        tqdm(desc="report", unit="job", bar_format="{desc}: {n}/{total} jobs {bar} {elapsed}, {remaining} left") as bar,
+    ):  # fmt: skip
+        in_error = False
+        for line in process.stdout:
+            record.write(line)
+            tail.append(line)
+            in_error = line.startswith("Error in rule") or (in_error and line.startswith(" "))
+            if in_error and (found := LOG.match(line)):
+                failed.append(Path(found[1]))
+            if found := RULE.match(line):
+                bar.set_description_str(found[1])
+            if found := DONE.search(line):
+                bar.total = int(found[2])
+                bar.update(int(found[1]) - bar.n)
+    if process.returncode and not failed:
+        say("".join(tail))
+    return process.returncode, list(dict.fromkeys(failed))
+
+
+def finish(grid: Grid, status: int, failed: list[Path], seconds: float) -> int:
+    """Say how it ended and where things lie."""
+    for log in failed:
+        lines = log.read_text().strip().splitlines()[-4:] if log.exists() else ["(no log)"]
+        say(f"\nfailed: {log}\n  " + "\n  ".join(line.split("\r")[-1] for line in lines))
+    book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{grid.name}/rows.csv"
+    if status:
+        say(f"\n{len(failed)} jobs failed; what succeeded is kept. The workflow's log: _build/snakemake.log")
+        return 1
+    print(f"{grid.title}: done in {seconds:.0f} s")
+    print(f"book: {book}")
+    print(f"rows: {rows}")
+    print(f"store: {Store().root}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
