@@ -1,0 +1,781 @@
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lthlib import masks, models
+from lthlib.errors import UserError
+from lthlib.pruners import (
+    FAMILIES,
+    METHODS,
+    Found,
+    Moment,
+    find,
+    grasp,
+    method,
+    rigl,
+    snip,
+    structured,
+    synflow,
+)
+from lthlib.pruners.small_dense import fit
+
+GIVEN = {"in_channels": 1, "num_classes": 4, "image_size": 12, "mean": [0.4], "std": [0.3]}
+ROUND = 8
+
+
+def network(seed=0, arch="resnet8", **more):
+    return models.build(arch, seed=seed, **(GIVEN | more))
+
+
+def used(model, seed=7):
+    """`model` as after some training: no two layers alike, batch normalisations away from the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.randn(module.num_features, generator=generator))
+                module.bias.copy_(torch.randn(module.num_features, generator=generator) / 4)
+                module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 4)
+                module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model
+
+
+def images(n, seed=0, channels=1, size=12):
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(n=None, per_class=None):
+    if n is not None:
+        return images(n, seed=1), torch.arange(n) % 4
+    return images(4 * per_class, seed=1), torch.arange(4).repeat_interleave(per_class)
+
+
+def moment(name, model=None, round=ROUND, seed=3, found=None, **options):
+    model = used(network()) if model is None else model
+    dense = masks.dense(model)
+    found = dense if found is None else found
+    n_keep = masks.kept(masks.n_kept(dense), round)
+    entry = METHODS[name]
+    if found is dense and entry.family == "control":
+        found = masks.keep_top({n: w.detach().abs() for n, w in masks.prunable(model).items()}, n_keep)
+    quick = {"rounds": 10} if name == "synflow" else {}
+    return Moment(model, found, n_keep, round, seed, batch, {**entry.options, **quick, **options})
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def scores_of_ones(model):
+    return {name: torch.ones_like(w) for name, w in masks.prunable(model).items()}
+
+
+# --------------------------------------------------------------- contracts: every entry of METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_entry_says_what_the_others_need_to_know(name):
+    entry = METHODS[name]
+    assert entry.name == name
+    assert entry.source in ("init", "dense", "previous", *METHODS)
+    assert entry.family in FAMILIES
+    assert entry.find.__module__.startswith("lthlib.pruners.")
+    assert entry.reference
+    assert all(isinstance(v, (bool, int, float, str)) for v in entry.options.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_found_is_exact_and_repeats_by_seed(name):
+    first, second = find(name, moment(name)), find(name, moment(name))
+    assert sum(x is not None for x in (first.masks, first.kept_channels, first.channels)) == (name != "dense")
+    if first.masks is not None:
+        assert masks.n_kept(first.masks) == moment(name).n_keep
+        masks.check_fits(network(), first.masks)
+        assert same(first.masks, second.masks)
+    if first.kept_channels is not None:
+        assert same(first.kept_channels, second.kept_channels)
+        assert masks.n_kept(structured.channel_masks(network(), first.kept_channels)) <= moment(name).n_keep
+    assert first.channels == second.channels
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].family in ("random", "dynamic")])
+def test_random_choices_differ_by_seed_and_ignore_the_weights(name):
+    one, other = (find(name, moment(name, seed=s)).masks for s in (1, 2))
+    assert not same(one, other)
+    assert same(one, find(name, moment(name, model=network(seed=9), seed=1)).masks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_finding_leaves_the_global_random_state_alone(name):
+    before = torch.random.get_rng_state()
+    find(name, moment(name))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_masks_of_the_source_are_not_changed(name):
+    given = moment(name)
+    before = {k: v.clone() for k, v in given.masks.items()}
+    find(name, given)
+    assert same(given.masks, before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_networks_that_cannot_be_pruned_are_refused(name):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(UserError, match="no prunable weights"):
+        find(name, Moment(flat, {}, 5, 1, 0, batch, METHODS[name].options))
+    given = moment(name)
+    with pytest.raises(UserError, match="leaves no weight"):
+        find(name, Moment(given.model, given.masks, 0, 90, 0, batch, given.options))
+    del given.masks["conv1.weight"]
+    with pytest.raises(UserError, match=r"no mask for layer 'conv1\.weight'"):
+        find(name, given)
+
+
+@pytest.mark.parametrize("name", ["omp", "lth", "snip", "grasp", "synflow", "filter-l1", "slimming"])
+def test_weights_that_are_not_finite_are_refused(name):
+    model = used(network())
+    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = math.nan
+    model.layer2[0].bn1.weight.data[0] = math.nan
+    with pytest.raises(UserError, match="finite"):
+        find(name, moment(name, model=model))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("snip", {"bn_mode": "training"}),
+        ("grasp", {"bn_mode": "training"}),
+        ("synflow", {"schedule": "exponentiel"}),
+        ("synflow", {"precision": "float16"}),
+        ("rigl", {"distribution": "erks"}),
+        ("filter-l1", {"budget": "parameter"}),
+    ],
+)
+def test_mistyped_options_are_refused_with_what_is_allowed(name, option):
+    with pytest.raises(UserError, match=r"Did you mean|Allowed: float64, float32"):
+        find(name, moment(name, **option))
+
+
+def test_a_method_that_miscounts_is_caught():
+    given = moment("rp")
+    METHODS.pop("wrong", None)
+    try:
+        register = method("wrong", title="", source="init", start="init", reference="", family="random")
+        register(lambda m: Found(masks.keep_top(scores_of_ones(m.model), m.n_keep - 1)))
+        with pytest.raises(ValueError, match="wrong kept"):
+            find("wrong", given)
+    finally:
+        METHODS.pop("wrong", None)
+
+
+# ----------------------------------------------------------------------------- random
+
+
+@pytest.mark.parametrize("name", ["rp", "rp-layerwise", "rp-erk", "omp"])
+def test_rounds_of_one_ranking_nest(name):
+    rounds = [find(name, moment(name, round=r)).masks for r in range(1, 20)]
+    for earlier, later in itertools.pairwise(rounds):
+        assert all((earlier[k] | ~later[k]).all() for k in later)
+
+
+def test_the_three_meanings_of_random_differ_in_their_layer_densities():
+    given = moment("rp")
+    density = given.n_keep / 76_432
+    shapes = {n: w.shape for n, w in masks.prunable(given.model).items()}
+    by_layer = {n: masks.density_by_layer(find(n, given).masks) for n in ("rp", "rp-layerwise", "rp-erk")}
+    erk = masks.erk_densities(shapes, density)
+    for layer, shape in shapes.items():
+        n = math.prod(shape)
+        assert abs(by_layer["rp-layerwise"][layer] - density) * n <= 1
+        assert abs(by_layer["rp-erk"][layer] - erk[layer]) * n <= 1
+        assert abs(by_layer["rp"][layer] - density) < 5 * math.sqrt(density / n)
+    exact = [abs(by_layer["rp"][layer] - density) * math.prod(s) <= 1 for layer, s in shapes.items()]
+    assert not all(exact)
+
+
+# ----------------------------------------------------------------------------- magnitude and lottery
+
+
+def test_omp_keeps_the_largest_weights_of_all_layers_together():
+    given = moment("omp")
+    found = find("omp", given).masks
+    size = {k: w.detach().abs() for k, w in masks.prunable(given.model).items()}
+    kept = torch.cat([size[k][found[k]] for k in found])
+    pruned = torch.cat([size[k][~found[k]] for k in found])
+    assert kept.min() >= pruned.max()
+
+
+def test_omp_depends_on_ranks_over_the_network_alone():
+    model = used(network())
+    found = find("omp", moment("omp", model=model)).masks
+    scaled, one_layer = copy.deepcopy(model), copy.deepcopy(model)
+    for weight in masks.prunable(scaled).values():
+        weight.data *= 4
+    one_layer.layer3[0].conv2.weight.data *= 4
+    assert same(found, find("omp", moment("omp", model=scaled)).masks)
+    other = find("omp", moment("omp", model=one_layer)).masks
+    before, after = (masks.density_by_layer(m)["layer3.0.conv2.weight"] for m in (found, other))
+    assert after > 2 * before
+
+
+def test_lth_follows_its_own_masks_round_by_round():
+    """The weights change at random between rounds: nesting must come from the masks, not from the weights."""
+    total, found = 76_432, masks.dense(network())
+    for round in range(1, 22):
+        model = network(seed=round)
+        masks.apply_(model, found)
+        previous, found = found, find("lth", moment("lth", model=model, round=round, found=found)).masks
+        assert masks.n_kept(found) == masks.kept(total, round)
+        assert all((previous[k] | ~found[k]).all() for k in found)
+        weights = {k: w.detach().abs() for k, w in masks.prunable(model).items()}
+        lost = torch.cat([weights[k][previous[k] & ~found[k]] for k in found])
+        assert lost.max() <= min(weights[k][found[k]].min() for k in found if found[k].any())
+
+
+def test_lth_never_brings_a_pruned_weight_back_however_large():
+    model = network()
+    found = {k: m.clone() for k, m in masks.dense(model).items()}
+    found["conv1.weight"].zero_()
+    model.conv1.weight.data.fill_(100.0)
+    after = find("lth", moment("lth", model=model, found=found)).masks
+    assert not after["conv1.weight"].any()
+
+
+def test_controls_keep_one_property_each():
+    given = moment("lth-shuffled")
+    shuffled, again = (find(n, given).masks for n in ("lth-shuffled", "lth-reinit"))
+    assert masks.density_by_layer(shuffled) == masks.density_by_layer(given.masks)
+    assert not same(shuffled, given.masks)
+    assert same(again, given.masks)
+    assert (METHODS["lth-shuffled"].start, METHODS["lth-reinit"].start) == ("rewind", "reinit")
+    assert METHODS["lth-shuffled"].source == METHODS["lth-reinit"].source == "lth"
+
+
+# ----------------------------------------------------------------------------- SNIP and GraSP
+
+
+def chain(*, norm=False, dtype=torch.float64, seed=0):
+    """Convolutions, ReLUs and average pools without biases; with batch normalisation if `norm`."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for inputs, outputs in ((1, 6), (6, 8), (8, 5)):
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, dtype=dtype)
+        nn.init.kaiming_normal_(conv.weight, generator=generator)
+        layers += [conv, nn.BatchNorm2d(outputs, dtype=dtype, eps=1e-20)] if norm else [conv]
+        layers += [nn.ReLU(), nn.AvgPool2d(2) if outputs == 6 else nn.Identity()]
+    head = nn.Linear(5, 4, bias=False, dtype=dtype)
+    nn.init.normal_(head.weight, generator=generator)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def data(n=16, dtype=torch.float64):
+    return images(n, seed=4).to(dtype), torch.arange(n) % 4
+
+
+def test_snip_is_the_gradient_of_the_gates():
+    """The score is what a gate on every weight would feel, taken by finite differences of the gate."""
+    model, (x, y) = chain(), data()
+    found = snip.saliency(model, x, y)
+    for name, places in (("0.weight", (0, 0, 1, 1)), ("3.weight", (2, 3, 0, 2)), ("6.weight", (4, 7, 1, 0))):
+        weight, h = masks.prunable(model)[name], 1e-6
+        value, losses = weight[places].item(), []
+        for gate in (1 + h, 1 - h):
+            weight.data[places] = gate * value
+            losses.append(F.cross_entropy(model(x), y).item())
+        weight.data[places] = value
+        assert found[name][places].item() == pytest.approx(
+            (losses[0] - losses[1]) / (2 * h), rel=1e-5, abs=1e-9
+        )
+
+
+def test_snip_is_conserved_from_layer_to_layer_without_biases():
+    model, (x, y) = chain(), data()
+    logits = model(x).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+    expected = (logits * slope).sum().item()
+    assert abs(expected) > 1e-3
+    for score in snip.saliency(model, x, y).values():
+        assert score.sum().item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_snip_sums_to_nothing_before_batch_statistics_only():
+    model, (x, y) = chain(norm=True), data()
+    for mode, zero in (("train", True), ("eval", False)):
+        snip.set_bn_mode(model, mode)
+        scores = snip.saliency(model, x, y)
+        assert all((abs(s.sum()) < 1e-12 * s.abs().sum()) == zero for s in scores.values())
+
+
+def test_snip_ranks_the_absolute_value_of_the_batchs_sum():
+    given = moment("snip", batch=6)
+    model = copy.deepcopy(given.model).train()
+    x, y = batch(6)
+    weights = masks.prunable(model)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()))
+    expected = {k: (w * g).detach().abs() for (k, w), g in zip(weights.items(), gradients, strict=True)}
+    assert same(find("snip", given).masks, masks.keep_top(expected, given.n_keep))
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_bn_mode_decides_the_mask(name):
+    train, eval_ = (find(name, moment(name, model=network(), bn_mode=m)).masks for m in ("train", "eval"))
+    shared = sum(int((train[k] & eval_[k]).sum()) for k in train)
+    assert shared < 0.9 * masks.n_kept(train)
+
+
+def test_grasp_hessian_product_is_the_dense_hessian_times_g():
+    model, (x, y) = chain(norm=True), data(8)
+    model = model[:4].append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(6, 4).double())
+    conv, head = model[0].weight, model[-1].weight
+    sizes = [conv.numel(), head.numel()]
+
+    def loss(flat):
+        first, last = flat.split(sizes)
+        parameters = {"0.weight": first.view_as(conv), "6.weight": last.view_as(head)}
+        pairs = [(x[:4], y[:4]), (x[4:], y[4:])]
+        return sum(
+            F.cross_entropy(torch.func.functional_call(model, parameters, a) / 3.0, b) for a, b in pairs
+        )
+
+    flat = torch.cat([conv.detach().flatten(), head.detach().flatten()])
+    slope = torch.autograd.functional.jacobian(loss, flat)
+    curvature = torch.autograd.functional.hessian(loss, flat)
+    g, hg = grasp.hessian_gradient(model, [(x[:4], y[:4]), (x[4:], y[4:])], temperature=3.0)
+    torch.testing.assert_close(g["0.weight"].flatten(), slope[: sizes[0]])
+    torch.testing.assert_close(hg["0.weight"].flatten(), (curvature @ slope)[: sizes[0]])
+
+
+def test_grasp_sums_to_the_squared_gradient_before_batch_statistics():
+    model, (x, y) = chain(norm=True).train(), data()
+    g, hg = grasp.hessian_gradient(model, [(x[:8], y[:8]), (x[8:], y[8:])], temperature=200.0)
+    for name, weight in masks.prunable(model).items():
+        total = -(weight.detach() * hg[name]).sum()
+        assert total.item() == pytest.approx(g[name].square().sum().item(), rel=1e-8)
+
+
+def test_grasp_removes_what_lets_the_gradient_grow():
+    """The sign, by the definition: shrink single weights a little and look at the gradient's norm."""
+    model, (x, y) = chain().train(), data()
+    _, hg = grasp.hessian_gradient(model, [(x, y)], temperature=1.0)
+    weight, step = masks.prunable(model)["3.weight"], 1e-5
+    leading = [m.weight for m in model if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def norm():
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), leading)
+        return sum(float(g.square().sum()) for g in gradients)
+
+    score = -(weight.detach() * hg["3.weight"])
+    for place in (score.argmax(), score.argmin()):
+        index = np.unravel_index(place.item(), weight.shape)
+        value, before = weight[index].item(), norm()
+        weight.data[index] = value * (1 - step)
+        growth = (norm() - before) / step
+        weight.data[index] = value
+        assert growth == pytest.approx(2 * score[index].item(), rel=1e-2)
+    keep = masks.keep_top({"3.weight": -score}, 1)["3.weight"]  # the rule of `find`: keep the highest w * Hg
+    assert keep.flatten().nonzero().item() == score.argmin()
+
+
+def test_grasp_is_found_from_class_sorted_halves_and_redrawn_linear_layers():
+    given = moment("grasp", samples_per_class=2)
+    model = copy.deepcopy(given.model).train()
+    nn.init.xavier_normal_(model.fc.weight, generator=torch.Generator().manual_seed(given.seed))
+    x, y = batch(per_class=2)
+    assert y[:4].tolist() == [0, 0, 1, 1]
+    _, hg = grasp.hessian_gradient(model, [(x[:4], y[:4]), (x[4:], y[4:])], temperature=200.0)
+    expected = {k: w.detach() * hg[k] for k, w in masks.prunable(model).items()}
+    assert same(find("grasp", given).masks, masks.keep_top(expected, given.n_keep))
+    kept_head = moment("grasp", samples_per_class=2, reinit_linear=False)
+    assert not same(find("grasp", kept_head).masks, find("grasp", moment("grasp", samples_per_class=2)).masks)
+
+
+def test_grasp_iterations_cut_a_class_sorted_batch():
+    x, y = torch.arange(24.0).view(-1, 1), torch.arange(4).repeat_interleave(6)
+    parts = list(grasp.halves(x, y, iterations=3))
+    assert [b.tolist() for _, b in parts] == [[0, 0, 1, 1], [2, 2, 3, 3]] * 3
+    assert sorted(int(v) for a, _ in parts for v in a.flatten()) == list(range(24))
+    with pytest.raises(UserError, match="equally many images"):
+        list(grasp.halves(x[1:], y[1:], iterations=1))
+
+
+# ----------------------------------------------------------------------------- SynFlow
+
+
+def test_synflow_is_conserved_in_layers_and_units():
+    model = synflow.linearize_(chain())
+    total, scores = synflow.flow(model, (1, 12, 12))
+    first, second, third = scores.values()
+    for score in scores.values():
+        assert score.sum().item() == pytest.approx(total.item(), rel=1e-12)
+    torch.testing.assert_close(first.sum((1, 2, 3)), second.sum((0, 2, 3)))
+    torch.testing.assert_close(second.sum((1, 2, 3)), third.sum((0, 2, 3)))
+
+
+def test_synflow_ones_enter_the_first_convolution_and_everything_is_absolute():
+    model = used(network())
+    flat = copy.deepcopy(model).double().eval()
+    seen = []
+    flat.conv1.register_forward_pre_hook(lambda m, i: (torch.ones_like(i[0]),))
+    for tensor in [*flat.parameters(), *flat.buffers()]:
+        tensor.data.abs_()
+    weights = masks.prunable(flat)
+    total = flat(torch.rand(1, 1, 12, 12, dtype=torch.float64)).sum()
+    gradients = torch.autograd.grad(total, list(weights.values()))
+    prepared = synflow.linearize_(model)
+    prepared.conv1.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    found, scores = synflow.flow(prepared, (1, 12, 12))
+    assert seen[0].eq(1).all()
+    assert found.item() == pytest.approx(total.item(), rel=1e-12)
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        torch.testing.assert_close(scores[name], (weight * gradient).detach())
+
+
+def test_synflow_overflows_in_float32_where_float64_is_finite():
+    model = models.build(
+        "resnet50", in_channels=3, num_classes=10, image_size=32, mean=[0.0] * 3, std=[1.0] * 3
+    )
+    wide = copy.deepcopy(model)
+    with pytest.raises(UserError, match=r"not finite in torch\.float32: use float64"):
+        synflow.flow(synflow.linearize_(wide, torch.float32), (3, 8, 8))
+    total, scores = synflow.flow(synflow.linearize_(model), (3, 8, 8))
+    assert torch.finfo(torch.float32).max < total.item() < math.inf
+    assert all(s.isfinite().all() for s in scores.values())
+
+
+def plain_vgg():
+    """A chain whose layers differ much in size, which single-shot scores cannot balance."""
+    return models.build("vgg16-bn", channels={f"conv{i}": min(64, 4 * i) for i in range(1, 14)}, **GIVEN)
+
+
+def test_synflow_does_not_collapse_where_a_single_shot_does():
+    model = plain_vgg()
+    total = masks.n_kept(masks.dense(model))
+    n_keep = round(0.005 * total)
+
+    def left(rounds, kind="exponential"):
+        options = {"rounds": rounds, "schedule": kind, "precision": "float64"}
+        given = Moment(copy.deepcopy(model), masks.dense(model), n_keep, 1, 0, batch, options)
+        return masks.check_no_empty_layer(find("synflow", given).masks, allow=True)
+
+    assert left(1)
+    assert not left(100)
+
+
+def test_synflow_agrees_with_the_loop_written_plainly():
+    model, options = used(network()), {"rounds": 7, "schedule": "exponential", "precision": "float64"}
+    total = masks.n_kept(masks.dense(model))
+    n_keep = masks.kept(total, 14)
+    plain = masks.dense(model)
+    for k in range(1, 8):
+        copied = copy.deepcopy(model)
+        masks.apply_(copied, plain)
+        _, scores = synflow.flow(synflow.linearize_(copied), (1, 12, 12))
+        plain = masks.keep_top(scores, round(total * (n_keep / total) ** (k / 7)), within=plain)
+    found = find("synflow", Moment(model, masks.dense(model), n_keep, 14, 0, batch, options)).masks
+    assert same(found, plain)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_synflow_schedules_fall_to_the_count_asked_for(kind):
+    counts = synflow.schedule(1_000_000, 10_000, 100, kind)
+    assert len(counts) == 100
+    assert counts[-1] == 10_000
+    pairs = list(itertools.pairwise([1_000_000, *counts]))
+    if kind == "exponential":
+        assert all(b / a == pytest.approx(0.01**0.01, abs=1e-3) for a, b in pairs)
+    else:
+        assert {a - b for a, b in pairs} == {9900}
+
+
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_dropping_the_lowest_is_keeping_the_top(levels):
+    generator = torch.Generator().manual_seed(levels)
+    shapes = {"a": (40, 5, 3, 3), "b": (7, 3, 1, 1), "c": (50, 40, 3, 3)}
+    scores = {k: torch.randint(levels, s, generator=generator).double() for k, s in shapes.items()}
+    start = {k: torch.rand(s, generator=generator) < 0.6 for k, s in shapes.items()}
+    for n_drop in (0, 1, 300, masks.n_kept(start)):
+        found = {k: m.clone() for k, m in start.items()}
+        places = synflow.drop_lowest_(scores, found, n_drop)
+        assert same(found, masks.keep_top(scores, masks.n_kept(start) - n_drop, within=start))
+        assert sum(map(len, places.values())) == n_drop
+
+
+def test_dropping_recovers_from_a_bound_guessed_too_low(monkeypatch):
+    monkeypatch.setattr(synflow, "_guess_bound", lambda *a: -1.0)
+    scores, found = {"a": torch.arange(10.0)}, {"a": torch.ones(10).bool()}
+    synflow.drop_lowest_(scores, found, 4)
+    assert found["a"].tolist() == [False] * 4 + [True] * 6
+
+
+# ----------------------------------------------------------------------------- RigL and SET
+
+
+def trained(name, total_steps=400, momentum=0.9, **options):
+    """A sparse network with gradients and momentum in place, its masks, its optimizer and its dynamics."""
+    model = network()
+    given = moment(name, model=copy.deepcopy(model), **options)
+    found = find(name, given).masks
+    masks.apply_(model, found)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    dynamics = METHODS[name].during(given.options, total_steps, found, given.seed)
+    for step in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images(8, seed=step)), torch.arange(8) % 4).backward()
+        with torch.no_grad():
+            for key, weight in masks.prunable(model).items():
+                weight.grad.mul_(found[key])
+        optimizer.step()
+    optimizer.zero_grad()
+    F.cross_entropy(model(images(8, seed=5)), torch.arange(8) % 4).backward()
+    return model, found, optimizer, dynamics
+
+
+def test_rigl_fraction_is_a_cosine():
+    assert rigl.drop_fraction(0, 300, 0.3) == pytest.approx(0.3)
+    assert rigl.drop_fraction(100, 300, 0.3) == pytest.approx(0.225)
+    assert rigl.drop_fraction(150, 300, 0.3) == pytest.approx(0.15)
+    assert rigl.drop_fraction(300, 300, 0.3) == 0
+    assert rigl.drop_fraction(400, 300, 0.3) == 0
+
+
+def test_rigl_starts_from_erk_counts():
+    given = moment("rigl")
+    shapes = {n: w.shape for n, w in masks.prunable(given.model).items()}
+    counts = {k: int(m.sum()) for k, m in find("rigl", given).masks.items()}
+    assert counts == masks.erk_counts(shapes, given.n_keep)
+    uniform = {k: int(m.sum()) for k, m in find("rigl", moment("rigl", distribution="uniform")).masks.items()}
+    assert uniform == masks.uniform_counts(shapes, given.n_keep, full=["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_an_update_keeps_counts_and_starts_new_weights_from_nothing(name):
+    model, found, optimizer, dynamics = trained(name)
+    before = {k: m.clone() for k, m in found.items()}
+    weights = {k: w.detach().clone() for k, w in masks.prunable(model).items()}
+    momenta = {k: optimizer.state[w]["momentum_buffer"].clone() for k, w in masks.prunable(model).items()}
+    others = {k: v.clone() for k, v in model.state_dict().items() if k not in found}
+    assert dynamics.update(100, model, found, optimizer) is (name == "rigl")
+    moved = 0
+    for key, weight in masks.prunable(model).items():
+        new, stayed = found[key] & ~before[key], found[key] & before[key]
+        momentum = optimizer.state[weight]["momentum_buffer"]
+        assert int(found[key].sum()) == int(before[key].sum())
+        assert weight[new].eq(0).all()
+        assert momentum[new].eq(0).all()
+        assert weight[~found[key]].eq(0).all()
+        assert torch.equal(weight[stayed], weights[key][stayed])
+        assert torch.equal(momentum[stayed], momenta[key][stayed])
+        moved += int(new.sum())
+    assert moved > 100
+    assert any(momenta[k][before[k]].ne(0).any() for k in momenta)
+    assert all(torch.equal(v, others[k]) for k, v in model.state_dict().items() if k in others)
+
+
+def test_rigl_grows_where_the_gradient_of_absent_weights_is_largest():
+    model, found, optimizer, dynamics = trained("rigl")
+    before = {k: m.clone() for k, m in found.items()}
+    weights = {k: w.detach().abs() for k, w in masks.prunable(model).items()}
+    slopes = {k: w.grad.abs().clone() for k, w in masks.prunable(model).items()}
+    dynamics.update(100, model, found, optimizer)
+    alpha = 0.15 * (1 + math.cos(math.pi / 3))  # end = 0.75 * 400
+    for key, mask in before.items():
+        n = int(alpha * int(mask.sum()))
+        ranked = weights[key].flatten().masked_fill(~mask.flatten(), -1).argsort(descending=True, stable=True)
+        survivors = torch.zeros(mask.numel()).bool()
+        survivors[ranked[: int(mask.sum()) - n]] = True
+        grown = slopes[key].flatten().masked_fill(survivors, -1).argsort(descending=True, stable=True)[:n]
+        survivors[grown] = True
+        assert torch.equal(found[key].flatten(), survivors)
+
+
+def test_rigl_may_regrow_what_it_dropped_and_then_keeps_its_value():
+    mask = torch.tensor([True, True, True, False, False])
+    magnitude, growth = torch.tensor([3.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 0.0, 1.0, 2.0])
+    found, new = rigl.move(mask, magnitude, growth, 2, regrow_dropped=True)
+    assert found.tolist() == [True, True, False, False, True]
+    assert new.tolist() == [False, False, False, False, True]
+    found, new = rigl.move(mask, magnitude, growth, 2, regrow_dropped=False)
+    assert found.tolist() == [True, False, False, True, True]
+    found, _ = rigl.move(mask, magnitude, growth, 3, regrow_dropped=False)  # two places only
+    assert found.tolist() == [True, False, False, True, True]
+    full = torch.ones(3).bool()
+    assert rigl.move(full, magnitude[:3], growth[:3], 2, regrow_dropped=True)[0].all()
+
+
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_masks_move_at_their_steps_only(name):
+    model, found, optimizer, dynamics = trained(name, delta_t=10, end_fraction=0.75)
+    for step, moves in (
+        (0, False),
+        (5, False),
+        (10, True),
+        (11, False),
+        (290, True),
+        (300, False),
+        (310, False),
+    ):
+        before = {k: m.clone() for k, m in found.items()}
+        skipped = dynamics.update(step, model, found, optimizer)
+        assert skipped is (moves and name == "rigl")
+        if not moves:
+            assert same(found, before)
+        elif step == 10:
+            assert not same(found, before)
+
+
+def test_rigl_options_are_followed():
+    model, found, optimizer, dynamics = trained("rigl", skip_step=False)
+    assert dynamics.update(100, model, found, optimizer) is False
+    for wrong in ({"alpha": 0.0}, {"delta_t": 0}, {"end_fraction": 1.5}):
+        with pytest.raises(UserError, match="RigL needs"):
+            rigl.dynamics(METHODS["rigl"].options | wrong, 100, found, 0)
+
+
+def test_set_grows_at_random_places_that_depend_on_seed_and_step():
+    def grown(seed, step):
+        model, found, optimizer, _ = trained("set")
+        before = {k: m.clone() for k, m in found.items()}
+        METHODS["set"].during(METHODS["set"].options, 400, found, seed).update(step, model, found, optimizer)
+        assert not any((found[k] & ~before[k] & before[k]).any() for k in found)
+        return found
+
+    assert same(grown(1, 100), grown(1, 100))
+    assert not same(grown(1, 100), grown(2, 100))
+    assert not same(grown(1, 100), grown(1, 200))
+
+
+# ----------------------------------------------------------------------------- structured and small dense
+
+
+def narrow(arch):
+    given = {"in_channels": 3, "num_classes": 4, "image_size": 16, "mean": [0.4] * 3, "std": [0.3] * 3}
+    groups = models.all_groups(models.build(arch, **given))
+    return used(models.build(arch, channels={g: max(4, n // 16) for g, n in groups.items()}, **given))
+
+
+@pytest.mark.parametrize("name", ["filter-l1", "slimming"])
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_removing_channels_is_masking_them(arch, name):
+    model = narrow(arch)
+    found = find(name, moment(name, model=copy.deepcopy(model), round=3)).kept_channels
+    small = structured.shrink(model, found).eval()
+    by_masks = structured.channel_masks(model, found)
+    structured.zero_channels_(model, found)
+    x = images(5, channels=3, size=16)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+    assert masks.n_kept(by_masks) == masks.n_kept(masks.dense(small))
+    assert models.n_parameters(small) < models.n_parameters(model)
+    assert all(w[~by_masks[k]].eq(0).all() for k, w in masks.prunable(model).items())
+
+
+def test_removing_inner_channels_saves_what_the_formula_says():
+    model = network()
+    small = structured.shrink(model, {"layer2.0.inner": torch.arange(3, 32)})
+    saved = models.n_parameters(model) - models.n_parameters(small)
+    assert saved == 3 * (9 * 16 + 2 + 9 * 32)
+
+
+def test_shrinking_leaves_the_network_and_its_modes_as_found():
+    model = used(network()).eval()
+    model.bn1.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small = structured.shrink(model, {"stage3": torch.tensor([0, 5])})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("name", ["filter-l1", "slimming"])
+@pytest.mark.parametrize("round", [1, 5, 12, 21])
+def test_structured_budgets_are_met_from_below_as_nearly_as_one_channel_allows(name, round):
+    given = moment(name, round=round)
+    found = find(name, given).kept_channels
+    cost = models.convolution_cost(given.model)
+    sizes = {g: len(kept) for g, kept in found.items()}
+    full = models.channel_groups(given.model)
+    assert set(sizes) == set(full)
+    assert min(sizes.values()) >= 1
+    assert cost(sizes) <= given.n_keep
+    for group, n in sizes.items():
+        assert n == full[group] or cost(sizes | {group: n + 1}) > given.n_keep
+
+
+def test_structured_macs_budget_counts_multiply_accumulates():
+    given = moment("filter-l1", round=4, budget="macs")
+    small = structured.shrink(given.model, find("filter-l1", given).kept_channels)
+    dense, left = (models.macs(m, (1, 12, 12)) for m in (given.model, small))
+    ratio = (sum(left.values()) - left["fc"]) / (sum(dense.values()) - dense["fc"])
+    assert 0.95 * given.n_keep / 76_432 < ratio <= given.n_keep / 76_432
+
+
+def test_filter_l1_removes_the_filters_with_the_least_norm_of_coupled_layers():
+    model = network()
+    model.layer2[0].conv1.weight.data[7] *= 1e-3
+    model.layer3[0].conv2.weight.data[9] *= 1e-3  # half of its channel: the shortcut writes the same stream
+    kept = find("filter-l1", moment("filter-l1", model=model, round=1)).kept_channels
+    assert 7 not in kept["layer2.0.inner"]
+    scores = structured.filter_l1(model)
+    by_hand = [model.layer3[0].conv2.weight, model.layer3[0].downsample[0].weight]
+    norms = [w.detach().abs().sum((1, 2, 3)) for w in by_hand]
+    torch.testing.assert_close(scores["stage3"].float(), sum(n / n.mean() for n in norms) / 2)
+    assert scores["stage3"][9] == pytest.approx(0.5, abs=0.15)
+
+
+def test_slimming_ranks_the_absolute_scale():
+    model = used(network())
+    expected = {"layer1.0.inner": model.layer1[0].bn1.weight, "layer3.0.inner": model.layer3[0].bn1.weight}
+    scores = structured.bn_scale(model)
+    for group, gamma in expected.items():
+        torch.testing.assert_close(scores[group].float(), gamma.detach().abs())
+    kept = find("slimming", moment("slimming", model=model)).kept_channels
+    lost = set(range(64)) - set(kept["layer3.0.inner"].tolist())
+    gamma = expected["layer3.0.inner"].detach().abs()
+    assert max(gamma[list(lost)]) <= min(gamma[kept["layer3.0.inner"]])
+
+
+def test_networks_that_cannot_shrink_further_say_so():
+    model = models.build("resnet20s", **GIVEN)
+    with pytest.raises(UserError, match=r"one channel in each of its 9 prunable groups.*lower sparsity"):
+        find("filter-l1", moment("filter-l1", model=model, round=25))
+    for wrong in (torch.tensor([], dtype=torch.int64), torch.tensor([1, 0]), torch.tensor([0, 64])):
+        with pytest.raises(UserError, match="'stage3' have to be different, sorted"):
+            structured.shrink(network(), {"stage3": wrong})
+    with pytest.raises(UserError, match="Did you mean 'stage3'"):
+        structured.shrink(network(), {"stage33": torch.tensor([0])})
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("round", [1, 5, 10, 21])
+def test_small_dense_networks_are_the_nearest_of_all_multipliers(arch, round):
+    model = models.build(arch, **GIVEN)
+    cost, groups = models.convolution_cost(model), models.all_groups(model)
+    n_keep = masks.kept(cost({}), round)
+    found = fit(model, n_keep)
+    widest = max(groups.values())
+    tried = (
+        {g: max(1, math.floor(n * k / (8 * widest) + 0.5)) for g, n in groups.items()}
+        for k in range(1, 8 * widest + 1, max(1, widest // 128))
+    )
+    best = min(abs(cost(channels) - n_keep) for channels in tried)
+    assert abs(cost(found) - n_keep) <= best
+    assert abs(cost(found) - n_keep) < 0.1 * n_keep
+
+
+def test_small_dense_networks_work_and_scale_every_group():
+    model = models.build("resnet20s", **GIVEN)
+    groups = models.all_groups(model)
+    found = find("small-dense", moment("small-dense", model=model)).channels
+    small = models.rebuild(model, found)
+    assert small(images(2)).shape == (2, 4)
+    ratios = {g: found[g] / n for g, n in groups.items()}
+    assert max(ratios.values()) - min(ratios.values()) < 1 / 16
+    with pytest.raises(UserError, match=r"one channel in each group there are \d+"):
+        fit(model, 10)
