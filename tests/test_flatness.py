@@ -1,0 +1,808 @@
+"""Flatness: against brute-force Hessians in float64, closed forms, invariants and an independent library."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import prune
+
+from lthlib.errors import UserError
+from lthlib.metrics import METRICS
+from lthlib.metrics import flatness as fl
+from lthlib.metrics.frozen import sample_factor
+from lthlib.metrics.pacbayes import largest_sigma
+from lthlib.metrics.spectrum import density_of, extreme_eigenvalues
+
+
+class Tiny(nn.Module):
+    """conv-BN-act-pool, a residual grouped conv, conv-BN-ReLU, average pool, linear: every rule there is."""
+
+    def __init__(self, act=F.relu, first=None, classes=3):
+        super().__init__()
+        self.conv1 = first or nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding="same", groups=2, padding_mode="reflect")
+        self.conv3 = nn.Conv2d(4, 3, (2, 1), stride=(1, 2), dilation=(2, 1), padding=(1, 0))
+        self.bn3 = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, classes)
+        self.act = act
+
+    def forward(self, x):
+        x = F.max_pool2d(self.act(self.bn1(self.conv1(2 * x - 1))), 2)
+        x = F.relu(x + self.conv2(x), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)))
+        return self.fc(F.avg_pool2d(x, x.shape[-2:]).flatten(1))
+
+
+def make(**kwargs):
+    """A network with running statistics and affine parameters away from their defaults."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Tiny(**kwargs).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low in (
+                (module.running_mean, -0.5),
+                (module.running_var, 0.5),
+                (module.weight.data, 0.5),
+            ):
+                values.copy_(torch.rand(values.shape, generator=generator) + low)
+    return model
+
+
+@pytest.fixture
+def model():
+    return make()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(5, 2, 6, 6, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+
+
+@pytest.fixture
+def masks(model):
+    generator = torch.Generator().manual_seed(2)
+    names = [name for name, p in model.named_parameters() if p.dim() == 4]
+    return {n: torch.rand(model.get_parameter(n).shape, generator=generator) < 0.5 for n in names}
+
+
+def masked(model, masks):
+    pruned = copy.deepcopy(model)
+    for name, mask in masks.items():
+        pruned.get_parameter(name).data.mul_(mask)
+    return pruned
+
+
+def brute_hessian(model, images, labels):
+    """The whole Hessian by double differentiation, and the parameter that each row belongs to."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for _, p in model.named_parameters()]
+    sizes = [p.numel() for _, p in model.named_parameters()]
+
+    def loss(flat):
+        weights = {n: w.view(s) for n, w, s in zip(names, flat.split(sizes), shapes, strict=True)}
+        return F.cross_entropy(functional_call(model, weights, (images,)), labels)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.autograd.functional.hessian(loss, flat, vectorize=True)
+    return hessian, np.repeat(names, sizes), flat
+
+
+def active_rows(model, masks):
+    everything = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    return torch.cat([mask.flatten() for mask in {**everything, **masks}.values()])
+
+
+# ------------------------------------------------------------------------------------- the exact weight trace
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("chunk", [2, 10])
+def test_trace_is_the_brute_force_trace(model, batch, masks, pruned, chunk):
+    masks = masks if pruned else {}
+    found = fl.weight_hessian_trace(model, *batch, masks, chunk=chunk)
+    hessian, owner, flat = brute_hessian(masked(model, masks), *batch)
+    keep = active_rows(model, masks)
+    diagonal = hessian.diagonal() * keep
+    assert found.method == "exact"
+    assert found.total == pytest.approx(float(diagonal.sum()), rel=1e-11)
+    assert found.relative == pytest.approx(float((flat**2 * diagonal).sum()), rel=1e-11)
+    for name, _ in model.named_parameters():
+        rows = owner == name
+        assert found.per_parameter[name] == pytest.approx(float(diagonal[rows].sum()), rel=1e-10, abs=1e-14)
+        assert found.relative_per_parameter[name] == pytest.approx(
+            float((flat**2 * diagonal)[rows].sum()), rel=1e-10, abs=1e-14
+        )
+    assert sum(found.active.values()) == int(keep.sum())
+    assert found.per_weight == pytest.approx(found.total / int(keep.sum()))
+
+
+def test_layers_and_groups_partition_the_trace(model, batch):
+    found = fl.weight_hessian_trace(model, *batch)
+    layers, groups = found.per_layer(), found.per_group(model)
+    assert layers["conv2"] == found.per_parameter["conv2.weight"] + found.per_parameter["conv2.bias"]
+    assert (
+        groups["BatchNorm2d.weight"] == found.per_parameter["bn1.weight"] + found.per_parameter["bn3.weight"]
+    )
+    assert sum(layers.values()) == pytest.approx(found.total)
+    assert sum(groups.values()) == pytest.approx(found.total)
+    assert sum(found.per_group(model, relative=True).values()) == pytest.approx(found.relative)
+
+
+def test_each_image_contributes_its_own_trace(model, batch):
+    images, labels = batch
+    found = fl.weight_hessian_trace(model, images, labels)
+    alone = [fl.weight_hessian_trace(model, images[i : i + 1], labels[i : i + 1]) for i in range(5)]
+    assert found.per_image.tolist() == pytest.approx([one.total for one in alone], rel=1e-12)
+    assert found.relative_per_image.tolist() == pytest.approx([one.relative for one in alone], rel=1e-12)
+    low, high = fl.image_interval(found.per_image)
+    assert low < found.total < high
+
+
+def test_trace_survives_in_place_activations_and_a_residual_branch(batch):
+    one = fl.weight_hessian_trace(make(), *batch)
+    other = fl.weight_hessian_trace(make(act=nn.ReLU(inplace=True)), *batch)
+    assert other.total == pytest.approx(one.total, rel=1e-12)
+
+
+def test_factor_reproduces_the_softmax_hessian_even_where_it_is_nearly_singular():
+    logits = torch.tensor([[0.0, 1.0, -2.0], [40.0, 0.0, -40.0], [0.0, 0.0, 90.0]], dtype=torch.float64)
+    v = sample_factor(logits)
+    p = logits.softmax(1)
+    others = p @ (1 - torch.eye(3, dtype=torch.float64))  # 1 - p would cancel
+    expected = -p[:, :, None] * p[:, None, :]
+    expected.diagonal(dim1=1, dim2=2).copy_(p * others)
+    assert v.shape[0] == 2
+    torch.testing.assert_close(torch.einsum("knc,knd->ncd", v, v), expected, rtol=1e-9, atol=1e-28)
+
+
+def test_bootstrap_interval_has_the_width_of_the_standard_error():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = fl.image_interval(values)
+    assert (high - low) / 2 == pytest.approx(1.96 * float(values.std()) / 20, rel=0.1)
+
+
+# --------------------------------------------------------------------------- where the identity does not hold
+
+
+class Scaled(nn.Conv2d):
+    """A subclass whose forward uses another weight than the one it holds."""
+
+    def forward(self, x):
+        return self._conv_forward(x, 0.1 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("act", "word"),
+    [
+        (F.gelu, "gelu in the network"), (nn.SiLU(), "silu in act (SiLU)"), (torch.tanh, "tanh"),
+        (torch.sigmoid, "sigmoid"), (lambda x: x.softmax(1), "softmax"), (nn.GroupNorm(2, 4), "group_norm"),
+        (nn.LayerNorm([4, 6, 6]), "layer_norm"), (lambda x: x * x.relu(), "product"),
+        (lambda x: x / (1 + x.abs()), "division"), (lambda x: x.exp(), "exp"),
+    ],
+)  # fmt: skip
+def test_smooth_parts_are_named_and_refused(batch, act, word):
+    model = make(act=act)
+    assert not fl.is_piecewise_linear(model, batch[0])
+    assert any(word in part for part in fl.nonlinear_parts(model, batch[0]))
+    with pytest.raises(UserError, match=r"weight_trace"):
+        fl.weight_hessian_trace(model, *batch)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        nn.ReLU6(),
+        nn.LeakyReLU(),
+        nn.Hardtanh(),
+        torch.abs,
+        lambda x: x.clamp(0, 1),
+        lambda x: torch.maximum(x, 0.3 * x.roll(1, 1)),
+    ],
+)
+def test_kinked_parts_are_accepted_and_still_exact(batch, act):
+    model = make(act=act)
+    assert fl.nonlinear_parts(model, batch[0]) == ()
+    hessian, _, _ = brute_hessian(model, *batch)
+    assert fl.weight_hessian_trace(model, *batch).total == pytest.approx(float(hessian.trace()), rel=1e-10)
+
+
+def test_training_mode_statistics_are_named_and_estimated(batch):
+    model = make().train()
+    assert fl.nonlinear_parts(model, batch[0])[0].startswith("training-mode batch norm in bn1")
+    found = fl.weight_trace(model, *batch, probes=150)
+    hessian, _, _ = brute_hessian(copy.deepcopy(model), *batch)
+    assert found.method == "hutchinson"
+    assert "batch norm" in found.reason
+    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+    with pytest.raises(UserError, match="couples"):
+        fl.input_hessian(model, *batch)
+
+
+def test_tied_weights_and_foreign_parameters_are_named(batch):
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    tied = make(act=lambda x: F.relu(shared(F.relu(shared(x)))))
+    tied.shared = shared.double()
+    assert any("tied" in part or "share" in part for part in fl.nonlinear_parts(tied, batch[0]))
+    assert fl.weight_trace(tied, *batch, probes=2).method == "hutchinson"
+    foreign = make(first=Scaled(2, 4, 3, padding=1))
+    assert fl.is_piecewise_linear(foreign, batch[0])
+    with pytest.raises(UserError, match=r"conv1\.weight \(of Scaled\)"):
+        fl.weight_hessian_trace(foreign, *batch)
+
+
+def test_layers_that_fold_something_into_the_batch_are_named(batch):
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(12, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(F.relu(self.embed(x.reshape(-1, 12))).view(len(x), -1, 4).mean(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Patches().double()
+    with pytest.raises(UserError, match=r"no rule for embed, which sees shape \(12, 12\) for 2 images"):
+        fl.weight_hessian_trace(model, *batch)
+    hessian, _, _ = brute_hessian(model, *batch)
+    found = fl.weight_trace(model, *batch, probes=60)
+    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+
+
+def test_a_mask_of_torch_prune_is_refused_by_the_exact_rule(model, batch):
+    prune.random_unstructured(model.conv1, "weight", 0.5)
+    with pytest.raises(UserError, match=r"conv1\.weight_orig"):
+        fl.weight_hessian_trace(model, *batch)
+
+
+def test_active_dropout_is_refused(batch):
+    model = make(act=nn.Dropout(0.5))
+    assert fl.nonlinear_parts(model, batch[0]) == ()
+    model.act.train()
+    assert "random numbers" in fl.nonlinear_parts(model, batch[0])[0]
+    with pytest.raises(UserError, match=r"model\.eval"):
+        fl.weight_trace(model, *batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "probes", "repeats"), [("hutchinson", 120, 2), ("hutchpp", 15, 8), ("xtrace", 14, 8)]
+)
+def test_estimators_agree_with_the_exact_trace_within_their_error(
+    model, batch, masks, method, probes, repeats
+):
+    exact = fl.weight_trace(model, *batch, masks)
+    found = fl.weight_trace(model, *batch, masks, method=method, probes=probes, repeats=repeats)
+    assert exact.method == "exact"
+    assert found.method == method
+    assert 0 < found.standard_error < 0.2 * exact.total
+    assert abs(found.total - exact.total) < 4 * found.standard_error
+    assert abs(found.relative - exact.relative) < 4 * found.relative_standard_error
+
+
+def test_the_error_of_the_estimator_falls_as_one_over_root_n_and_shares_add_up(model, batch):
+    few, many = (fl.weight_trace(model, *batch, method="hutchinson", probes=n) for n in (20, 320))
+    assert 0.15 < many.standard_error / few.standard_error < 0.4
+    assert sum(many.per_parameter.values()) == pytest.approx(many.total)
+    assert sum(many.relative_per_parameter.values()) == pytest.approx(many.relative)
+
+
+def test_many_classes_turn_to_the_estimator_and_say_so(model, batch):
+    found = fl.weight_trace(model, *batch, max_classes=2, probes=3)
+    assert found.method == "hutchinson"
+    assert "3 classes" in found.reason
+    assert found.products == 3
+
+
+# ----------------------------------------------------------------------------------------------------- pixels
+
+
+def brute_input_hessians(model, images, labels):
+    def loss(x, y):
+        return F.cross_entropy(model(x[None]), y[None])
+
+    hessians = [
+        torch.autograd.functional.hessian(lambda x, y=y: loss(x, y), x)
+        for x, y in zip(images, labels, strict=True)
+    ]
+    n = images[0].numel()
+    return torch.stack(hessians).view(-1, n, n)
+
+
+def test_input_hessian_is_exact_per_image(model, batch):
+    found = fl.input_hessian(model, *batch, chunk=2)
+    hessians = brute_input_hessians(model, *batch)
+    torch.testing.assert_close(found.trace, hessians.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.top, torch.linalg.eigvalsh(hessians)[:, -1], rtol=1e-12, atol=1e-14)
+    assert found.method == "exact"
+
+
+def test_legacy_eigenvalue_is_that_of_the_batch_loss(model, batch):
+    images, labels = batch
+
+    def loss(x):
+        return F.cross_entropy(model(x), labels)
+
+    joint = torch.autograd.functional.hessian(loss, images).view(images.numel(), -1)
+    top = float(torch.linalg.eigvalsh(joint)[-1])
+    assert fl.input_hessian(model, *batch).legacy_batch_eigenvalue == pytest.approx(top, rel=1e-12)
+    twice = fl.input_hessian(model, images.repeat(2, 1, 1, 1), labels.repeat(2))
+    assert twice.legacy_batch_eigenvalue == pytest.approx(top / 2, rel=1e-12)
+
+
+def test_input_hessian_of_a_smooth_network_is_estimated(batch):
+    model = make(act=F.gelu)
+    found = fl.input_hessian(model, *batch, probes=100)
+    hessians = brute_input_hessians(model, *batch)
+    traces, tops = hessians.diagonal(dim1=1, dim2=2).sum(1), torch.linalg.eigvalsh(hessians)[:, -1]
+    assert found.method == "hutchinson+lanczos"
+    assert "gelu" in found.reason
+    assert ((found.trace - traces).abs() < 4.5 * found.trace_standard_error).all()
+    torch.testing.assert_close(found.top, tops, rtol=1e-8, atol=1e-12)
+    assert (found.top_residual < 1e-8).all()
+
+
+# --------------------------------------------------------------------------------------------------- spectrum
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_top_eigenvalues_of_the_true_masked_hessian(model, batch, masks, pruned, chunk):
+    masks = masks if pruned else {}
+    keep = active_rows(model, masks)
+    hessian = brute_hessian(masked(model, masks), *batch)[0][keep][:, keep]
+    expected = torch.linalg.eigvalsh(hessian)
+    found = fl.top_eigenvalues(model, *batch, masks, k=3, tolerance=1e-9, chunk=chunk)
+    assert found.converged
+    np.testing.assert_allclose(found.largest, expected.flip(0)[:3], rtol=1e-8)
+    assert found.smallest >= float(expected[0]) - 1e-10
+    columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::25]
+    product = fl.WeightHessian(model, *batch, masks, chunk) @ columns
+    torch.testing.assert_close(product, hessian @ columns, rtol=1e-10, atol=1e-12)
+
+
+def test_signed_and_absolute_extremes_differ_where_the_negative_end_is_larger():
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.5, 0.2, -0.1, -7.0], dtype=torch.float64))
+    found = extreme_eigenvalues(matrix)
+    assert found.top == pytest.approx(3.0, abs=7e-5)
+    assert found.largest_magnitude == pytest.approx(-7.0, abs=7e-5)
+    assert extreme_eigenvalues(-matrix).largest_magnitude == pytest.approx(7.0, abs=7e-5)
+
+
+def test_residual_bounds_hold_before_convergence():
+    values = torch.linspace(0, 1, 300, dtype=torch.float64) ** 3 * 10
+    found = extreme_eigenvalues(torch.diag(values), k=2, tolerance=1e-12, max_products=12)
+    assert not found.converged
+    assert found.products == 12
+    for value, residual in zip(found.largest, found.residuals, strict=True):
+        assert float((values - value).abs().min()) <= residual
+    done = extreme_eigenvalues(torch.diag(values), k=2, tolerance=1e-10, max_products=300)
+    assert done.converged
+    assert abs(done.top - 10) <= 1e-9
+
+
+def test_lanczos_stops_at_an_exhausted_space():
+    low_rank = torch.zeros(40, 40, dtype=torch.float64)
+    low_rank[0, 0], low_rank[1, 1] = 5.0, 2.0
+    found = extreme_eigenvalues(low_rank)
+    assert found.top == pytest.approx(5.0, rel=1e-12)
+    assert found.products <= 4
+    assert extreme_eigenvalues(torch.zeros(4, 4)).top == 0
+
+
+def test_density_has_the_moments_of_the_hessian(model, batch):
+    hessian, _, _ = brute_hessian(model, *batch)
+    found = fl.spectral_density(model, *batch, probes=40, steps=8)
+    n = len(hessian)
+    for power in (1, 2):
+        mean, error = found.moment(power)
+        assert abs(mean - float(torch.linalg.matrix_power(hessian, power).trace()) / n) < 4 * error
+    assert np.trapezoid(found.density, found.grid) == pytest.approx(1, abs=1e-3)
+
+
+def test_density_of_a_known_spectrum():
+    values = torch.cat([torch.zeros(900), torch.full((100,), 4.0)]).double()
+    found = density_of(torch.diag(values), probes=20, steps=5)
+    upper = found.grid > 2
+    assert np.trapezoid(found.density[upper], found.grid[upper]) == pytest.approx(0.1, abs=0.01)
+    assert found.grid[np.argmax(found.density)] == pytest.approx(0, abs=2 * found.width)
+
+
+# -------------------------------------------------------------------------------------------------- PAC-Bayes
+
+
+class Filters(nn.Module):
+    """Logits are the weights themselves when the image is a one."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.conv = nn.Conv2d(1, len(weights), 1, bias=False)
+        self.conv.weight.data = torch.as_tensor(weights, dtype=torch.float64).view(-1, 1, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x).flatten(1)
+
+
+CURVATURE = torch.tensor([1.0, 3.0, 0.5, 2.0] * 50, dtype=torch.float64)
+WEIGHTS = torch.linspace(-1, 1, 200, dtype=torch.float64)
+
+
+def quadratic(logits, labels):
+    return 1.0 + 0.5 * (CURVATURE * logits**2).sum(1).mean()
+
+
+def test_weight_noise_on_a_quadratic_loss_has_its_closed_form():
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    label = torch.zeros(1, dtype=torch.long)
+    found = fl.weight_noise_tolerance(Filters(WEIGHTS), one, label, loss=quadratic, pairs=32)
+    clean = float(quadratic(WEIGHTS[None], label))
+    sigma = (0.2 * clean / float((CURVATURE * WEIGHTS**2).sum())) ** 0.5
+    assert found.loss == pytest.approx(clean)
+    assert found.low < sigma < found.high
+    assert found.sigma == pytest.approx(sigma, rel=0.05)
+    assert (found.high - found.low) / sigma < 0.2
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    one, label = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    clean = float(quadratic(WEIGHTS[None], label))
+    sigma = (0.2 * clean / float((CURVATURE * WEIGHTS**2).sum())) ** 0.5
+    covered = 0
+    for seed in range(40):
+        found = fl.weight_noise_tolerance(Filters(WEIGHTS), one, label, loss=quadratic, pairs=6, seed=seed)
+        covered += found.low < sigma < found.high
+    assert covered >= 33
+
+
+def test_masked_weights_get_no_noise():
+    one, label = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    mask = WEIGHTS.abs() > 0.5
+    model = Filters(WEIGHTS)
+    kept = WEIGHTS * mask
+    found = fl.weight_noise_tolerance(
+        model, one, label, {"conv.weight": mask.view(-1, 1, 1, 1)}, loss=quadratic, pairs=32
+    )
+    clean = float(quadratic(kept[None], label))
+    assert found.loss == pytest.approx(clean)
+    assert found.sigma == pytest.approx((0.2 * clean / float((CURVATURE * kept**2).sum())) ** 0.5, rel=0.05)
+
+
+def test_input_noise_on_a_quadratic_loss_has_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((400, 1, 1, 1), 0.5, dtype=torch.float64)
+    labels = torch.randint(0, 2, (400,), generator=generator)
+    model = Filters([1.0, 1.0])
+    found = fl.input_noise_tolerance(
+        model, images, labels, loss=lambda z, y: 0.05 + ((z[:, 0] - 0.5) ** 2).mean(), pairs=8
+    )
+    assert found.sigma == pytest.approx(0.005**0.5, rel=0.03)
+
+
+def test_input_noise_is_clamped_to_pixels():
+    images = torch.ones(200, 1, 1, 1, dtype=torch.float64)
+    labels = torch.tensor([0, 1] * 100)
+    found = fl.input_noise_tolerance(
+        Filters([1.0, 1.0]), images, labels, loss=lambda z, y: 1 + (z[:, 0] > 1).double().mean(), pairs=2
+    )
+    assert found.reached_limit
+    assert (found.sigma, found.high) == (2.0, float("inf"))
+
+
+def test_the_first_crossing_is_found_where_the_loss_falls_again():
+    def losses(sigma):
+        return torch.full((4,), 1 + 0.5 * np.sin(3 * sigma))
+
+    found = largest_sigma(losses, 1.0, 0.1, 5.0, 4)
+    assert found.sigma == pytest.approx(np.arcsin(0.2) / 3, rel=1e-2)
+
+
+# -------------------------------------------------------------------------------------------------- landscape
+
+
+def test_path_ends_are_the_two_networks_and_a_convex_loss_has_no_barrier(batch):
+    images, labels = batch
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
+    other = copy.deepcopy(linear)
+    other[1].weight.data.mul_(-2)
+    path = fl.interpolate(linear, linear.state_dict(), other.state_dict(), images, labels, points=9)
+    assert path.loss[0] == pytest.approx(F.cross_entropy(linear(images), labels).item())
+    assert path.loss[-1] == pytest.approx(F.cross_entropy(other(images), labels).item())
+    assert path.loss_barrier == 0
+
+
+def test_permuted_copy_of_a_network_is_behind_a_barrier(model, batch):
+    images, labels = batch[0], make()(batch[0]).argmax(1)
+    if len(labels.unique()) == 1:
+        labels = batch[1]
+    model.fc.weight.data.mul_(20)
+    state = model.state_dict()
+    twin = copy.deepcopy(state)
+    order = torch.tensor([2, 0, 1])
+    for name in (
+        "conv3.weight",
+        "conv3.bias",
+        "bn3.weight",
+        "bn3.bias",
+        "bn3.running_mean",
+        "bn3.running_var",
+    ):
+        twin[name] = state[name][order]
+    twin["fc.weight"] = state["fc.weight"][:, order]
+    path = fl.interpolate(model, state, twin, images, labels, points=5)
+    assert path.loss[-1] == pytest.approx(path.loss[0], rel=1e-10)
+    middle = (path.t == 0.5).argmax()
+    assert path.loss_barrier >= path.loss[middle] - path.loss[0]
+    assert fl.interpolate(model, state, state, images, labels).loss_barrier == pytest.approx(0, abs=1e-12)
+
+
+def test_error_barrier_of_a_hand_made_path():
+    path = fl.LossPath(np.linspace(0, 1, 5), np.array([1.0, 2, 4, 3, 2]), np.array([0.0, 0.1, 0.6, 0.3, 0.2]))
+    assert path.loss_barrier == pytest.approx(4 - 1.5)
+    assert path.error_barrier == pytest.approx(0.6 - 0.1)
+
+
+def test_recomputed_statistics_are_those_of_the_images(model, batch):
+    images, labels = batch
+    spoilt = model.state_dict()
+    for name in spoilt:
+        if "running" in name:
+            spoilt[name] = torch.rand(spoilt[name].shape, dtype=torch.float64) + 1
+    recomputed = fl.interpolate(
+        model, spoilt, spoilt, images, labels, points=3, statistics="recompute", statistics_images=images
+    )
+    trained = copy.deepcopy(model).train()
+    for module in trained.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    trained(images)
+    expected = F.cross_entropy(trained.eval()(images), labels).item()
+    np.testing.assert_allclose(recomputed.loss, expected, rtol=1e-12)
+
+
+def test_surface_is_centred_filter_normalised_and_keeps_pruned_weights(model, batch, masks):
+    from lthlib.metrics.frozen import Frozen
+    from lthlib.metrics.landscape import _filter_normalised
+
+    surface = fl.filter_normalised_surface(model, *batch, masks, points=3)
+    pruned = masked(model, masks)
+    assert surface.loss[1, 1] == pytest.approx(F.cross_entropy(pruned(batch[0]), batch[1]).item(), rel=1e-12)
+    direction = _filter_normalised(Frozen(model, *batch, masks), seed=0, index=0)
+    for name, mask in masks.items():
+        assert (direction[name][~mask] == 0).all()
+        torch.testing.assert_close(
+            direction[name].flatten(1).norm(dim=1), pruned.get_parameter(name).detach().flatten(1).norm(dim=1)
+        )
+    doubled = fl.rescale_conv(model, "conv1", 8.0, batch[0])
+    np.testing.assert_allclose(
+        fl.filter_normalised_surface(doubled, *batch, masks, points=3).loss, surface.loss, rtol=1e-9
+    )
+
+
+def test_adversarial_slice_holds_fgsm(model, batch):
+    images, labels = batch
+    surface = fl.adversarial_slice(model, images, labels, span=0.1, points=3)
+    pixels = images.clone().requires_grad_()
+    F.cross_entropy(model(pixels), labels).backward()
+    fgsm = (images + 0.1 * pixels.grad.sign()).clamp(0, 1)
+    assert surface.loss[2, 1] == pytest.approx(F.cross_entropy(model(fgsm), labels).item(), rel=1e-12)
+    assert surface.loss[0, 1] == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- caveats
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv3"])
+@pytest.mark.parametrize("factor", [0.25, 10.0])
+def test_rescaling_moves_the_trace_and_not_the_function_or_the_relative_flatness(model, batch, layer, factor):
+    scaled = fl.rescale_conv(model, layer, factor, batch[0])
+    torch.testing.assert_close(scaled(batch[0]), model(batch[0]), rtol=1e-12, atol=1e-12)
+    before, after = (fl.weight_hessian_trace(m, *batch) for m in (model, scaled))
+    for name in before.per_parameter:
+        ratio = factor**-2 if name.startswith(layer) else 1
+        assert after.per_parameter[name] == pytest.approx(ratio * before.per_parameter[name], rel=1e-9)
+        assert after.relative_per_parameter[name] == pytest.approx(
+            before.relative_per_parameter[name], rel=1e-9
+        )
+    assert after.total != pytest.approx(before.total, rel=1e-3)
+
+
+def test_noise_tolerance_is_invariant_too(model, batch):
+    scaled = fl.rescale_conv(model, "conv1", 10.0, batch[0])
+    one, other = (fl.weight_noise_tolerance(m, *batch, pairs=2) for m in (model, scaled))
+    assert other.sigma == pytest.approx(one.sigma, rel=1e-6)
+
+
+def test_rescaling_needs_a_norm_behind(model, batch):
+    with pytest.raises(UserError, match="not followed by one batch norm"):
+        fl.rescale_conv(model, "conv2", 2.0, batch[0])
+    with pytest.raises(UserError, match="Did you mean 'conv1'"):
+        fl.rescale_conv(model, "conv11", 2.0, batch[0])
+    with pytest.raises(UserError, match="positive"):
+        fl.rescale_conv(model, "conv1", 0.0, batch[0])
+
+
+# -------------------------------------------------------------------------------------- manners and bad input
+
+
+MEASURES = {
+    "exact": lambda m, x, y: fl.weight_trace(m, x, y),
+    "estimated": lambda m, x, y: fl.weight_trace(m, x, y, method="xtrace", probes=4, repeats=2),
+    "pixels": lambda m, x, y: fl.input_hessian(m, x, y),
+    "top": lambda m, x, y: fl.top_eigenvalues(m, x, y, max_products=4),
+    "density": lambda m, x, y: fl.spectral_density(m, x, y, probes=1, steps=3),
+    "weight noise": lambda m, x, y: fl.weight_noise_tolerance(m, x, y, pairs=2),
+    "input noise": lambda m, x, y: fl.input_noise_tolerance(m, x, y, pairs=2),
+    "path": lambda m, x, y: fl.interpolate(
+        m, m.state_dict(), m.state_dict(), x, y, points=3, statistics="recompute", statistics_images=x
+    ),
+    "surface": lambda m, x, y: fl.filter_normalised_surface(m, x, y, points=2),
+    "slice": lambda m, x, y: fl.adversarial_slice(m, x, y, points=2),
+    "rescaled": lambda m, x, y: fl.rescale_conv(m, "conv1", 2.0, x),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        (name, mode)
+        for name in MEASURES
+        for mode in ("none", "one norm", "all")
+        if name != "pixels" or mode == "none"
+    ],
+)
+def test_the_model_and_the_generators_are_left_as_found(batch, name, training):
+    images, labels = batch
+    model = make()
+    model.train(training == "all")
+    if training == "one norm":
+        model.bn1.train()
+    model.conv1.weight.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    state = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    random = torch.random.get_rng_state()
+    legacy = np.random.get_state()[1].copy()  # noqa: NPY002
+    pixels = images.clone()
+    MEASURES[name](model, images, labels)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert not model.conv1.weight.requires_grad
+    assert model.fc.weight.requires_grad
+    assert torch.equal(model.fc.weight.grad, torch.ones_like(model.fc.weight))
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "fc.weight")
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert (np.random.get_state()[1] == legacy).all()  # noqa: NPY002
+    assert torch.equal(images, pixels)
+    assert not images.requires_grad
+
+
+@pytest.mark.parametrize("name", ["estimated", "density", "top", "weight noise", "slice"])
+def test_a_seed_gives_the_same_numbers_whatever_the_global_generator_says(model, batch, name):
+    first = MEASURES[name](model, *batch)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        again = MEASURES[name](model, *batch)
+    assert repr(first) == repr(again)
+
+
+@pytest.mark.parametrize("name", ["exact", "estimated", "pixels", "top", "weight noise", "slice"])
+def test_a_loss_that_is_not_finite_is_refused(model, batch, name):
+    model.fc.bias.data[0] = float("nan")
+    with pytest.raises(UserError, match="finite"):
+        MEASURES[name](model, *batch)
+
+
+def test_a_layer_emptied_by_its_mask_has_no_trace_and_does_no_harm(model, batch):
+    masks = {"conv2.weight": torch.zeros(4, 2, 3, 3, dtype=torch.bool)}
+    found = fl.weight_hessian_trace(model, *batch, masks)
+    hessian, owner, _ = brute_hessian(masked(model, masks), *batch)
+    assert found.per_parameter["conv2.weight"] == 0
+    assert found.active["conv2.weight"] == 0
+    assert found.total == pytest.approx(float(hessian.diagonal()[owner != "conv2.weight"].sum()), rel=1e-11)
+    assert fl.top_eigenvalues(model, *batch, masks).converged
+    everything = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="no weight active"):
+        fl.top_eigenvalues(model, *batch, everything)
+    with pytest.raises(UserError, match="no weight active"):
+        fl.weight_hessian_trace(model, *batch, everything)
+
+
+def test_a_batch_of_one_class_is_measured_with_a_warning(model, batch):
+    images, labels = batch
+    with pytest.warns(UserWarning, match="label 1"):
+        one = fl.weight_hessian_trace(model, images, torch.ones_like(labels))
+    assert one.total == pytest.approx(fl.weight_hessian_trace(model, images, labels).total, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y[:-1]), "one class index per image"),
+        (lambda x, y: (x, y.double()), "one class index per image"),
+        (lambda x, y: (x, y + 1), r"0\.\.2"),
+        (lambda x, y: ((x * 255).byte(), y), "float"),
+        (lambda x, y: (x[:0], y[:0]), "non-empty"),
+    ],
+)
+def test_bad_batches_are_explained(model, batch, change, message):
+    with pytest.raises(UserError, match=message):
+        fl.weight_trace(model, *change(*batch))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"conv1.weihgt": torch.ones(4, 2, 3, 3, dtype=torch.bool)}, "Did you mean 'conv1.weight'"),
+        ({"conv1.weight": torch.ones(4, 2, 3, 3)}, "must be bool"),
+        ({"conv1.weight": torch.ones(4, 2, 1, 1, dtype=torch.bool)}, r"shape \(4, 2, 3, 3\)"),
+    ],
+)
+def test_bad_masks_are_explained(model, batch, masks, message):
+    with pytest.raises(UserError, match=message):
+        fl.weight_trace(model, *batch, masks)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x, y: fl.weight_trace(m, x, y, method="hutch"), "Did you mean"),
+        (lambda m, x, y: fl.weight_trace(m, x, y, method="xtrace", probes=10**6), "probes"),
+        (lambda m, x, y: fl.weight_trace(m, x, y, method="hutchinson", probes=1), "two independent"),
+        (lambda m, x, y: fl.top_eigenvalues(m, x, y, k=0), "k, the number"),
+        (lambda m, x, y: fl.spectral_density(m, x, y, probes=0), "probes >= 1"),
+        (lambda m, x, y: fl.top_eigenvalues(m.train(), x, y, chunk=2), "whole batch"),
+        (lambda m, x, y: fl.weight_noise_tolerance(m, x, y, pairs=1), "two draws"),
+        (lambda m, x, y: fl.weight_noise_tolerance(nn.Flatten(), x, y * 0 + torch.arange(5)), "no"),
+        (lambda m, x, y: fl.interpolate(m, m.state_dict(), {}, x, y), "do not fit"),
+        (lambda m, x, y: fl.interpolate(m, m.state_dict(), m.state_dict(), x, y, points=2), "three|between"),
+        (
+            lambda m, x, y: fl.interpolate(m, m.state_dict(), m.state_dict(), x, y, statistics="recompute"),
+            "statistics_images",
+        ),
+        (lambda m, x, y: fl.image_interval(torch.ones(1)), "two images"),
+    ],
+)
+def test_bad_requests_are_explained(model, batch, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model, *batch)
+
+
+def test_rows_say_which_way_is_better_and_the_paper_asks_for_both_hessians():
+    rows = {name: row for name, row in METRICS.items() if row.dimension == "flatness"}
+    assert {name for name, row in rows.items() if row.in_verdict} == {
+        "weight_hessian_trace",
+        "input_hessian_trace",
+    }
+    assert {name for name, row in rows.items() if row.higher_is_better} == {
+        "pac_bayes_weight_sigma",
+        "pac_bayes_input_sigma",
+    }
+
+
+def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
+    from curvlinops import GGNLinearOperator
+
+    from lthlib.models import build
+
+    model = (
+        build("resnet8", in_channels=1, num_classes=3, image_size=8, mean=[0.2], std=[0.3]).double().eval()
+    )
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(3, 1, 8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2])
+    found = fl.weight_hessian_trace(model, images, labels)
+    weights = [model.get_parameter("fc.weight"), model.get_parameter("fc.bias")]
+    ggn = GGNLinearOperator(model, nn.CrossEntropyLoss(), weights, [(images, labels)])
+    n = sum(w.numel() for w in weights)
+    dense = ggn @ torch.eye(n, dtype=torch.float64)
+    assert found.per_layer()["fc"] == pytest.approx(float(dense.trace()), rel=1e-9)
