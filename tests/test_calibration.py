@@ -47,6 +47,13 @@ def two_class(confidences, hits):
     return np.stack([first, 1 - first], axis=1), 1 - np.asarray(hits)
 
 
+def wavy(seed, n=4000):
+    """Over- and underconfident in turn, so that every shift of a bin edge changes the error."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.5, 1, size=n)
+    return two_class(confidence, rng.random(n) < 0.5 + 0.4 * np.sin(60 * confidence))
+
+
 # ------------------------------------------------------------------------------------------------- the bins
 
 
@@ -98,10 +105,11 @@ def test_sce_counts_probabilities_of_exactly_zero_and_one():
 
 @pytest.mark.parametrize("n_bins", [1, 10, 15, 100])
 def test_ece_agrees_with_torchmetrics_off_the_edges(n_bins):
-    logits, labels = sample(0)
-    probs = softmax(logits)
-    theirs = multiclass_calibration_error(torch.tensor(probs), torch.tensor(labels), 5, n_bins=n_bins)
+    probs, labels = wavy(0)
+    theirs = multiclass_calibration_error(torch.tensor(probs), torch.tensor(labels), 2, n_bins=n_bins)
     assert ece(probs, labels, n_bins=n_bins) == pytest.approx(float(theirs), abs=1e-6)
+    if n_bins > 1:
+        assert abs(ece(probs, labels, n_bins=n_bins) - ece(probs, labels, n_bins=n_bins - 1)) > 1e-3
 
 
 def official_ece(probs, labels):
@@ -113,14 +121,16 @@ def official_ece(probs, labels):
 
 
 def test_legacy_switch_reproduces_the_published_fourteen_bins():
-    logits, labels = sample(1, n=3000, scale=1.0)
-    probs = softmax(logits).astype(np.float32)
-    probs[:50] = np.eye(5, dtype=np.float32)[labels[:50] - 1] * np.nextafter(np.float32(1), np.float32(2))
-    probs[50:60] = [0.5, 0.25, 0.25, 0, 0]
-    legacy = ece(probs, labels, legacy_lthpass=True)
-    assert legacy == pytest.approx(official_ece(probs, labels), abs=1e-7)
-    assert abs(legacy - ece(probs, labels)) > 1e-4
-    assert abs(legacy - ece(probs, labels, n_bins=14)) > 1e-4  # the dropped overconfident images
+    probs, labels = wavy(1)
+    probs = probs.astype(np.float32)
+    probs[:10] = [0.5, 0.5]  # an edge of 14 bins
+    assert ece(probs, labels, legacy_lthpass=True) == pytest.approx(official_ece(probs, labels), abs=1e-12)
+    assert ece(probs, labels, legacy_lthpass=True) == ece(probs, labels, n_bins=14)
+    assert abs(ece(probs, labels, legacy_lthpass=True) - ece(probs, labels)) > 1e-3
+
+    probs[10:500] = [np.nextafter(np.float32(1), np.float32(2)), 0]  # never summed there
+    assert ece(probs, labels, legacy_lthpass=True) == pytest.approx(official_ece(probs, labels), abs=1e-12)
+    assert abs(ece(probs, labels, legacy_lthpass=True) - ece(probs, labels, n_bins=14)) > 1e-3
 
 
 def test_sce_of_two_classes_is_the_binary_ece_of_either():
@@ -154,6 +164,12 @@ def test_adaptive_ece_cuts_the_sorted_confidences_into_equal_parts():
     assert adaptive_ece(probs, labels, 1000) == pytest.approx(np.abs(residual).mean())
 
 
+def test_adaptive_ece_rounds_the_ends_of_uneven_parts_up():
+    probs, labels = two_class([0.6, 0.7, 0.8, 0.9, 1.0], [0, 1, 1, 1, 0])
+    parts = abs((0 - 0.6) + (1 - 0.7) + (1 - 0.8)) + abs((1 - 0.9) + (0 - 1.0))
+    assert adaptive_ece(probs, labels, 2) == pytest.approx(parts / 5)
+
+
 def test_adaptive_ece_never_splits_equal_confidences():
     probs, labels = two_class([0.9] * 10, [1, 0] * 5)
     assert adaptive_ece(probs, labels, 5) == pytest.approx(0.9 - 0.5)
@@ -172,6 +188,8 @@ def test_ace_is_nixons_double_mean_and_the_threshold_drops_small_probabilities()
     probs, labels = np.array([[0.995, 0.005], [0.9, 0.1], [0.8, 0.2]]), np.array([0, 0, 1])
     one_bin_each = abs((1 - 0.995) + (1 - 0.9) + (0 - 0.8)) / 3, abs((0 - 0.1) + (1 - 0.2)) / 2
     assert ace(probs, labels, n_bins=1, threshold=0.01) == pytest.approx(np.mean(one_bin_each))
+    at_the_threshold = (abs((1 - 0.995) + (1 - 0.9)) / 2 + 0) / 2
+    assert ace(probs, labels, n_bins=1, threshold=0.9) == pytest.approx(at_the_threshold)
     assert ace(probs, labels, n_bins=1, threshold=1.0) == 0
 
 
