@@ -50,8 +50,9 @@ INSPECT = """
   const maths = [...document.querySelectorAll('.math')];
   if (maths.length) {
     const ready = () => window.MathJax && MathJax.startup && MathJax.startup.promise;
-    while (!ready()) await new Promise(resolve => setTimeout(resolve, 20));
-    await MathJax.startup.promise;
+    const stop = Date.now() + 30000;
+    while (!ready() && Date.now() < stop) await new Promise(resolve => setTimeout(resolve, 20));
+    if (ready()) await MathJax.startup.promise;
   }
   const broken = [];
   for (const image of document.images) {
@@ -239,6 +240,8 @@ def complaints(events: list[dict]) -> Iterator[str]:
             words = (str(arg.get("value", arg.get("description", ""))) for arg in params["args"])
             yield "console: " + " ".join(words)[:200]
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            if params["entry"]["source"] == "network":
+                continue  # Network.loadingFailed says the same
             yield "log: " + params["entry"]["text"] + " " + params["entry"].get("url", "")
         elif method == "Network.requestWillBeSent":
             url = urls[params["requestId"]] = params["request"]["url"]
@@ -260,10 +263,10 @@ def faults(shown: dict) -> Iterator[str]:
     ):
         if shown[kind]:
             yield f"{label} ({len(shown[kind])}): {shown[kind][0]}"
-    for link in sorted(set(shown["links"])):
-        parts = urlsplit(link)
-        if parts.scheme == "file" and not Path(unquote(parts.path)).exists():
-            yield f"link to a missing file: {unquote(parts.path)}"
+    targets = {unquote(urlsplit(link).path) for link in shown["links"] if link.startswith("file:")}
+    for target in sorted(targets):
+        if not Path(target).exists():
+            yield f"link to a missing file: {target}"
 
 
 def inspect(browser: Browser, page: Path) -> tuple[list[str], dict]:
