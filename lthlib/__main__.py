@@ -1,9 +1,9 @@
 """The steps of a grid, one command each; the workflow calls them, and so may you.
 
-    python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure one method, one seed, all rounds
-    python -m lthlib rows GRID FILE                               write the tidy table of a finished grid
-    python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
-    python -m lthlib record GRID                                  put its results into book/results
+python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure one method, one seed, all rounds
+python -m lthlib rows GRID FILE                               write the tidy table of a finished grid
+python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
+python -m lthlib record GRID                                  put its results into book/results
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from lthlib.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status, 1 after an error that the person can mend."""
-    parser = argparse.ArgumentParser(prog="python -m lthlib", description="The steps of a grid, one command each.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lthlib", description="The steps of a grid, one command each."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     tickets = commands.add_parser("tickets", help="train and measure one method and seed at every round")
     for name in ("grid", "study", "method"):

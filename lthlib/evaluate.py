@@ -61,7 +61,9 @@ class Dimension:
         defaults = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
         for name, value in (given or {}).items():
             choose(name, defaults, f"parameter of {self.name}")
-            kinds = {tuple: (tuple, list), float: (float, int)}.get(type(defaults[name]), type(defaults[name]))
+            kinds = {tuple: (tuple, list), float: (float, int)}.get(
+                type(defaults[name]), type(defaults[name])
+            )
             if defaults[name] is not None and not isinstance(value, kinds):
                 raise UserError(
                     f"Parameter {name} of {self.name} is {value!r}; it must be like its default {defaults[name]!r}."
@@ -74,8 +76,6 @@ DIMENSIONS: Registry[Dimension] = Registry("dimension")
 for _name, _title in (
     ("generalization", "Generalization"),
     ("calibration", "Calibration"),
-    ("interpretability", "Interpretability"),
-    ("flatness", "Flatness"),
 ):
     DIMENSIONS[_name] = Dimension(_name, _title, f"lthlib.metrics.{_name}")
 
@@ -231,7 +231,9 @@ def evaluate(
         content = {
             "values": [asdict(value) for value in values],
             "provenance": {
-                **compute.provenance(precision), "parameters": settings, "n_classes": len(subject.data.classes),
+                **compute.provenance(precision),
+                "parameters": settings,
+                "n_classes": len(subject.data.classes),
             },
         }
         (folder / "values.json").write_text(json.dumps(content))

@@ -48,7 +48,7 @@ from lthlib.errors import UserError, choose
 from lthlib.store import say, write_atomically
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-START_SECONDS = 120  # many pages at once on a loaded machine
+PATIENCE = 120  # seconds for a kernel to start and for its last output to arrive, many pages at once
 
 _quiet = logging.getLogger("lthlib.page")  # what goes wrong is said once, by PageError
 _quiet.addHandler(logging.NullHandler())
@@ -250,7 +250,8 @@ class _PageEngine(Engine):
             kernel_name=kernel_name,
             kernel_manager_class=PageKernelManager,
             timeout=options["timeout"],
-            startup_timeout=START_SECONDS,
+            startup_timeout=PATIENCE,
+            iopub_timeout=PATIENCE,
             log=_quiet,
         ).execute()
 
@@ -263,6 +264,7 @@ def execute(
     output: str | Path,
     parameters: Mapping[str, Any] | None = None,
     *,
+    title: str | None = None,
     timeout: float | None = None,
 ) -> None:
     """Execute a template into a page.
@@ -274,6 +276,7 @@ def execute(
         template: The notebook to execute; it is not changed.
         output: The page, ``*.ipynb``; replaced at the end, in one step.
         parameters: Values for the template's parameters (their types: see the head of this file).
+        title: The page's heading in place of the template's own.
         timeout: Seconds that any one cell may take; by default as long as it likes.
 
     Raises:
@@ -289,6 +292,8 @@ def execute(
     check(parameters, declared)
     _check_output(output, template)
     page = _prepare(notebook, parameters, template, output)
+    if title is not None:
+        _entitle(page, title, template)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     limit = None if timeout is None else max(1, math.ceil(timeout))
     try:
@@ -299,12 +304,12 @@ def execute(
                 "SystemExit: the cell ended the page early"
             )  # papermill takes exit(0) for success
     except (PageError, PapermillExecutionError, RuntimeError, TimeoutError, KeyboardInterrupt) as problem:
-        where = _where(page, template)
-        _save(page, failed)
-        message = f"{where}: {_what(problem, timeout)}. The notebook up to there: {failed}"
+        message = f"{_where(page, template)}: {_what(problem, timeout)}. {_keep(page, failed)}"
         if isinstance(problem, KeyboardInterrupt):
             raise KeyboardInterrupt(message) from None
         raise PageError(message) from problem
+    except OSError as problem:
+        raise UserError(f"Cannot start a kernel: {problem}.") from None
     _drop_progress(page)
     _save(page, output)
     failed.unlink(missing_ok=True)
@@ -354,6 +359,13 @@ def _prepare(notebook: NotebookNode, parameters: dict, template: Path, output: P
     return page
 
 
+def _entitle(page: NotebookNode, title: str, template: Path) -> None:
+    heading, _, rest = page.cells[0].source.partition("\n")
+    if page.cells[0].cell_type != "markdown" or not heading.startswith("# "):
+        raise UserError(f"{template} must begin with a heading (# ...), which the page's title replaces.")
+    page.cells[0].source = f"# {title}\n{rest}"
+
+
 def _where(page: NotebookNode, template: Path) -> str:
     """Name the last cell begun by its number in the template, where the person will look for it."""
     cells = [c for c in page.cells if "papermill" in c.metadata and c.metadata.papermill.get("status")]
@@ -369,14 +381,14 @@ def _what(problem: BaseException, timeout: float | None) -> str:
     match problem:
         case PapermillExecutionError():
             return f"{problem.ename}: {problem.evalue}".rstrip(". ")
-        case CellTimeoutError():
+        case CellTimeoutError() if timeout is not None:
             return f"CellTimeoutError: it took longer than {timeout:g} s"
         case PageError():
             return str(problem)
         case KeyboardInterrupt():
             return "interrupted"
         case _:
-            return f"{type(problem).__name__}: {problem}"
+            return f"{type(problem).__name__}: {str(problem).strip()}".splitlines()[0]
 
 
 def _drop_progress(page: NotebookNode) -> None:
@@ -389,6 +401,14 @@ def _drop_progress(page: NotebookNode) -> None:
         errors[0].text = "\n".join(line for line in text.split("\n") if not _PROGRESS.search(line))
         dropped = [id(output) for output in errors if output is not errors[0] or not output.text.strip()]
         cell.outputs = [output for output in cell.outputs if id(output) not in dropped]
+
+
+def _keep(page: NotebookNode, failed: Path) -> str:
+    try:
+        _save(page, failed)
+    except UserError as problem:
+        return f"The notebook up to there is lost. {problem}"
+    return f"The notebook up to there: {failed}"
 
 
 def _save(page: NotebookNode, path: Path) -> None:
@@ -443,12 +463,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--parameters", metavar="JSON_OR_YAML", help="a mapping, or a *.json, *.yml file with one"
     )
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--title", help="the page's heading, in place of the template's")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for any one cell (default: none)")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is an end with a notebook
+    # An interrupt leaves tasks of nbclient unfinished, and their complaints would follow the last line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         given = _given(options.parameters, options.pairs)
-        execute(options.template, options.output, given, timeout=options.timeout)
+        execute(options.template, options.output, given, title=options.title, timeout=options.timeout)
     except UserError as problem:
         say(str(problem))
         return 2

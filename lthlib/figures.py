@@ -28,7 +28,9 @@ WIDTH = 10.0  # inches; the book's column
 def use_style() -> None:
     """Set the look of every figure of the book (call once a page)."""
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"figure.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False}
+    )
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
@@ -50,7 +52,9 @@ def factor(metric: str) -> float:
     return 100.0 if METRICS[metric].unit == "fraction" else 1.0
 
 
-def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2) -> Figure:
+def curves(
+    judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2
+) -> Figure:
     """Draw metric against sparsity, one panel a metric and shift.
 
     Args:
@@ -62,7 +66,9 @@ def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None
         panels = [k for k, g in judged.groupby(["metric", "shift"], sort=False) if (g["region"] != "").all()]
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
@@ -85,9 +91,17 @@ def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
     for method, line in part.groupby("method", sort=False):
         line = line.sort_values("round")
         x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
-        axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
+        axis.fill_between(
+            x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0
+        )
         for i in range(1, len(x)):  # a segment has the style of the point it leads to
-            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["region"].iloc[i]], color=colour[method], lw=1.6)
+            axis.plot(
+                x[i - 1 : i + 1],
+                y[i - 1 : i + 1],
+                STYLES[line["region"].iloc[i]],
+                color=colour[method],
+                lw=1.6,
+            )
         won = (line["region"] == WINNING).to_numpy()
         axis.plot(x[won], y[won], "o", color=colour[method], ms=4)
         axis.plot(x[~won], y[~won], "o", color=colour[method], ms=4, mfc="white")
@@ -113,7 +127,7 @@ def legend(methods: Sequence[str]) -> list[Line2D]:
 
 
 def reach_map(table: pd.DataFrame) -> Figure:
-    """Draw how far each method keeps each column (metric or dimension): highest sparsity won without a break, in percent.
+    """Draw how far each method keeps each metric or dimension: the highest sparsity won without a break.
 
     Args:
         table: As `lthlib.verdict.reach` returns it.
@@ -132,14 +146,16 @@ def reach_map(table: pd.DataFrame) -> Figure:
 
 
 def radar(table: pd.DataFrame) -> Figure:
-    """Draw the normalised scorecard of `lthlib.verdict.scorecard`: an axis a metric, 1 (outside) the best of those shown."""
+    """Draw the scorecard of `lthlib.verdict.scorecard`: an axis a metric, 1 (outside) the best of those shown."""
     angles = np.linspace(0, 2 * np.pi, len(table.columns), endpoint=False)
     figure, axis = plt.subplots(figsize=(6.5, 5), subplot_kw={"projection": "polar"}, layout="constrained")
     colour = {"dense": "black", **colours()}
     for method, line in table.iterrows():
         closed = np.append(line.to_numpy(), line.iloc[0])
         style = "--" if method == "dense" else "-"
-        axis.plot(np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title)
+        axis.plot(
+            np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title
+        )
     axis.set_xticks(angles, [METRICS[name].title for name in table.columns])
     axis.set_yticks([0, 0.5, 1], ["", "", ""])
     axis.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False)
@@ -179,7 +195,13 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
     columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 2.4 * rows + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        rows,
+        columns,
+        figsize=(WIDTH, 2.4 * rows + 0.4),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     shades = sns.color_palette("flare", part["round"].nunique())
     for axis in axes.flat[len(methods) :]:
@@ -187,7 +209,14 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
     for axis, method in zip(axes.flat, methods, strict=False):
         mine = part[part["method"] == method]
         for shade, (n, line) in zip(shades, mine.groupby("round"), strict=False):
-            axis.plot(line["severity"], 100 * line["mean"], "o-", ms=3, color=shade, label=f"{100 * masks.sparsity_of(n):.3g} %")
+            axis.plot(
+                line["severity"],
+                100 * line["mean"],
+                "o-",
+                ms=3,
+                color=shade,
+                label=f"{100 * masks.sparsity_of(n):.3g} %",
+            )
         first = mine[mine["round"] == mine["round"].min()]
         axis.plot(first["severity"], 100 * first["dense"], color="black", ls="--", label="dense")
         axis.set_title(METHODS[method].title)

@@ -64,7 +64,9 @@ def read_grid(path: Path | str) -> Grid:
     """
     path = Path(path)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", path.stem):
-        raise UserError(f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it.")
+        raise UserError(
+            f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it."
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -81,12 +83,22 @@ def read_grid(path: Path | str) -> Grid:
 def grid_from(name: str, content: object) -> Grid:
     """Build a grid from the content of its file; see `read_grid`."""
     if not isinstance(content, dict):
-        raise UserError(f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {type(content).__name__}.")
+        raise UserError(
+            f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {type(content).__name__}."
+        )
     for key in content:
         choose(key, KEYS, "grid key")
-    for key in ("data", "arch", "rounds" if "sparsities" not in content else "sparsities", "seeds", "dimensions"):
+    for key in (
+        "data",
+        "arch",
+        "rounds" if "sparsities" not in content else "sparsities",
+        "seeds",
+        "dimensions",
+    ):
         if key not in content:
-            raise UserError(f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions.")
+            raise UserError(
+                f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions."
+            )
     shared = {key: content[key] for key in STUDY_KEYS if key in content and key not in ("data", "arch")}
     studies = tuple(
         study_from({**shared, "data": data, "arch": arch})
@@ -120,11 +132,15 @@ def _dimensions(value: object) -> dict[str, dict[str, object]]:
     if isinstance(value, list):
         value = dict.fromkeys(map(str, value))
     if not isinstance(value, dict) or not value:
-        raise UserError(f"dimensions is {value!r}; it must map some of {', '.join(DIMENSIONS)} to their parameters.")
+        raise UserError(
+            f"dimensions is {value!r}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
+        )
     for name, parameters in value.items():
         choose(name, DIMENSIONS, "dimension")
         if parameters is not None and not isinstance(parameters, dict):
-            raise UserError(f"dimensions: {name} is {parameters!r}; it must be a mapping of parameters, or empty.")
+            raise UserError(
+                f"dimensions: {name} is {parameters!r}; it must be a mapping of parameters, or empty."
+            )
         DIMENSIONS[name].parameters(parameters)
     return {name: dict(parameters or {}) for name, parameters in value.items()}
 

@@ -79,7 +79,9 @@ def load(dimension: str, namespace: Mapping[str, object]) -> Page:
     page = Page(study, results, verdict.regions(results.rows, n_classes(results), limits), limits, store)
     n_recorded = len(results.recorded)
     if n_recorded < len(results.tickets):
-        print(f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}.")
+        print(
+            f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}."
+        )
     if n_recorded:
         print(f"{n_recorded} evaluations were read from the recorded results in {recorded}.")
     return page
@@ -148,7 +150,11 @@ def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
     columns: dict[str, dict[tuple[str, str], str]] = {}
     for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
         scale = figures.factor(metric)
-        title = figures.label(metric) + ("" if shift == "none" else f" {shift}") + (f" {severity:g}" if severity else "")
+        title = (
+            figures.label(metric)
+            + ("" if shift == "none" else f" {shift}")
+            + (f" {severity:g}" if severity else "")
+        )
         first = group.iloc[0]
         cells = {("dense", "0"): _interval(first, scale, "dense")}
         for _, line in group.iterrows():
@@ -200,7 +206,9 @@ def reading(page: Page) -> Markdown:
         broken = group[~group["passed"].cumprod().astype(bool)]
         names = ", ".join(METRICS[name].title for name in broken["lost"].iloc[0]) if len(broken) else ""
         if broken.empty:
-            text = f"keeps every metric of this page up to {_percent(unbroken)}, the sparsest network measured"
+            text = (
+                f"keeps every metric of this page up to {_percent(unbroken)}, the sparsest network measured"
+            )
         elif unbroken.empty:
             text = f"loses at the lowest sparsity measured ({_percent(broken.head(1))}) in {names}"
         else:

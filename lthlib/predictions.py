@@ -42,7 +42,9 @@ def for_inference(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, pixels: torch.Tensor, *, precision: str = "auto", batch: int = BATCH) -> torch.Tensor:
+def predict(
+    model: nn.Module, pixels: torch.Tensor, *, precision: str = "auto", batch: int = BATCH
+) -> torch.Tensor:
     """Compute logits.
 
     Args:

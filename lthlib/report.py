@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from tqdm.auto import tqdm
 
-from lthlib import data, verdict
+from lthlib import compute, data, verdict
 from lthlib.code_version import code_version
 from lthlib.errors import UserError
 from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, Study, evaluate, question, rows_of
@@ -184,9 +184,11 @@ def table(grid: Grid, store: Store, *, from_record: bool = False) -> pd.DataFram
         for dimension, parameters in grid.dimensions.items():
             name = question(dimension, DIMENSIONS[dimension].parameters(parameters), grid.precision)
             found = [
-                archive[t.id, name].evaluation(t) if from_record else evaluate(t, dimension, store, parameters, grid.precision)
+                archive[t.id, name].evaluation(t)
+                if from_record
+                else evaluate(t, dimension, store, parameters, grid.precision)
                 for t in study.tickets()
-            ]  # fmt: skip
+            ]
             parts.append(rows_of(found, dimension))
     return pd.concat(parts, ignore_index=True)
 
@@ -205,7 +207,8 @@ def record(grid: str) -> None:
         name = question(dimension, DIMENSIONS[dimension].parameters(parameters), plan.precision)
         every = [t for study in plan.studies for t in study.tickets()]
         found[dimension] = [
-            (name, evaluate(t, dimension, store, parameters, plan.precision)) for t in tqdm(every, desc=dimension)
+            (name, evaluate(t, dimension, store, parameters, plan.precision))
+            for t in tqdm(every, desc=dimension)
         ]
     folder = ROOT / RESULTS / plan.name
     Archive.write(folder, found)
@@ -240,8 +243,11 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path) -> str:
         picture = f"answer-{grid.name}-{study_name(study)}.svg"
         figures.reach_map(reached).savefig(folder / picture)
         passes = verdict.lth_pass(judged)
-        parts += [_passes(passes), f"```{{figure}} {picture}\n:width: 100%\nHow far each method keeps each metric: the "
-                  "highest sparsity (in percent) up to which it wins without a break; – where it loses at once.\n```"]  # fmt: skip
+        caption = (
+            "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "
+            "break; – where it loses at once."
+        )
+        parts += [_passes(passes), f"```{{figure}} {picture}\n:width: 100%\n{caption}\n```"]
         parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
         parts += [f"{len(study.tickets())} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)
@@ -266,7 +272,9 @@ def _passes(passes: pd.DataFrame) -> str:
     won = passes[passes["passed"]].sort_values("round").groupby("method", sort=False).tail(1)
     if won.empty:
         return "No sparse network measured here wins everything: there is no **LTH-PASS** among them."
-    best = ", ".join(f"{METHODS[m].title} ({100 * s:.1f} %)" for m, s in zip(won["method"], won["sparsity"], strict=True))
+    best = ", ".join(
+        f"{METHODS[m].title} ({100 * s:.1f} %)" for m, s in zip(won["method"], won["sparsity"], strict=True)
+    )
     return f"**LTH-PASS**, no worse than dense in every metric measured: {best}; in brackets the highest such sparsity."
 
 
@@ -282,27 +290,22 @@ def _dimension_table(reached: pd.DataFrame, passes: pd.DataFrame) -> str:
 
 
 def _status(plans: list[PagePlan], folder: Path) -> str:
+    here = compute.provenance("auto")
     lines = [
-        "# Status", "",
-        "Which code made which page, where and in what time. A page of recorded results names the commit that "
-        "measured them on the page itself.", "",
-        "| page | seconds | made by | at |", "|---|---|---|---|",
+        "(status)=", "# Status", "",
+        "This build:", "", *[f"- {name}: {value}" for name, value in here.items()], "",
+        "What it took to make each page, its results being there; the commit and machine behind its numbers are named "
+        "on the page itself.", "",
+        "| page | seconds | made at (UTC) |", "|---|---|---|",
     ]  # fmt: skip
     for plan in plans:
         path = folder / f"{plan.path}.ipynb"
         if not path.exists():
-            lines.append(f"| {plan.title} | missing | | |")
+            lines.append(f"| {plan.title} | missing | |")
             continue
-        meta = json.loads(path.read_text())["metadata"]
-        run = meta.get("papermill", {})
-        lines.append(
-            f"| [{plan.title}](/_generated/{plan.path}.ipynb) | {run.get('duration') or 0:.1f} | commit `{meta['lthlib']['commit']}` | "
-            f"{meta['lthlib']['time']} |"
-        )
-    from lthlib import compute
-
-    here = compute.provenance("auto")
-    lines += ["", "This build:", "", *[f"- {name}: {value}" for name, value in here.items() if name != "time"]]
+        run = json.loads(path.read_text())["metadata"]["papermill"]
+        link = f"[{plan.title}](/_generated/{plan.path}.ipynb)"
+        lines.append(f"| {link} | {run['duration']:.1f} | {run['end_time'][:19].replace('T', ' ')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -322,4 +325,7 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
         mine = [plan for plan in plans if plan.dimension == chapter["generated"]]
         for first in (plan for plan in mine if plan.method == COMPARISON):
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
-            yield {"file": f"_generated/{first.path}", "sections": [{"file": f"_generated/{p.path}"} for p in sections]}
+            yield {
+                "file": f"_generated/{first.path}",
+                "sections": [{"file": f"_generated/{p.path}"} for p in sections],
+            }

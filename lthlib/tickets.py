@@ -108,11 +108,19 @@ class Ticket:
             return None
         if kind == "dense" or (kind == "previous" and self.round == 1):
             return self.dense
-        return self._relative(self.method, self.round - 1) if kind == "previous" else self._relative(kind, self.round)
+        return (
+            self._relative(self.method, self.round - 1)
+            if kind == "previous"
+            else self._relative(kind, self.round)
+        )
 
     def _relative(self, method: str, round: int) -> Ticket:
         options = self.options if method == self.method else ()
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "round", "options")}
+        rest = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("method", "round", "options")
+        }
         return Ticket(method=method, round=round, options=options, **rest)
 
     def describe(self) -> dict[str, object]:
@@ -189,7 +197,11 @@ def version_of(ticket: Ticket, images: data.DataSet) -> str:
 
 
 def new_model(
-    ticket: Ticket, images: data.DataSet, *, seed: int | None = None, channels: Mapping[str, int] | None = None
+    ticket: Ticket,
+    images: data.DataSet,
+    *,
+    seed: int | None = None,
+    channels: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Build the ticket's network with the initial weights of its seed (or of another)."""
     return models.build(
@@ -199,7 +211,7 @@ def new_model(
 
 
 def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return ``batch(n)`` -> n training images in a seeded order, or ``batch(per_class=k)`` -> k a class, class by class.
+    """Return ``batch(n)`` -> n training images in a seeded order; ``batch(per_class=k)`` -> k a class, class by class.
 
     Images come as [0, 1] floats (n, C, H, W), un-augmented, with their labels; the same call gives the same images.
     """
@@ -218,7 +230,11 @@ def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.
 
 
 def _make(
-    ticket: Ticket, images: data.DataSet, store: Store, folder: Path, progress: Callable[[Ticket, int], None] | None
+    ticket: Ticket,
+    images: data.DataSet,
+    store: Store,
+    folder: Path,
+    progress: Callable[[Ticket, int], None] | None,
 ) -> None:
     method = METHODS[ticket.method]
     source = obtain(ticket.source, store, progress) if ticket.source is not None else None
@@ -319,7 +335,9 @@ def _rewind_point(ticket: Ticket, images: data.DataSet, store: Store) -> State:
         model = new_model(dense, images)
         state, _ = train(model, images.train, dense.recipe, seed=dense.seed, until=epoch)
         parts = {"model": state.model, "momentum": state.momentum}
-        tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+        tensors = {
+            f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()
+        }
         safetensors.torch.save_file(tensors, folder / "state.safetensors")
 
     folder = store.get(f"rewind-points/{dense.id}-e{epoch}", version_of(dense, images), make)
@@ -335,7 +353,9 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
     """Count weights and multiply-accumulates, of the network and of its dense parent."""
     parent = new_model(ticket, images)
     n_parent = sum(weight.numel() for weight in masks.prunable(parent).values())
-    n_kept = masks.n_kept(found) if found is not None else sum(w.numel() for w in masks.prunable(model).values())
+    n_kept = (
+        masks.n_kept(found) if found is not None else sum(w.numel() for w in masks.prunable(model).values())
+    )
     by_layer = models.macs(model, images.shape)
     densities = masks.density_by_layer(found) if found is not None else {}
     alive = sum(count * densities.get(f"{layer}.weight", 1.0) for layer, count in by_layer.items())

@@ -69,7 +69,11 @@ def regions(rows: pd.DataFrame, n_classes: int, thresholds: Thresholds | None = 
     if dense.empty:
         raise UserError("There is no dense run among the rows; regions compare with it.")
     sparse = summary[summary["method"] != "dense"].reset_index(drop=True)
-    parent = dense.loc[list(map(tuple, sparse[dense.index.names].to_numpy(dtype=object)))] if len(sparse) else dense
+    parent = (
+        dense.loc[list(map(tuple, sparse[dense.index.names].to_numpy(dtype=object)))]
+        if len(sparse)
+        else dense
+    )
     lines = sparse.assign(
         dense=parent["mean"].to_numpy(), dense_low=parent["low"].to_numpy(), dense_high=parent["high"].to_numpy()
     ) if len(sparse) else sparse.assign(dense=[], dense_low=[], dense_high=[])  # fmt: skip
@@ -141,14 +145,23 @@ def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.D
     lines = []
     for key, group in counted.groupby(["dataset", "arch", "method", "round"], sort=False):
         lost = list(dict.fromkeys(group.loc[~group["win"], "metric"]))
-        lines.append((*key, group["sparsity"].iloc[0], bool(group["win"].all()), int(group["win"].sum()), len(group), lost))
+        lines.append(
+            (
+                *key,
+                group["sparsity"].iloc[0],
+                bool(group["win"].all()),
+                int(group["win"].sum()),
+                len(group),
+                lost,
+            )
+        )
     return pd.DataFrame(
         lines, columns=["dataset", "arch", "method", "round", "sparsity", "passed", "won", "of", "lost"]
     )
 
 
 def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
-    """Return the highest sparsity down to which each method keeps winning without a break, for each metric or dimension.
+    """Return the highest sparsity up to which each method wins without a break, by metric or dimension.
 
     Args:
         judged: As `regions` returns it; only metrics in the verdict count.
@@ -172,7 +185,7 @@ def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
 
 
 def scorecard(summary: pd.DataFrame) -> pd.DataFrame:
-    """Scale each metric of the verdict to [0, 1] over the given tickets, 1 the best: (x - min) / (max - min), as in Fig. 1.
+    """Scale each metric of the verdict to [0, 1], 1 the best: (x - min) / (max - min), as in the paper's Fig. 1.
 
     Args:
         summary: As `summarise` returns it, restricted to what is to be compared (one round, and dense).

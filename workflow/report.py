@@ -1,6 +1,6 @@
 """Run a grid to a book: check the grid, run the workflow, say what is running, what failed, and where the book lies.
 
-    .venv/bin/python workflow/report.py workflow/grids/quick.yml [--profile local] [--cores all]
+.venv/bin/python workflow/report.py workflow/grids/quick.yml [--profile local] [--cores all]
 """
 
 from __future__ import annotations
@@ -80,11 +80,13 @@ def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     tail: deque[str] = deque(maxlen=30)
     log = ROOT / "_build" / "snakemake.log"
     log.parent.mkdir(exist_ok=True)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    shape = "{desc}: {n}/{total} jobs {bar} {elapsed}, {remaining} left"
     with (
         log.open("w") as record,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process,
-        tqdm(desc="report", unit="job", bar_format="{desc}: {n}/{total} jobs {bar} {elapsed}, {remaining} left") as bar,
-    ):  # fmt: skip
+        subprocess.Popen(command, env=environment, **pipe) as process,
+        tqdm(desc="report", unit="job", bar_format=shape) as bar,
+    ):
         in_error = False
         for line in process.stdout:
             record.write(line)

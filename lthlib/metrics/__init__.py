@@ -6,6 +6,8 @@ A dimension is one file of this package. It holds pure functions, the rows that 
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 
 from lthlib.errors import Registry
@@ -69,3 +71,7 @@ class Value:
     n: int
     shift: str = "none"
     severity: float = 0
+
+
+for _module in pkgutil.iter_modules(__path__):  # each file registers its rows
+    importlib.import_module(f"{__name__}.{_module.name}")

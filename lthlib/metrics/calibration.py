@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lthlib.errors import UserError, choose
-from lthlib.metrics import describe
+from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import check_labels, check_logits, check_probs, chunks, shifted_by_class
 from lthlib.metrics._arrays import softmax as softmax
+from lthlib.predictions import Subject
 
 N_BINS = 15  # Guo et al., 2017, section 5
 LEGACY_BINS = 14  # what linspace(0, 1, 15) makes
@@ -682,3 +683,46 @@ for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
         f"{_title} of $\\mathrm{{softmax}}(z/T)$, $T$ fitted on images held out from those it is judged on.",
         "guo2017calibration", unit="nats" if _name == "nll" else "fraction",
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- a ticket
+
+
+def measure(
+    subject: Subject, *, n_test: int = 10_000, n_bins: int = N_BINS
+) -> tuple[list[Value], dict[str, np.ndarray]]:
+    """Measure how far a ticket's confidence can be believed.
+
+    Args:
+        subject: The ticket.
+        n_test: Test images at most, the first ones.
+        n_bins: Bins of every binned error.
+
+    Returns:
+        Values, and for figures the reliability diagram (``count``, ``confidence``, ``accuracy`` by bin).
+    """
+    labels = subject.data.test.labels[:n_test].numpy()
+    logits = subject.logits("test", n_test)
+    probs = softmax(logits)
+    numbers = calibration_summary(logits, labels, n_bins)
+    numbers["test_accuracy"] = numbers.pop("accuracy")
+    numbers["adaptive_ece"] = adaptive_ece(probs, labels, n_bins)
+    numbers["ace"] = ace(probs, labels, n_bins)
+    parts = brier_decomposition(probs, labels, n_bins)
+    numbers |= {"brier_reliability": parts.reliability, "brier_resolution": parts.resolution}
+    numbers |= _recalibrated(logits, labels, n_bins)
+    diagram = reliability_diagram(probs, labels, n_bins)
+    arrays = {"count": diagram.counts, "confidence": diagram.confidence, "accuracy": diagram.accuracy}
+    return [Value(name, float(value), len(labels)) for name, value in numbers.items()], arrays
+
+
+def _recalibrated(logits: np.ndarray, labels: np.ndarray, n_bins: int) -> dict[str, float]:
+    """Fit the temperature on one half of the images and scale the other half by it, both ways round."""
+    scaled, temperatures = np.empty_like(logits, dtype=np.float64), []
+    for fold in (0, 1):
+        mine = np.arange(len(labels)) % 2 == fold
+        temperatures.append(temperature_scaling(logits[~mine], labels[~mine]))
+        scaled[mine] = logits[mine] / temperatures[-1]
+    after = calibration_summary(scaled, labels, n_bins)
+    found = {f"{name}_recalibrated": after[name] for name in ("ece", "sce", "nll")}
+    return {**found, "temperature": float(np.mean(temperatures))}

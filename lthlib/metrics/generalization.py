@@ -17,9 +17,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lthlib.data import source
 from lthlib.errors import Registry, UserError, choose
-from lthlib.metrics import describe
+from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import as_array, check_labels, check_logits, softmax
+from lthlib.predictions import Subject
+from lthlib.train import as_input
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
@@ -711,3 +714,74 @@ _row(
     r"Mean of $p_y - \max_{j \neq y} p_j$ on FGSM images, $\epsilon = 8/255$; from -1 to 1.",
     "goodfellow2015explaining", unit="",
 )  # fmt: skip
+_row(
+    "adversarial_accuracy", "Accuracy under attack",
+    r"Accuracy on images changed by at most $\epsilon$ (severity: $255\,\epsilon$) by FGSM or PGD-20.",
+    "madry2018towards",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- a ticket
+
+
+def measure(
+    subject: Subject,
+    *,
+    ood: Sequence[str] = (),
+    n_test: int = 10_000,
+    n_ood: int = 2_000,
+    n_attack: int = 1_000,
+    epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
+) -> tuple[list[Value], dict[str, np.ndarray]]:
+    """Measure how a ticket generalizes.
+
+    Args:
+        subject: The ticket.
+        ood: Out-of-distribution sets; empty for the data set's own list.
+        n_test: Test images at most, the first ones.
+        n_ood: Images of each out-of-distribution set at most.
+        n_attack: Test images that are attacked, the first ones.
+        epsilons: Attack strengths in units of 1/255; the paper's 8 is always among them.
+
+    Returns:
+        Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates.
+    """
+    labels = subject.data.test.labels[:n_test].numpy()
+    known = subject.logits("test", n_test)
+    values = [Value("test_accuracy", accuracy(known, labels), len(labels))]
+    arrays = {}
+    for name in ood or source(subject.ticket.data).ood:
+        foreign = subject.logits(f"ood:{name}", n_ood)
+        values += _detection(known, foreign, name)
+        arrays[f"roc_{name}"] = _roc(known, foreign)
+    return values + _attacks(subject, n_attack, sorted({*epsilons, 8.0})), arrays
+
+
+def _detection(known: np.ndarray, foreign: np.ndarray, name: str) -> list[Value]:
+    msp = ood_summary(known, foreign)
+    numbers = {f"ood_{key}": value for key, value in msp.items()}
+    numbers["ood_aupr_id"] = msp["aupr_id"]
+    for score in ("max_logit", "energy"):
+        numbers[f"ood_auroc_{score}"] = ood_summary(known, foreign, score)["auroc"]
+    return [Value(metric, value, len(known) + len(foreign), name) for metric, value in numbers.items()]
+
+
+def _roc(known: np.ndarray, foreign: np.ndarray) -> np.ndarray:
+    curve = detection_curve(msp_score(known), msp_score(foreign))
+    grid = np.linspace(0, 1, 101)
+    false, true = curve.false / len(known), curve.true / len(foreign)
+    return np.interp(grid, false, true).astype(np.float32)
+
+
+def _attacks(subject: Subject, n: int, epsilons: Sequence[float]) -> list[Value]:
+    test = subject.data.test
+    images, labels = as_input(test.pixels[:n]), test.labels[:n]
+    curve = adversarial_accuracy(subject.model, images, labels, [e / 255 for e in epsilons])
+    values = [
+        Value("adversarial_accuracy", float(right), len(labels), "fgsm", epsilon)
+        for epsilon, right in zip(epsilons, curve.accuracy, strict=True)
+    ]
+    paper = list(epsilons).index(8.0)
+    values.append(Value("fgsm_accuracy", float(curve.accuracy[paper]), len(labels), "fgsm", 8))
+    values.append(Value("adversarial_margin", float(curve.margin[paper]), len(labels), "fgsm", 8))
+    return values

@@ -1,0 +1,226 @@
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lthlib import data
+from lthlib.errors import UserError
+from lthlib.store import Store
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LTHLIB_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    data.load.cache_clear()
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def empty_store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def picture(path, size=(8, 8), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(array).save(path)
+    return array
+
+
+def split(folder, n=4, **more):
+    return {
+        (part, c, i): picture(folder / part / c / f"{i}.png", seed=hash((part, c, i)) % 1000, **more)
+        for part in ("train", "test")
+        for c in ("cat", "dog")
+        for i in range(n)
+    }
+
+
+def test_mnist5k_is_the_embedded_set_in_its_fixed_split(store):
+    found = data.load("mnist5k", store)
+    assert found.train.pixels.shape == (4000, 28, 28, 1)
+    assert found.test.labels.bincount().tolist() == [100] * 10
+    assert found.train.labels.bincount().tolist() == [400] * 10
+    every = torch.cat([found.train.pixels, found.test.pixels]).flatten(1)
+    assert len(every.unique(dim=0)) == 5000  # no image on both sides
+    train = found.train.pixels.double() / 255
+    assert found.mean[0] == pytest.approx(train.mean().item(), rel=1e-12)
+    assert found.std[0] == pytest.approx(train.std(correction=0).item(), rel=1e-9)
+
+
+def test_a_part_of_the_training_images_is_stratified_and_fixed(store):
+    some = data.load("mnist5k", store, 100)
+    assert some.train.labels.bincount().tolist() == [10] * 10
+    data.load.cache_clear()
+    assert torch.equal(some.train.pixels, data.load("mnist5k", store, 100).train.pixels)
+    with pytest.raises(UserError, match="10 to 4000"):
+        data.load("mnist5k", store, 9)
+
+
+def test_a_folder_and_a_zip_of_it_give_the_same_images(folder, empty_store):
+    arrays = split(folder / "pets")
+    with zipfile.ZipFile(folder / "zipped.zip", "w") as archive:
+        for path in sorted((folder / "pets").rglob("*.png")):
+            archive.write(path, path.relative_to(folder / "pets"))
+    pets, zipped = (data.load(name, empty_store) for name in ("pets", "zipped"))
+    assert pets.classes == ("cat", "dog")
+    assert torch.equal(pets.train.pixels, zipped.train.pixels)
+    assert torch.equal(pets.test.labels, torch.tensor([0] * 4 + [1] * 4))
+    assert np.array_equal(pets.train.pixels[5].numpy(), arrays["train", "dog", 1])
+
+
+def test_a_folder_of_classes_alone_is_split_by_class(folder, empty_store):
+    for c in ("a", "b"):
+        for i in range(10):
+            picture(folder / "flat" / c / f"{i}.png", mode="L", seed=i)
+    flat = data.load("flat", empty_store)
+    assert flat.train.labels.bincount().tolist() == [8, 8]
+    assert flat.test.labels.bincount().tolist() == [2, 2]
+    assert flat.channels == 1
+
+
+def test_odd_sizes_can_be_scaled_and_cropped(folder, empty_store):
+    split(folder / "wide", size=(20, 10))
+    with pytest.raises(UserError, match="wide@10"):
+        data.load("wide", empty_store)
+    assert data.load("wide@16", empty_store).train.pixels.shape[1:] == (16, 16, 3)
+
+
+def break_one_class(root):
+    for path in (root / "train" / "dog", root / "test" / "dog"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+
+
+def break_empty_class(root):
+    for file in (root / "train" / "dog").iterdir():
+        file.unlink()
+
+
+def break_unreadable(root):
+    (root / "train" / "dog" / "2.png").write_bytes(b"\x89PNG\r\n not an image")
+
+
+def break_odd(root):
+    picture(root / "test" / "cat" / "1.png", size=(9, 9))
+
+
+def break_classes(root):
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (break_one_class, "two at least"),
+        (break_empty_class, "has no images: fill it or remove it"),
+        (break_unreadable, "2.png is not a readable image"),
+        (break_odd, "1.png is 9 x 9 pixels"),
+        (break_classes, "same classes"),
+    ],
+)
+def test_a_faulty_folder_is_named_with_its_fault(folder, empty_store, harm, words):
+    split(folder / "pets")
+    harm(folder / "pets")
+    with pytest.raises(UserError, match=words):
+        data.load("pets", empty_store)
+    assert not list((empty_store.root / "data").glob("*"))
+
+
+def test_a_changed_folder_is_read_again(folder, empty_store):
+    split(folder / "pets")
+    first = data.load("pets", empty_store).digest
+    picture(folder / "pets" / "train" / "cat" / "0.png", seed=77)
+    data.load.cache_clear()
+    assert data.load("pets", empty_store).digest != first
+
+
+def test_a_broken_zip_and_unknown_names(folder, empty_store):
+    (folder / "bad.zip").write_bytes(b"PK not a zip")
+    with pytest.raises(UserError, match="zip"):
+        data.load("bad", empty_store)
+    with pytest.raises(UserError, match="Did you mean 'mnist5k'"):
+        data.load("mnist", empty_store)
+    for name in ("../bad", ".", "", "a/b"):
+        with pytest.raises(UserError):
+            data.load(name, empty_store)
+
+
+def test_cifar10_in_its_published_format_has_the_papers_split(folder, empty_store, monkeypatch):
+    """Five pickled batches of channel-first rows, as distributed; torchvision's checksums do not hold for ours."""
+    from torchvision import datasets
+
+    root = folder / "cifar-10-batches-py"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    rows = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        rows[name] = rng.integers(0, 256, (1100, 3072), dtype=np.uint8)
+        batch = {"data": rows[name], "labels": [i % 10 for i in range(1100)]}
+        (root / name).write_bytes(pickle.dumps(batch))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *a: True)
+    found = data.load("cifar10", empty_store)
+    assert (len(found.train), len(found.validation), len(found.test)) == (500, 5000, 1100)
+    first = rows["data_batch_1"][0].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(found.train.pixels[0].numpy(), first)
+
+
+def test_missing_data_without_network_is_one_sentence(folder, empty_store, monkeypatch):
+    from torchvision import datasets
+
+    def offline(self):
+        raise OSError("network unreachable")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
+    with pytest.raises(UserError, match="LTHLIB_DATA"):
+        data.load("cifar10", empty_store)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "photos", "digits"])
+def test_ood_sets_are_fixed_and_of_the_right_shape(store, name):
+    like = data.load("mnist5k", store)
+    first, again = data.ood_images(name, like, 50, store), data.ood_images(name, like, 50, store)
+    assert first.shape == (50, 28, 28, 1)
+    assert torch.equal(first, again)
+    assert len(first.flatten(1).unique(dim=0)) == 50
+
+
+def test_gaussian_noise_has_the_papers_law(store):
+    """clip(N(0, 1/2), -1, 1) / 2 + 1/2: mean 1/2; 2 Phi(-2) of the pixels lie on the two ends."""
+    pixels = data.ood_images("gaussian", data.load("mnist5k", store), 500, store).double() / 255
+    ends = ((pixels == 0) | (pixels == 1)).double().mean().item()
+    assert pixels.mean().item() == pytest.approx(0.5, abs=0.002)
+    assert ends == pytest.approx(0.0455 + 0.0021, abs=0.002)  # and what rounding to 255 levels adds
+
+
+def test_a_folder_can_be_an_ood_set_of_another_size(folder, empty_store):
+    for i in range(5):
+        picture(folder / "foreign" / "test" / "x" / f"{i}.png", size=(16, 16), seed=i)
+        picture(folder / "foreign" / "test" / "y" / f"{i}.png", size=(16, 16), seed=50 + i)
+    like = data.load("mnist5k", empty_store)
+    assert data.ood_images("foreign", like, 100, empty_store).shape == (10, 28, 28, 1)
+    with pytest.raises(UserError, match="only serve as an out-of-distribution set"):
+        data.load("foreign", empty_store)
+    with pytest.raises(UserError, match="Did you mean 'gaussian'"):
+        data.ood_images("gausian", like, 10, empty_store)
+
+
+def test_a_jpeg_is_decoded_as_pillow_does(folder, empty_store):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(buffer, "JPEG")
+    for part in ("train", "test"):
+        for c in ("a", "b"):
+            path = folder / "jpeg" / part / c / "0.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(buffer.getvalue())
+    expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))
+    assert np.array_equal(data.load("jpeg", empty_store).train.pixels[0].numpy(), expected)

@@ -1,0 +1,133 @@
+import contextlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lthlib.errors import UserError
+from lthlib.evaluate import study_from
+from lthlib.grid import KEYS, grid_from, read_grid
+from lthlib.pruners import METHODS
+from lthlib.report import jobs, needs, pages
+
+GOOD = {"data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1, 2], "seeds": [0],
+        "dimensions": {"calibration": {}}}  # fmt: skip
+GRIDS = sorted(Path(__file__).parents[1].glob("workflow/grids/*.yml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
+def test_every_grid_of_the_project_is_valid(path, monkeypatch, tmp_path):
+    (tmp_path / "cifar10-jpeg").mkdir()  # a grid may name a folder that the reader has
+    (tmp_path / "imagenet").mkdir()
+    monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
+    grid = read_grid(path)
+    assert grid.studies
+    assert len({page.path for page in pages(grid)}) == len(pages(grid))
+
+
+def test_the_default_grid_is_what_the_book_promises():
+    grid = read_grid(next(p for p in GRIDS if p.stem == "quick"))
+    (study,) = grid.studies
+    assert {m.name for m in METHODS.values() if m.paper} <= set(study.methods)
+    assert len(study.rounds) >= 6
+    assert len(study.seeds) >= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dta": 1}, "Did you mean 'data'"),
+        ({"data": "mnist5"}, "Did you mean 'mnist5k'"),
+        ({"arch": "resnet9"}, "Did you mean"),
+        ({"methods": ["lht"]}, "Did you mean 'lth'"),
+        ({"methods": []}, "methods"),
+        ({"methods": ["lth", "lth"]}, "twice"),
+        ({"rounds": [2, 1]}, "ascending"),
+        ({"rounds": [1, 1]}, "ascending"),
+        ({"rounds": [0, 1]}, "from 1 on"),
+        ({"rounds": "1, 2"}, "list"),
+        ({"seeds": [-1]}, "from 0 on"),
+        ({"seeds": [True]}, "list"),
+        ({"recipe": {"epoch": 3}}, "Did you mean 'epochs'"),
+        ({"recipe": 3}, "mapping"),
+        ({"dimensions": {"calibrations": {}}}, "Did you mean 'calibration'"),
+        ({"dimensions": {"calibration": {"bins": 3}}}, "n_bins"),
+        ({"dimensions": {"calibration": {"n_bins": "many"}}}, "n_bins"),
+        ({"dimensions": []}, "dimensions"),
+        ({"precision": "fp8"}, "bfloat16"),
+        ({"thresholds": {"tolerence": 1}}, "Did you mean 'tolerance'"),
+        ({"thresholds": {"tolerance": -1}}, "from 0 on"),
+        ({"options": {"rigl": {"delta": 3}, "rgl": {}}}, "rigl"),
+        ({"train_size": 0}, "train_size"),
+        ({"title": "a\nb"}, "one line"),
+        ({"rewind_epoch": "1"}, "rewind_epoch"),
+    ],
+)
+def test_a_mistake_is_answered_with_key_value_and_what_is_allowed(change, words):
+    with pytest.raises(UserError, match=words):
+        grid_from("test", {**GOOD, **change})
+
+
+@pytest.mark.parametrize("sparsities", [[1.0], [-0.1], [0.2, 1.5], [0.5]])
+def test_sparsities_off_the_ladder_are_refused(sparsities):
+    settings_ = {k: v for k, v in GOOD.items() if k != "rounds"}
+    with pytest.raises(UserError):
+        grid_from("test", {**settings_, "sparsities": sparsities})
+
+
+def test_sparsities_name_rounds():
+    study = study_from({"method": "lth", "sparsities": [0.2, 0.67, 0.893]})
+    assert study.rounds == (1, 5, 10)
+
+
+def test_all_is_every_registered_method():
+    assert set(study_from({"method": "all"}).methods) == set(METHODS) - {"dense"}
+
+
+def test_a_grid_over_lists_has_a_study_for_each_pair():
+    grid = grid_from("test", {**GOOD, "data": ["mnist5k", "cifar10"], "arch": ["resnet8", "resnet20s"]})
+    assert len(grid.studies) == 4
+
+
+def test_jobs_wait_for_what_they_build_on():
+    grid = grid_from("test", {**GOOD, "methods": ["lth-shuffled", "lth", "snip"]})
+    found = {job.method: {need.method for need in needs(grid, job)} for job in jobs(grid)}
+    assert found == {"dense": set(), "lth": {"dense"}, "snip": {"dense"}, "lth-shuffled": {"dense", "lth"}}
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00", "!!python/object:os.system {}"])
+def test_a_file_that_is_no_grid_is_said(tmp_path, content):
+    path = tmp_path / "grid.yml"
+    path.write_text(content)
+    with pytest.raises(UserError):
+        read_grid(path)
+
+
+def test_a_grid_file_must_have_a_name_that_can_name_pages(tmp_path):
+    path = tmp_path / "My Grid.yml"
+    path.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(UserError, match="small letters"):
+        read_grid(path)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(KEYS), JUNK)
+def test_no_value_of_a_key_can_do_worse_than_a_clear_error(key, value):
+    with contextlib.suppress(UserError):  # any other exception fails the test
+        grid_from("test", {**GOOD, key: value})
+
+
+@settings(max_examples=300, deadline=None)
+@given(JUNK)
+def test_no_content_can_do_worse_than_a_clear_error(content):
+    with pytest.raises(UserError):
+        grid_from("test", content)

@@ -1,0 +1,106 @@
+"""The project as a whole: the direction of imports, the environments, the notebooks in git."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from lthlib.evaluate import DIMENSIONS
+from lthlib.execute import parameters_of
+from lthlib.metrics import METRICS
+from lthlib.pages import STUDY
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+ROOMS = [
+    "errors", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
+    "train", "tickets", "predictions", "metrics", "evaluate", "verdict", "figures", "grid", "zygote", "execute",
+    "pages", "report",
+]  # fmt: skip
+
+
+def room(path):
+    return path.relative_to(ROOT / "lthlib").parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lthlib"):
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+
+
+FILES = [p for p in sorted(ROOT.glob("lthlib/**/*.py")) if room(p) not in ("__init__", "__main__")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrow(path):
+    allowed = ROOMS[: ROOMS.index(room(path)) + 1]
+    assert set(imports_of(path)) - {"__version__"} <= set(allowed)
+
+
+def bounds(line):
+    name = re.match(r"[A-Za-z0-9._-]+", line)[0]
+    return name.lower(), frozenset(filter(None, line[len(name) :].replace(" ", "").split(",")))
+
+
+def test_conda_and_pip_ask_for_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = dict(map(bounds, project["project"]["dependencies"] + project["dependency-groups"]["test"]))
+    wanted["python"] = frozenset(project["project"]["requires-python"].split(","))
+    conda = dict(map(bounds, yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]))
+    renamed = {"pytorch": "torch", "py-opencv": "opencv-python-headless"}
+    assert {renamed.get(name, name): bound for name, bound in conda.items()} == wanted
+
+
+def test_the_lock_is_hashed_and_names_no_index():
+    text = (ROOT / "requirements.lock").read_text()
+    pins = re.findall(r"^[A-Za-z0-9._-]+==\S+.*\\$", text, flags=re.M)
+    assert len(pins) > 100
+    assert len(re.findall(r"^[A-Za-z0-9._-]+==", text, flags=re.M)) == len(pins)  # each goes on to its hashes
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestNotebook:
+    def test_it_is_stripped(self, path):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert cell.outputs == []
+                assert cell.execution_count is None
+
+    def test_its_parameters_are_those_of_a_study(self, path):
+        declared = parameters_of(nbformat.read(path, as_version=4))
+        assert set(STUDY) <= set(declared)
+        assert path.stem in DIMENSIONS
+
+    def test_it_is_thin(self, path):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+                assert len(cell.source.splitlines()) <= 10
+
+
+def test_every_dimension_has_its_notebook():
+    assert {p.stem for p in NOTEBOOKS} == set(DIMENSIONS)
+
+
+def test_every_reference_of_a_registry_is_in_the_bibliography():
+    from lthlib.models import ARCHITECTURES
+    from lthlib.pruners import METHODS
+
+    keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "book/references.bib").read_text(), flags=re.M))
+    used = {entry.reference for registry in (METRICS, METHODS, ARCHITECTURES) for entry in registry.values()}
+    assert used - {""} <= keys
+
+
+def test_nothing_generated_is_in_git():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not [p for p in tracked if p.startswith(("_build/", "store/", "book/_generated/", ".snakemake/"))]

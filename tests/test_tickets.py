@@ -1,0 +1,136 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from lthlib import data, masks
+from lthlib.errors import UserError
+from lthlib.pruners import METHODS
+from lthlib.store import Store
+from lthlib.tickets import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
+from lthlib.train import Recipe
+
+
+def make(tiny, method="dense", round=0, **more):
+    return Ticket(method=method, round=round, **{**tiny, **more})
+
+
+def equal(a, b):
+    return all(torch.equal(a.model.state_dict()[k], b.model.state_dict()[k]) for k in a.model.state_dict())
+
+
+def test_ids_do_not_change():
+    """Stores outlive versions: a new field must leave these as they are."""
+    assert Ticket().id == "mnist5k-resnet8-dense-r00-s0-7984aec16134"
+    lth = Ticket("cifar10", "resnet20s", "lth", 3, 1, Recipe(epochs=182), 9)
+    assert lth.id == "cifar10-resnet20s-lth-r03-s1-03bdbd19974c"
+
+
+def test_the_identity_knows_what_matters_and_ignores_what_does_not():
+    base = Ticket(method="lth", round=2)
+    assert dataclasses.replace(base, rewind_epoch=2).id != base.id
+    snip = Ticket(method="snip", round=2)
+    assert dataclasses.replace(snip, rewind_epoch=2).id == snip.id  # it starts from initial weights
+    assert (
+        Ticket(method="rigl", round=2, options=(("alpha", METHODS["rigl"].options["alpha"]),)).id
+        == Ticket(method="rigl", round=2).id
+    )
+    assert ticket_from(json.loads(json.dumps(dataclasses.asdict(base)))) == base
+
+
+def test_lth_is_nested_counted_and_rewound(tiny, store):
+    """Each round's mask lies within the last; its count is the recurrence's; training starts at the rewind point."""
+    rounds = [obtain(make(tiny, "lth", n), store) for n in (1, 2, 3)]
+    images = data.load("mnist5k", store, tiny["train_size"])
+    n_weights = rounds[0].info["n_prunable"]
+    for n, found in enumerate(rounds, 1):
+        assert masks.n_kept(found.masks) == masks.kept(n_weights, n) == found.info["n_kept"]
+        for name, weight in masks.prunable(found.model).items():
+            assert (weight[~found.masks[name]] == 0).all()
+    for wider, narrower in itertools.pairwise(rounds):
+        assert all((narrower.masks[name] <= wider.masks[name]).all() for name in wider.masks)
+    dense = obtain(make(tiny), store)
+    scores = {name: w.detach().abs() for name, w in masks.prunable(dense.model).items()}
+    expected = masks.keep_top(scores, masks.kept(n_weights, 1))
+    assert all(torch.equal(expected[name], rounds[0].masks[name]) for name in expected)
+    assert [r.info["cost"]["trainings"] for r in rounds] == pytest.approx(
+        [1.5, 2.0, 2.5]
+    )  # rewound to half-way
+    point = _rewind_point(make(tiny, "lth", 1), images, store)
+    assert point.epoch == 1
+
+
+def test_the_rewind_point_lies_on_the_dense_run(tiny, store):
+    """Training on from it gives the dense network bit for bit."""
+    from lthlib.train import train
+
+    images = data.load("mnist5k", store, tiny["train_size"])
+    ticket = make(tiny, "lth", 1)
+    model = new_model(ticket, images)
+    state, _ = train(model, images.train, ticket.recipe, seed=0, state=_rewind_point(ticket, images, store))
+    dense = obtain(make(tiny), store).model.state_dict()
+    assert all(torch.equal(state.model[name], dense[name]) for name in dense)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
+def test_every_method_becomes_a_ticket(tiny, store, method):
+    options = (("delta_t", 4),) if "delta_t" in METHODS[method].options else ()
+    found = obtain(make(tiny, method, 3, options=options), store)
+    info = found.info
+    if found.masks is not None:
+        assert info["n_kept"] == masks.kept(info["n_prunable"], 3)
+        assert masks.n_kept(found.masks) == info["n_kept"]
+        assert all((w[~found.masks[n]] == 0).all() for n, w in masks.prunable(found.model).items())
+        assert info["macs"] < info["macs_dense_kernel"] == info["macs_parent"]
+    else:
+        assert info["n_kept"] == pytest.approx(masks.kept(info["n_prunable"], 3), rel=0.1)
+        assert info["macs"] == info["macs_dense_kernel"] < info["macs_parent"]
+    again = obtain(found.ticket, Store(store.root))
+    assert equal(found, again)
+    logits = found.model(torch.rand(2, 1, 28, 28))
+    assert logits.isfinite().all()
+
+
+def test_the_same_description_gives_the_same_bits_in_another_store(tiny, store, tmp_path):
+    ticket = make(tiny, "snip", 2)
+    assert equal(obtain(ticket, store), obtain(ticket, Store(tmp_path)))
+
+
+def test_seeds_differ(tiny, store):
+    one, two = (obtain(make(tiny, seed=s), store) for s in (0, 1))
+    assert not equal(one, two)
+
+
+def test_batches_for_methods(store):
+    images = data.load("mnist5k", store, 500).train
+    batch = training_batch(images, 0)
+    x, y = batch(32)
+    assert torch.equal(x, batch(64)[0][:32])
+    assert x.dtype == torch.float32
+    assert 0 <= x.min() < x.max() <= 1
+    _, classes = batch(per_class=3)
+    assert classes.tolist() == [c for c in range(10) for _ in range(3)]
+    assert not torch.equal(y, training_batch(images, 1)(32)[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "snipe", "round": 1}, "Did you mean 'snip'"),
+        ({"arch": "resnet20"}, "Did you mean 'resnet20s'"),
+        ({"data": "cifar11"}, "Did you mean 'cifar10'"),
+        ({"method": "lth", "round": 0}, "round 0 is the dense"),
+        ({"method": "dense", "round": 2}, "round 0 is the dense"),
+        ({"method": "lth", "round": -1}, "whole number"),
+        ({"method": "lth", "round": 1.5}, "whole number"),
+        ({"seed": -1}, "whole number"),
+        ({"rewind_epoch": 99}, "epochs"),
+        ({"method": "rigl", "round": 1, "options": (("alhpa", 0.3),)}, "Did you mean 'alpha'"),
+        ({"method": "rigl", "round": 1, "options": (("alpha", "big"),)}, "type float"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        Ticket(**fields)

@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+
+from lthlib import data, masks, models
+from lthlib.errors import UserError
+from lthlib.train import Recipe, State, _Batches, as_input, mix, recipe_from, train
+
+RECIPE = Recipe(epochs=3, batch_size=50, precision="float32", augment="crop")
+
+
+@pytest.fixture(scope="module")
+def images(store):
+    return data.load("mnist5k", store, 300)
+
+
+def network(images, seed=0):
+    return models.build(
+        "resnet8", in_channels=1, num_classes=10, image_size=28, mean=images.mean, std=images.std, seed=seed
+    )
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_taken_up_again_ends_bit_for_bit_the_same(images):
+    whole, _ = train(network(images), images.train, RECIPE, seed=3)
+    part, _ = train(network(images), images.train, RECIPE, seed=3, until=1)
+    assert part.epoch == 1
+    assert part.momentum
+    resumed, _ = train(network(images, seed=9), images.train, RECIPE, seed=3, state=part)
+    assert same(whole.model, resumed.model)
+    assert same(whole.momentum, resumed.momentum)
+    forgetful = State(part.model, {}, part.epoch)  # the nearest wrong cousin: momentum not rewound
+    other, _ = train(network(images), images.train, RECIPE, seed=3, state=forgetful)
+    assert not same(whole.model, other.model)
+
+
+def test_pruned_weights_stay_exactly_zero_and_kept_ones_train_as_if_alone(images):
+    """One step by hand: w <- w - lr (g * m + wd w) on kept weights."""
+    model = network(images)
+    generator = torch.Generator().manual_seed(0)
+    keep = {n: torch.rand(w.shape, generator=generator) < 0.3 for n, w in masks.prunable(model).items()}
+    masks.apply_(model, keep)
+    before = {n: w.detach().clone() for n, w in masks.prunable(model).items()}
+    recipe = Recipe(
+        epochs=1, batch_size=300, lr=0.1, momentum=0.0, weight_decay=0.01, warmup=0.0, schedule="constant",
+        precision="float32",
+    )  # fmt: skip
+    x, y = next(_Batches(images.train, recipe, 0, torch.device("cpu")).epoch(0))
+    twin = network(images).train()
+    twin.load_state_dict(model.state_dict())
+    torch.nn.functional.cross_entropy(twin(x), y).backward()
+    gradients = {n: w.grad for n, w in masks.prunable(twin).items()}
+    train(model, images.train, recipe, seed=0, masks=keep)
+    for name, weight in masks.prunable(model).items():
+        assert (weight[~keep[name]] == 0).all()
+        expected = before[name] - 0.1 * (gradients[name] * keep[name] + 0.01 * before[name])
+        torch.testing.assert_close(weight.detach(), expected, atol=2e-6, rtol=1e-4)
+
+
+def test_masked_training_ends_with_exact_zeros_under_momentum_and_decay(images):
+    model = network(images)
+    keep = {n: torch.arange(w.numel()).view(w.shape) % 3 == 0 for n, w in masks.prunable(model).items()}
+    masks.apply_(model, keep)
+    state, _ = train(model, images.train, RECIPE, seed=0, masks=keep)
+    for name, mask in keep.items():
+        assert (state.model[name][~mask] == 0).all()
+        assert (state.momentum[name][~mask] == 0).all()
+        assert (state.model[name][mask] != 0).all()
+
+
+def test_learning_rates():
+    recipe = Recipe(epochs=10, lr=0.4, warmup=2.0, schedule="cosine")
+    assert recipe.learning_rate(0, 5) == pytest.approx(0.4 / 10)
+    assert recipe.learning_rate(9, 5) == pytest.approx(0.4)
+    assert recipe.learning_rate(30, 5) == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 20 / 40)))
+    steps = Recipe(epochs=8, lr=1.0, warmup=0.0, schedule="steps")
+    assert [round(steps.learning_rate(s, 1), 6) for s in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_batches_are_permutations_and_crops_of_the_images(images):
+    recipe = Recipe(epochs=1, batch_size=100, augment="none")
+    stream = _Batches(images.train, recipe, 1, torch.device("cpu"))
+    seen = torch.cat([x for x, _ in stream.epoch(0)])
+    sort = lambda t: t.flatten(1).sum(1).sort().values
+    torch.testing.assert_close(sort(seen), sort(as_input(images.train.pixels)))
+    again = torch.cat([x for x, _ in stream.epoch(0)])
+    assert torch.equal(seen, again)
+    assert not torch.equal(seen, torch.cat([x for x, _ in stream.epoch(1)]))
+
+
+def test_augmented_images_are_shifted_mirrored_originals():
+    pixels = torch.arange(2 * 8 * 8 * 3, dtype=torch.int64).remainder(251).to(torch.uint8).view(2, 8, 8, 3)
+    stream = _Batches(
+        data.Images(pixels, torch.tensor([0, 1])),
+        Recipe(batch_size=2, augment="crop-flip"),
+        0,
+        torch.device("cpu"),
+    )
+    candidates = set()
+    padded = torch.nn.functional.pad(pixels[0], (0, 0, 1, 1, 1, 1))
+    for dy in range(3):
+        for dx in range(3):
+            crop = padded[dy : dy + 8, dx : dx + 8]
+            candidates |= {tuple(crop.flatten().tolist()), tuple(crop.flip(1).flatten().tolist())}
+    drawn = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        drawn.add(tuple(stream._augmented(torch.tensor([0]), generator)[0].flatten().tolist()))
+    assert drawn == candidates
+
+
+def test_bfloat16_and_float32_learn_alike(images):
+    """Same seed: the first epoch's mean loss differs by rounding, not by more."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        _, history = train(
+            network(images),
+            images.train,
+            Recipe(epochs=1, batch_size=50, precision=precision, lr=0.02),
+            seed=0,
+        )
+        losses.append(history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_diverging_training_is_said(images):
+    with pytest.raises(UserError, match="learning rate"):
+        train(
+            network(images),
+            images.train,
+            Recipe(epochs=2, batch_size=50, lr=1e8, warmup=0.0, precision="float32"),
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"epoch": 3}, "epochs"),
+        ({"epochs": 0}, "at least 1"),
+        ({"epochs": 2.5}, "type int"),
+        ({"lr": "fast"}, "type float"),
+        ({"lr": math.nan}, "finite"),
+        ({"schedule": "cosin"}, "cosine"),
+        ({"augment": "flip"}, "crop-flip"),
+        ({"precision": "fp16"}, "float32"),
+        ({"epochs": True}, "type int"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_what_is_allowed(settings, word):
+    with pytest.raises(UserError, match=word):
+        recipe_from(settings)
+
+
+def test_a_batch_larger_than_the_data_is_refused(images):
+    with pytest.raises(UserError, match="batch_size"):
+        train(network(images), images.train, Recipe(batch_size=301), seed=0)
+
+
+def test_mixed_seeds_differ_and_fit_torch():
+    seeds = {mix(a, b) for a in range(30) for b in range(30)}
+    assert len(seeds) == 900
+    torch.Generator().manual_seed(max(seeds))
