@@ -19,6 +19,13 @@ import numpy as np
 
 from lthlib.errors import UserError, choose
 
+BRODEN_QUANTILE = 0.005
+"""Of NetDissect: most labels of Broden cover less than a hundredth of its pixels (bau2017network)."""
+
+SCENES_QUANTILE = 0.02
+"""Labels of the scenes cover 1 to 20 %: at 0.005 a perfect detector of a colour or a texture would end near
+the usual limit of 0.04, at 0.04 chance would reach it; at 0.02 chance gives about 0.017."""
+
 CACHE_BYTES = 2**28
 """Decoded planes of a Broden folder are kept up to this size: null floors read them many times."""
 
@@ -34,6 +41,8 @@ class ConceptSet:
         labels: Names of the L labels.
         categories: Names of the categories ("colour", "object", ...).
         category_of: Index of each label's category, (L,).
+        quantile: Fraction of a unit's activations above its threshold that suits the labels: a unit active in
+            a fraction q of the pixels has an IoU of at most min(q, a) / max(q, a) with a label that covers a.
     """
 
     name: str
@@ -42,6 +51,7 @@ class ConceptSet:
     labels: tuple[str, ...]
     categories: tuple[str, ...]
     category_of: np.ndarray
+    quantile: float = BRODEN_QUANTILE
 
     def __len__(self) -> int:
         """Number of images."""
@@ -79,7 +89,7 @@ class ConceptSet:
         indices = np.arange(len(self))[indices]
         return ConceptSet(
             self.name, _Picked(self.images, indices), _Picked(self.planes, indices), self.labels,
-            self.categories, self.category_of,
+            self.categories, self.category_of, self.quantile,
         )  # fmt: skip
 
 
@@ -392,7 +402,7 @@ def scenes(size: int = 32, channels: int = 3, n: int = 1000, seed: int = 0) -> C
     groups = {"colour": tuple(palette), "texture": TEXTURES, "shape": SHAPES, "part": PARTS}
     return ConceptSet(
         f"scenes-{size}x{size}x{channels}", images, canvas.planes(), tuple(sum(groups.values(), ())),
-        tuple(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]),
+        tuple(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]), SCENES_QUANTILE,
     )  # fmt: skip
 
 

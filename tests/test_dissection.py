@@ -194,6 +194,17 @@ def test_enlarged_unit_equal_to_its_mask_has_iou_one():
     assert (scores[~np.eye(4, dtype=bool)] < 1).all()
 
 
+@pytest.mark.parametrize("kept", [0.1, 0.3])
+def test_iou_of_a_perfect_detector_at_another_quantile_is_the_attainable_one(kept):
+    planes = np.zeros((4, 1, 10, 10), int)
+    planes[:, 0, :, :2] = 1
+    acts = np.arange(10, 0, -1, dtype=np.float32)[None, None, None].repeat(4, 0).repeat(10, 2)
+    concepts = concept_set(planes)
+    counts = dissection.tally(acts, dissection.thresholds(acts, kept), concepts)
+    assert dissection.iou(counts, "plain") == pytest.approx(min(kept, 0.2) / max(kept, 0.2))
+    assert dissection.attainable_iou(concepts, kept) == pytest.approx(dissection.iou(counts, "plain")[0])
+
+
 def test_only_values_strictly_above_the_threshold_count():
     acts = np.full((2, 1, 3, 3), 2.0, np.float32)
     counts = dissection.tally(acts, np.array([2.0], np.float32), concept_set(np.ones((2, 1, 6, 6))))

@@ -20,13 +20,11 @@ from math import ceil, floor
 
 import numpy as np
 
-from lthlib.concepts import ConceptSet
+from lthlib.concepts import BRODEN_QUANTILE, ConceptSet
 from lthlib.errors import UserError, choose
 from lthlib.metrics import describe
 from lthlib.metrics.regions import Active, Stream, Upsampler, chunks, shared_pixels
 
-QUANTILE = 0.005
-"""Fraction of a unit's activations above its threshold (bau2017network, section 2.3)."""
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
 DENOMINATORS = ("lite", "paper", "plain")
@@ -59,7 +57,7 @@ describe(
 # --- thresholds ------------------------------------------------------------------------------------------
 
 
-def thresholds(acts: np.ndarray | Stream, quantile: float = QUANTILE) -> np.ndarray:
+def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> np.ndarray:
     """Return each unit's activation threshold, float32 (U,).
 
     T is the (k + 1)-th largest of the n = N h w activations with k = floor(quantile n): at most a fraction
@@ -68,7 +66,7 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = QUANTILE) -> np.ndar
 
     Args:
         acts: Maps (N, U, h, w), an array or a `Stream`.
-        quantile: Fraction in (0, 1).
+        quantile: Fraction in (0, 1); pass ``concepts.quantile`` for what suits a concept set.
 
     Raises:
         UserError: If the quantile is outside (0, 1) or an activation is not finite.
@@ -214,6 +212,17 @@ def unit_area(counts: Tally, denominator: str) -> np.ndarray:
         return np.broadcast_to(counts.unit[:, None], counts.both.shape)
     per_category = {"lite": counts.touching, "paper": counts.labelled}[denominator]
     return per_category[:, counts.category_of]
+
+
+def attainable_iou(concepts: ConceptSet, quantile: float) -> np.ndarray:
+    """Return the plain IoU that a unit active in a fraction ``quantile`` of the pixels cannot exceed, (L,).
+
+    It is min(q, a) / max(q, a) for a label that covers a fraction a: a perfect detector of a common concept
+    shows in its few strongest activations only. An enlarged region covers about, not exactly, its quantile.
+    """
+    height, width = concepts.mask_shape
+    coverage = concepts.areas() / (len(concepts) * height * width)
+    return np.minimum(coverage, quantile) / np.maximum(coverage, quantile)
 
 
 # --- labels of units -------------------------------------------------------------------------------------

@@ -247,8 +247,9 @@ class Upsampler:
         highest = torch.from_numpy(np.ascontiguousarray(maps)).amax((2, 3)).numpy()
         image, unit = np.nonzero(highest > limits)
         maps, limits = maps[image, unit], limits[unit]
-        highest = maps[:, self.y.ends].max(2)[:, :, self.x.ends].max(3)
-        pair, cy, cx = np.nonzero(highest > limits[:, None, None])
+        above = np.pad(maps > limits[:, None, None], ((0, 0), (1, 1), (1, 1)))
+        rows = above[:, :-1] | above[:, 1:]
+        pair, cy, cx = np.nonzero(rows[:, :, :-1] | rows[:, :, 1:])  # cells with a corner above
         words = np.empty((len(pair), self.bytes // self.word.itemsize), self.word)
         for part in (slice(i, i + 256) for i in range(0, len(pair), 256)):  # stays in the processor's cache
             words[part] = self._fill(maps, limits, pair[part], cy[part], cx[part])
