@@ -413,6 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if server is not None:
                 server.stop()
             Path(options.socket).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # whoever made the folder may have been killed
+                Path(options.socket).parent.rmdir()
     if request is not None:
         _become_kernel(request, server.pid, path)
         atexit._run_exitfuncs()
