@@ -165,8 +165,8 @@ def test_adaptive_ece_cuts_the_sorted_confidences_into_equal_parts():
 
 
 def test_adaptive_ece_rounds_the_ends_of_uneven_parts_up():
-    probs, labels = two_class([0.6, 0.7, 0.8, 0.9, 1.0], [0, 1, 1, 1, 0])
-    parts = abs((0 - 0.6) + (1 - 0.7) + (1 - 0.8)) + abs((1 - 0.9) + (0 - 1.0))
+    probs, labels = two_class([0.6, 0.7, 0.8, 0.9, 0.95], [0, 1, 1, 1, 1])
+    parts = abs((0 - 0.6) + (1 - 0.7) + (1 - 0.8)) + abs((1 - 0.9) + (1 - 0.95))
     assert adaptive_ece(probs, labels, 2) == pytest.approx(parts / 5)
 
 

@@ -90,16 +90,18 @@ def check_probs(probs: ArrayLike) -> np.ndarray:
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Softmax probabilities in float64, (N, C) -> (N, C).
+    """Softmax probabilities in float64, (N, C) -> (N, C), stored class by class.
 
     Raises:
         UserError: For NaN or infinite logits, an empty set, or a wrong shape.
     """
-    z = check_logits(logits).astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    np.exp(z, out=z)
-    z /= z.sum(axis=1, keepdims=True)
-    return z
+    logits = check_logits(logits)
+    p = np.empty(logits.shape[::-1])
+    for part in chunks(*logits.shape):
+        z = shifted_by_class(logits[part])
+        np.exp(z, out=z)
+        np.divide(z, z.sum(axis=0), out=p[:, part])
+    return p.T
 
 
 def chunks(n_images: int, n_classes: int) -> Iterator[slice]:
