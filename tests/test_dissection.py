@@ -523,8 +523,7 @@ def test_planted_formulas_are_recovered():
     assert planted(red, concepts).formula == Formula.of(concepts.index("red"))
 
 
-def test_beam_is_not_filled_with_copies_where_labels_exclude_each_other():
-    """The unit is the union of eight stripes: a beam of copies would stop at a few of them."""
+def test_beam_grows_a_union_of_exclusive_labels_to_the_end():
     planes = np.repeat(np.arange(16), 2)[None, None, None, :].repeat(32, 2)
     concepts = concept_set(planes)
     acts = (planes[:, 0] % 2 == 1).astype(np.float32)[:, None]
@@ -533,6 +532,26 @@ def test_beam_is_not_filled_with_copies_where_labels_exclude_each_other():
     assert found.iou == 1
     assert len(found.formula) == 8
     np.testing.assert_allclose(found.by_length[:8], np.arange(1, 9) / 8)
+
+
+def test_copies_of_one_mask_do_not_fill_the_beam():
+    """The unit is P AND Q AND R. A label X of IoU 1/2 has eight copies such as X AND NOT Z.
+
+    They outrank the pairs (IoU 1/5) that lead to the triple: a beam of five copies ends at 1/2.
+    """
+    unit, pq, pr, qr, *far = np.split(
+        np.eye(4 + 3 * 16 + 6 * 30, dtype=bool), [4, 20, 36, 52, *range(82, 232, 30)]
+    )
+    unit, pq, pr, qr, *far = (part.any(0) for part in (unit, pq, pr, qr, *far))
+    half = unit & (np.cumsum(unit) <= 2)
+    labels = np.array([half, unit | pq | pr, unit | pq | qr, unit | pr | qr, *far])
+    planes = (labels * np.arange(1, 11)[:, None])[None, :, None, :]
+    counts = composition.census(
+        unit[None, None, None].astype(np.float32), np.full(1, 0.5, np.float32), concept_set(planes)
+    )
+    found = composition.explain(counts, max_length=3)[0]
+    assert found.formula == grown(1, ("AND", 2), ("AND", 3))
+    assert found.by_length == (0.5, 0.5, 1)
 
 
 def test_unit_without_labels_has_no_formula():
