@@ -352,6 +352,19 @@ def test_attacks_leave_network_and_random_states_as_found(attack, context):
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_network_that_draws_numbers_does_not_move_the_random_state(attack):
+    net, (images, labels) = nn.Sequential(Noisy(), small_net()), batch()
+    random_state = torch.get_rng_state()
+    attack(net, images, labels, 0.1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def test_training_flags_come_back_after_an_error():
     net, (images, labels) = small_net().train(), batch()
     with pytest.raises(UserError):
