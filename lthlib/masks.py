@@ -102,7 +102,7 @@ def _is_percent(value: object) -> bool:
 
 # ---------------------------------------------------------------------------- exact selection
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -176,15 +176,18 @@ def _flip(bits: Tensor) -> Tensor:
 
 def _above(score: Tensor, threshold: float, ties: int, inside: Tensor | None) -> tuple[Tensor, int]:
     """Keep scores above the threshold and the first ``ties`` equal to it; return the ties still to keep."""
-    mask = score > threshold
-    equal = score == threshold
-    if inside is not None:
-        mask &= inside
-        equal &= inside
-    places = equal.reshape(-1).nonzero().reshape(-1)[:ties]
-    mask = mask.contiguous()
-    mask.view(-1)[places] = True
-    return mask, ties - len(places)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    for (part, within), out in zip(_chunks(score, inside), mask.view(-1).split(_CHUNK), strict=True):
+        torch.gt(part, threshold, out=out)
+        equal = part == threshold
+        if within is not None:
+            out &= within
+            equal &= within
+        if ties:
+            places = equal.nonzero().view(-1)[:ties]
+            out[places] = True
+            ties -= len(places)
+    return mask, ties
 
 
 def _chunks(tensor: Tensor, other: Tensor | None):
@@ -340,7 +343,7 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 
 def n_kept(masks: Masks) -> int:
     """Count the weights kept."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
 def density(masks: Masks) -> float:
@@ -350,7 +353,7 @@ def density(masks: Masks) -> float:
 
 def density_by_layer(masks: Masks) -> dict[str, float]:
     """Return the fraction of weights kept in each layer."""
-    return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    return {name: int(mask.count_nonzero()) / mask.numel() for name, mask in masks.items()}
 
 
 def shuffle_within_layers(masks: Masks, seed: int) -> Masks:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lthlib import compute, data, verdict
 from lthlib.code_version import code_version
@@ -247,7 +247,7 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path) -> str:
             "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "
             "break; – where it loses at once."
         )
-        parts += [_passes(passes), f"```{{figure}} {picture}\n:width: 100%\n{caption}\n```"]
+        parts += [_passes(passes), f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```"]
         parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
         parts += [f"{len(study.tickets())} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,7 +43,8 @@ def main() -> int:
         choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
             raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
-        with only_run(), zygote():
+        # On a cluster a page must run in its own job, not as a child of this process.
+        with only_run(), zygote() if options.profile == "local" else nullcontext():
             status, failed = run(options)
     except UserError as error:
         say(f"error: {error}")
