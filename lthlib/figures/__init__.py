@@ -6,7 +6,7 @@ degraded, dotted where it has collapsed; sparsity is in percent on the ladder 1 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
