@@ -353,10 +353,19 @@ def _prepare(notebook: NotebookNode, parameters: dict, template: Path, output: P
         page = parameterize_notebook(
             page, parameters, kernel_name=KERNEL["name"], language=KERNEL["language"]
         )
+        _fold_parameters(page)
     page.metadata["kernelspec"] = dict(KERNEL)
     page.metadata.papermill["input_path"] = str(template)
     page.metadata.papermill["output_path"] = str(output)
     return page
+
+
+def _fold_parameters(page: NotebookNode) -> None:
+    """Leave the template's defaults out of the rendered page; the values it was made with unfold at a click."""
+    shown = {"parameters": "remove-cell", "injected-parameters": "hide-input"}
+    for cell in page.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata["tags"] = tags + [shown[tag] for tag in tags if tag in shown]
 
 
 def _entitle(page: NotebookNode, title: str, template: Path) -> None:

@@ -331,7 +331,7 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-@architecture("resnet8", title="ResNet-8 (small, stride-2 stem)", reference="he2016deep")
+@architecture("resnet8", title="ResNet-8", reference="he2016deep")
 def _resnet8(layers: Layers, image_size: int) -> nn.Module:
     return ResNet(layers, BasicBlock, (1, 1, 1), (16, 32, 64), stem=(3, 2))
 
