@@ -503,7 +503,7 @@ def test_dropping_the_lowest_is_keeping_the_top(levels):
     start = {k: torch.rand(s, generator=generator) < 0.6 for k, s in shapes.items()}
     for n_drop in (0, 1, 300, masks.n_kept(start)):
         found = {k: m.clone() for k, m in start.items()}
-        places = synflow.drop_lowest_(scores, found, n_drop)
+        places = synflow.drop_lowest_(scores, found, masks.n_kept(start), n_drop)
         assert same(found, masks.keep_top(scores, masks.n_kept(start) - n_drop, within=start))
         assert sum(map(len, places.values())) == n_drop
 
@@ -511,7 +511,7 @@ def test_dropping_the_lowest_is_keeping_the_top(levels):
 def test_dropping_recovers_from_a_bound_guessed_too_low(monkeypatch):
     monkeypatch.setattr(synflow, "_guess_bound", lambda *a: -1.0)
     scores, found = {"a": torch.arange(10.0)}, {"a": torch.ones(10).bool()}
-    synflow.drop_lowest_(scores, found, 4)
+    synflow.drop_lowest_(scores, found, 10, 4)
     assert found["a"].tolist() == [False] * 4 + [True] * 6
 
 
