@@ -105,6 +105,7 @@ class PagePlan:
     study: str
     dimension: str
     method: str
+    label: str
     title: str
     parameters: Mapping[str, object]
 
@@ -155,10 +156,9 @@ def _page(
         "recorded": RESULTS if from_record else None,
         "compute_missing": not from_record,
     }
-    return PagePlan(
-        grid.name, study_name(study), dimension, method,
-        f"{DIMENSIONS[dimension].title}: {shown} on {label}, {ARCHITECTURES[study.arch].title}", settings,
-    )  # fmt: skip
+    label = f"{label}, {ARCHITECTURES[study.arch].title}"
+    title = f"{DIMENSIONS[dimension].title}: {shown} on {label}"
+    return PagePlan(grid.name, study_name(study), dimension, method, label, title, settings)
 
 
 def recorded_grids(but: str) -> list[Path]:
@@ -327,5 +327,8 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
             yield {
                 "file": f"_generated/{first.path}",
-                "sections": [{"file": f"_generated/{p.path}"} for p in sections],
+                "title": f"All methods: {first.label}",
+                "sections": [
+                    {"file": f"_generated/{p.path}", "title": METHODS[p.method].title} for p in sections
+                ],
             }

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
         "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
         "--config", f"grid={options.grid}",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
     failed: list[Path] = []
     tail: deque[str] = deque(maxlen=30)
     log = ROOT / "_build" / "snakemake.log"
