@@ -170,6 +170,7 @@ def test_agrees_with_the_official_procedure(channels):
     """With black superpixels too, whose hiding changes nothing and is not evaluated again."""
     images = [photo(seed, channels=channels) for seed in range(3)]
     images[1][:8] = 0
+    images[1][0, 0] = 9  # nearly black is not black
     model = Small(channels).eval()
     settings = {"n_masks": 150, "n_perturb": 3, "seed": 4}
     found = ex.fidelity_stability(model, images, segments=[blocks()] * 3, **settings)
@@ -442,6 +443,13 @@ def test_expo_of_a_linear_function_is_exact():
     assert regions.variance[0] == pytest.approx(0.1**2 * (slope**2).sum(), rel=0.1)
 
 
+def test_expo_explains_the_predicted_class():
+    slope = np.random.default_rng(0).normal(size=(1, 8, 8)) * 3e-3
+    second = ex.expo(Linear(0.3, slope), [photo(size=8, channels=1)], features="pixels", n_fit=4, n_eval=5)
+    assert second.label[0] == 1
+    np.testing.assert_allclose(second.coef[0], -slope.reshape(1, 64), atol=1e-7)
+
+
 def test_expo_of_a_quadratic_function_has_closed_forms():
     """c_x' - c_x = Q (x' - x), known to the noise of n_fit draws on either side.
 
@@ -531,6 +539,15 @@ def test_segments_use_the_official_parameters():
     gray = picture[..., 0]
     np.testing.assert_array_equal(ex.segment(gray), ex.segment(np.stack([gray] * 3, axis=2)))
     np.testing.assert_array_equal(ex.segment(gray), ex.segment(torch.from_numpy(gray[..., None].copy())))
+
+
+def test_a_grid_covers_images_that_its_cells_do_not_divide():
+    labels = ex.segment(np.zeros((5, 7), np.uint8), "grid", cell=3)
+    np.testing.assert_array_equal(
+        labels[[0, 2, 3, 4]], [[0, 0, 0, 1, 1, 1, 2]] * 2 + [[3, 3, 3, 4, 4, 4, 5]] * 2
+    )
+    with pytest.raises(UserError, match="cell is 0"):
+        ex.segment(photo(), "grid", cell=0)
 
 
 def test_explanation_map_tints_for_and_against():
