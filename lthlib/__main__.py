@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lthlib import lifeline
 from lthlib.errors import UserError
 
 
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = commands.add_parser("record", help="put a grid's results into book/results")
     record.add_argument("grid")
     options = vars(parser.parse_args(arguments))
+    lifeline.watch()
     from lthlib import report  # late: it imports torch, and --help should not
 
     try:

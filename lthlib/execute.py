@@ -43,7 +43,7 @@ from papermill.execute import raise_for_execution_errors
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from lthlib import zygote
+from lthlib import lifeline, zygote
 from lthlib.errors import UserError, choose
 from lthlib.store import say, write_atomically
 
@@ -475,6 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", help="the page's heading, in place of the template's")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for any one cell (default: none)")
     options = parser.parse_args(arguments)
+    lifeline.watch()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is an end with a notebook
     # An interrupt leaves tasks of nbclient unfinished, and their complaints would follow the last line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -18,7 +18,7 @@ from lthlib.pages import STUDY
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
-    "errors", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
+    "errors", "lifeline", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
     "train", "tickets", "predictions", "metrics", "evaluate", "verdict", "figures", "grid", "zygote", "execute",
     "pages", "report",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lthlib import lifeline
 from lthlib.errors import UserError, choose
 from lthlib.grid import Grid, read_grid
 from lthlib.store import ROOT, Store, say
@@ -72,11 +73,13 @@ def only_run():
 def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     """Run Snakemake under a progress bar; return its exit status and the logs of the jobs that failed."""
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--directory", str(ROOT),
+        sys.executable, "workflow/snake.py", "--snakefile", "workflow/Snakefile", "--directory", str(ROOT),
         "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
         "--config", f"grid={options.grid}",
     ]  # fmt: skip
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
+    if options.profile == "local":
+        environment[lifeline.VARIABLE] = str(os.getpid())
     failed: list[Path] = []
     tail: deque[str] = deque(maxlen=30)
     log = ROOT / "_build" / "snakemake.log"

@@ -1,0 +1,247 @@
+"""The whole path on a tiny grid, in a copy of the checkout: images, tickets, pages, a strict book, and again."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.numpy
+import yaml
+from sklearn.metrics import log_loss, roc_auc_score
+
+from lthlib.evaluate import COLUMNS, DIMENSIONS
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "generalization": {"n_test": 300},
+    "calibration": {"n_test": 300},
+}
+GRID = {
+    "title": "A tiny grid",
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth", "snip"],
+    "rounds": [2, 4],
+    "seeds": [0, 1],
+    "recipe": {"epochs": 2, "batch_size": 64},
+    "train_size": 500,
+}
+
+
+def copy_of_the_checkout(folder):
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("book/results/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
+    quick = yaml.safe_load((ROOT / "workflow/grids/quick.yml").read_text())["dimensions"]
+    dimensions = {name: {**(quick[name] or {}), **SMALL.get(name, {})} for name in DIMENSIONS}
+    (folder / "workflow/grids/tiny.yml").write_text(yaml.safe_dump({**GRID, "dimensions": dimensions}))
+    return folder
+
+
+def report(checkout, grid="workflow/grids/tiny.yml", **variables):
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", **variables}
+    environment.pop("LTHLIB_STORE", None)
+    return subprocess.run(
+        [sys.executable, "workflow/report.py", grid, "--cores", "2"],
+        cwd=checkout, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(checkout):
+    result = report(checkout)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def test_it_says_where_book_and_rows_lie(checkout, done):
+    named = dict(re.findall(r"^(book|rows): (.*)$", done.stdout, flags=re.M))
+    assert Path(named["book"]).is_file()
+    assert Path(named["rows"]).is_file()
+
+
+@pytest.fixture(scope="module")
+def rows(checkout, done):
+    return pd.read_csv(checkout / "book/_generated/tiny/rows.csv")
+
+
+def test_rows_are_complete_and_finite(rows):
+    assert tuple(rows.columns) == COLUMNS
+    assert np.isfinite(rows["value"]).all()
+    assert set(rows["dimension"]) == set(DIMENSIONS)
+    for _, part in rows.groupby(["dimension", "metric", "shift", "severity"]):
+        assert sorted(part["method"].value_counts().items()) == [("dense", 2), ("lth", 4), ("snip", 4)]
+        assert not part.duplicated(["method", "sparsity", "seed"]).any()
+
+
+def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(checkout, rows):
+    store = checkout / "store"
+    for ticket, part in list(rows.groupby("ticket"))[:4]:
+        value = part.set_index(["dimension", "metric", "shift"])["value"]
+        (folder,) = (store / "predictions" / ticket).glob("test-300-*")
+        kept = safetensors.numpy.load_file(folder / "logits.safetensors")
+        logits, labels = kept["logits"].astype(np.float64), kept["labels"]
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        assert value["calibration", "nll", "none"] == pytest.approx(
+            log_loss(labels, probabilities, labels=range(10))
+        )
+        right = (logits.argmax(1) == labels).mean()
+        assert value["generalization", "test_accuracy", "none"] == pytest.approx(right)
+        confidence, hit = probabilities.max(1), logits.argmax(1) == labels
+        bins = np.minimum((np.ceil(confidence * 15) - 1).astype(int), 14)
+        ece = sum(abs((hit[bins == b] - confidence[bins == b]).sum()) for b in range(15)) / len(labels)
+        assert value["calibration", "ece", "none"] == pytest.approx(ece)
+        (foreign,) = (store / "predictions" / ticket).glob("ood-photos-*")
+        other = safetensors.numpy.load_file(foreign / "logits.safetensors")["logits"].astype(np.float64)
+        other = np.exp(other - other.max(1, keepdims=True))
+        other = (other / other.sum(1, keepdims=True)).max(1)
+        truth = np.r_[np.zeros(len(labels)), np.ones(len(other))]
+        auroc = roc_auc_score(truth, -np.r_[confidence, other])
+        assert value["generalization", "ood_auroc", "photos"] == pytest.approx(auroc, abs=1e-6)
+
+
+def test_densities_of_the_stored_masks_are_those_of_the_rows(checkout, rows):
+    for ticket, part in rows.groupby("ticket"):
+        masks = checkout / "store/tickets" / ticket / "masks.safetensors"
+        if masks.exists():
+            kept = np.concatenate([m.ravel() for m in safetensors.numpy.load_file(masks).values()])
+            assert part["sparsity"].iloc[0] == pytest.approx(1 - kept.mean(), abs=1e-12)
+        else:
+            assert (part["sparsity"] == 0).all()
+
+
+def test_every_page_of_the_contents_is_built_and_has_figures(checkout, done):
+    toc = yaml.safe_load((checkout / "book/_generated/_toc.yml").read_text())
+    files = re.findall(r"'file': '([^']+)'", str(toc))
+    assert len([f for f in files if f.startswith("_generated/tiny")]) >= 3 * len(DIMENSIONS)
+    for file in files:
+        page = checkout / "_build/html" / f"{file}.html"
+        assert page.is_file()
+        if file.endswith("comparison"):
+            assert "<img" in page.read_text()
+
+
+def test_a_second_run_changes_nothing_and_is_quick(checkout, done):
+    kept = {p: p.stat().st_mtime_ns for p in (checkout / "store").rglob("*.json") if "jobs" not in p.parts}
+    pages = {p: p.stat().st_mtime_ns for p in (checkout / "book/_generated").rglob("*.ipynb")}
+    assert report(checkout).returncode == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in {**kept, **pages}.items())
+
+
+def test_a_damaged_ticket_is_made_again_with_the_same_bits(checkout, done, rows):
+    ticket = rows.loc[rows["method"] == "snip", "ticket"].iloc[0]
+    weights = checkout / "store/tickets" / ticket / "weights.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[: len(before) // 2])
+    for done_file in (checkout / "store/jobs").rglob("snip-s*.json"):
+        done_file.unlink()
+    result = report(checkout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert weights.read_bytes() == before
+    assert list((checkout / "store/damaged").iterdir())
+
+
+def test_a_killed_run_leaves_no_worker_and_the_next_one_finishes(checkout, done):
+    """kill -9 in the middle of the trainings of another seed; then again."""
+    grid = yaml.safe_load((checkout / "workflow/grids/tiny.yml").read_text())
+    one = next(iter(grid["dimensions"]))
+    small = {**grid, "methods": ["rp"], "rounds": [3], "dimensions": {one: grid["dimensions"][one]}}
+    (checkout / "workflow/grids/killed.yml").write_text(yaml.safe_dump(small))
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [sys.executable, "workflow/report.py", "workflow/grids/killed.yml", "--cores", "2"],
+        cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not list((checkout / "store/jobs/killed").rglob("rp-*.log")) and time.time() < deadline:
+        time.sleep(0.2)
+    run.kill()
+    run.wait()
+    time.sleep(2)
+    ours = subprocess.run(
+        ["pgrep", "-f", f"{checkout}|grids/killed.yml"], capture_output=True, text=True
+    ).stdout.split()
+    assert ours == []
+    result = report(checkout, "workflow/grids/killed.yml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(pd.read_csv(checkout / "book/_generated/killed/rows.csv")) > 0
+
+
+def test_a_failing_page_is_named_and_the_others_finish(checkout, done):
+    template = checkout / "notebooks/calibration.ipynb"
+    content = json.loads(template.read_text())
+    broken = json.loads(template.read_text())
+    code = [c for c in broken["cells"] if c["cell_type"] == "code"][-1]
+    code["source"] = ["raise ArithmeticError('made to fail')"]
+    template.write_text(json.dumps(broken))
+    try:
+        result = report(checkout)
+        assert result.returncode == 1
+        assert "ArithmeticError: made to fail" in result.stderr
+        assert (checkout / "book/_generated/tiny/mnist5k-resnet8/calibration/lth.failed.ipynb").exists()
+    finally:
+        template.write_text(json.dumps(content))
+    assert report(checkout).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ["lht"]}, "Did you mean 'lth'"),
+        ({"sede": [1]}, "Did you mean 'seeds'"),
+        ({"rounds": [3, 2]}, "ascending"),
+    ],
+)
+def test_a_mistaken_grid_ends_before_anything_is_written(checkout, change, words):
+    (checkout / "workflow/grids/wrong.yml").write_text(
+        yaml.safe_dump({**GRID, "dimensions": {"calibration": {}}, **change})
+    )
+    result = report(checkout, "workflow/grids/wrong.yml")
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (checkout / "book/_generated/wrong").exists()
+    (checkout / "workflow/grids/wrong.yml").unlink()
+
+
+def test_a_template_runs_alone_under_plain_papermill_and_refuses_a_mistyped_parameter(
+    checkout, done, tmp_path
+):
+    """papermill itself only warns of an unknown parameter, and would run with the default."""
+    base = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/calibration.ipynb",
+        str(tmp_path / "out.ipynb"),
+        "--no-progress-bar",
+    ]
+    small = {k: GRID[k] for k in ("rounds", "seeds", "recipe", "train_size")} | {"recorded": None}
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    good = subprocess.run(
+        [*base, "-y", yaml.safe_dump(small), "-p", "method", "lth"], cwd=checkout, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert good.returncode == 0, good.stderr[-2000:]
+    bad = subprocess.run(
+        [*base, "-y", yaml.safe_dump(small), "-p", "metod", "lth"], cwd=checkout, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert bad.returncode != 0
+    assert "Did you mean 'method'" in bad.stderr
