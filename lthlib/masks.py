@@ -356,6 +356,39 @@ def density_by_layer(masks: Masks) -> dict[str, float]:
     return {name: int(mask.count_nonzero()) / mask.numel() for name, mask in masks.items()}
 
 
+def jaccard(first: Masks, second: Masks) -> float:
+    """Return the overlap of two masks: weights kept by both over weights kept by either, in [0, 1].
+
+    Raises:
+        UserError: Where they are masks of different networks.
+    """
+    _check_same(first, second)
+    both = sum(int((first[name] & second[name]).count_nonzero()) for name in first)
+    return _ratio(both, n_kept(first) + n_kept(second) - both)
+
+
+def chance_jaccard(first: Masks, second: Masks) -> float:
+    """Return the overlap that two masks would have whose layers keep as many weights as these, at random places.
+
+    In a layer of n weights of which the masks keep a and b, a b / n are expected to be kept by both
+    (hypergeometric law). The ratio is taken of the expected counts; for layers of thousands of weights it is the
+    expected ratio too.
+
+    Raises:
+        UserError: Where they are masks of different networks.
+    """
+    _check_same(first, second)
+    both = sum(
+        int(mask.count_nonzero()) * int(second[name].count_nonzero()) / mask.numel()
+        for name, mask in first.items()
+    )
+    return _ratio(both, n_kept(first) + n_kept(second) - both)
+
+
+def _ratio(both: float, either: float) -> float:
+    return both / either if either else 1.0
+
+
 def shuffle_within_layers(masks: Masks, seed: int) -> Masks:
     """Return masks with the same count in each layer, at places drawn anew; depends on ``seed`` alone."""
     generator = torch.Generator().manual_seed(seed)

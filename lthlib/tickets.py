@@ -352,13 +352,14 @@ def _rewind_point(ticket: Ticket, images: data.DataSet, store: Store) -> State:
 def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.DataSet) -> dict[str, object]:
     """Count weights and multiply-accumulates, of the network and of its dense parent."""
     parent = new_model(ticket, images)
-    n_parent = sum(weight.numel() for weight in masks.prunable(parent).values())
-    n_kept = (
-        masks.n_kept(found) if found is not None else sum(w.numel() for w in masks.prunable(model).values())
-    )
+    full = {name: weight.numel() for name, weight in masks.prunable(parent).items()}
+    left = {
+        name: weight.numel() if found is None else int(found[name].count_nonzero())
+        for name, weight in masks.prunable(model).items()
+    }
+    n_parent, n_kept = sum(full.values()), sum(left.values())
     by_layer = models.macs(model, images.shape)
-    densities = masks.density_by_layer(found) if found is not None else {}
-    alive = sum(count * densities.get(f"{layer}.weight", 1.0) for layer, count in by_layer.items())
+    alive = masks.sparse_macs(model, images.shape, found or {})
     return {
         "n_prunable": n_parent,
         "n_kept": n_kept,
@@ -368,7 +369,7 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
         "macs": round(alive),
         "macs_dense_kernel": sum(by_layer.values()),
         "macs_parent": sum(models.macs(parent, images.shape).values()),
-        "density_by_layer": densities,
+        "density_by_layer": {name: left[name] / n for name, n in full.items()},
     }
 
 

@@ -253,6 +253,30 @@ def test_densities_weigh_layers_by_their_size():
     assert masks.density_by_layer(found) == {"a": 0.5, "b": 1.0}
 
 
+def test_overlap_is_what_both_keep_over_what_either_keeps():
+    first = {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, False])}
+    second = {"a": torch.tensor([False, True, True, True]), "b": torch.tensor([True, True])}
+    assert masks.jaccard(first, second) == 2 / 6
+    by_chance = 2 * 3 / 4 + 1 * 2 / 2
+    assert masks.chance_jaccard(first, second) == by_chance / (3 + 5 - by_chance)
+    assert masks.jaccard(first, first) == 1
+    assert masks.jaccard({"a": ~first["a"]}, {"a": first["a"]}) == 0
+    with pytest.raises(UserError, match="another architecture or width"):
+        masks.jaccard(first, {"a": second["a"], "b": torch.ones(3, dtype=torch.bool)})
+
+
+def test_overlap_by_chance_is_what_shuffled_masks_have():
+    densities = dict(zip(SHAPES, np.linspace(0.02, 0.9, len(SHAPES)), strict=True))
+    generator = torch.Generator().manual_seed(0)
+    found = {n: torch.rand(shape, generator=generator) < densities[n] for n, shape in SHAPES.items()}
+    other = masks.shuffle_within_layers(found, seed=99)
+    draws = [masks.jaccard(masks.shuffle_within_layers(found, seed=s), other) for s in range(20)]
+    error = np.std(draws, ddof=1) / math.sqrt(len(draws))
+    assert np.mean(draws) == pytest.approx(masks.chance_jaccard(found, other), abs=4 * error)
+    density = masks.density(found)  # one density for all layers would be told apart
+    assert abs(density / (2 - density) - masks.chance_jaccard(found, other)) > 20 * error
+
+
 def test_shuffling_keeps_counts_by_layer_and_moves_places():
     found = some_masks()
     shuffled = masks.shuffle_within_layers(found, seed=1)

@@ -84,9 +84,17 @@ def test_every_method_becomes_a_ticket(tiny, store, method):
         assert masks.n_kept(found.masks) == info["n_kept"]
         assert all((w[~found.masks[n]] == 0).all() for n, w in masks.prunable(found.model).items())
         assert info["macs"] < info["macs_dense_kernel"] == info["macs_parent"]
+        assert info["density_by_layer"] == masks.density_by_layer(found.masks)
     else:
-        assert info["n_kept"] == pytest.approx(masks.kept(info["n_prunable"], 3), rel=0.1)
+        whole = info["macs_parent"] if method.endswith("-macs") else info["n_prunable"]
+        spent = info["macs"] if method.endswith("-macs") else info["n_kept"]
+        assert spent == pytest.approx(whole * masks.kept(info["n_prunable"], 3) / info["n_prunable"], rel=0.1)
         assert info["macs"] == info["macs_dense_kernel"] < info["macs_parent"]
+        parent = masks.prunable(obtain(found.ticket.dense, store).model)
+        assert info["density_by_layer"] == {
+            name: weight.numel() / parent[name].numel()
+            for name, weight in masks.prunable(found.model).items()
+        }
     again = obtain(found.ticket, Store(store.root))
     assert equal(found, again)
     logits = found.model(torch.rand(2, 1, 28, 28))

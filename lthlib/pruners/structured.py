@@ -12,7 +12,8 @@ networks (Fang et al. 2023). The score of a channel is the mean over the layers 
 
 The rule: channels are ranked over all groups together and the lowest go, until the prunable weights are
 ``n_keep`` or fewer; then those gone are put back, best first, where the budget allows. The best channel of a
-group never goes. The budget may also be counted in multiply-accumulates. The remaining *weights* fall as the
+group never goes. ``filter-l1-macs`` and ``slimming-macs`` count the budget in multiply-accumulates instead: as
+large a fraction of these stays as the other methods keep of the weights. The remaining *weights* fall as the
 square of the channels.
 
 Known pitfalls: gamma = 0 with beta != 0 still passes a constant, so a channel is masked by both; networks
@@ -258,6 +259,15 @@ def _output_pixels(model: nn.Module) -> dict[str, int]:
     reference="li2017pruning",
     family="structured",
 )
+@method(
+    "filter-l1-macs",
+    title="Filter L1, by MACs",
+    source="dense",
+    start="rewind",
+    options={"budget": "macs"},
+    reference="li2017pruning",
+    family="structured",
+)
 def find_filter_l1(moment: Moment) -> Found:
     """Keep the channels whose filters have the largest L1 norms.
 
@@ -273,6 +283,15 @@ def find_filter_l1(moment: Moment) -> Found:
     source="dense",
     start="rewind",
     options={"budget": "parameters"},
+    reference="liu2017learning",
+    family="structured",
+)
+@method(
+    "slimming-macs",
+    title="BN scale (slimming), by MACs",
+    source="dense",
+    start="rewind",
+    options={"budget": "macs"},
     reference="liu2017learning",
     family="structured",
 )
