@@ -368,6 +368,31 @@ def test_top_eigenvalues_of_the_true_masked_hessian(model, batch, masks, pruned,
     torch.testing.assert_close(product, hessian @ columns, rtol=1e-10, atol=1e-12)
 
 
+def test_products_hold_where_a_convolution_feeds_more_than_its_norm(batch):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(F.relu(self.norm(x) + x * x).mean((2, 3)))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Both().double()
+    model.norm.running_var.fill_(3.0)
+    model.norm.running_mean.fill_(0.5)
+    model.eval()
+    hessian, _, _ = brute_hessian(model, *batch)
+    columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::20]
+    torch.testing.assert_close(
+        fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12
+    )
+    with pytest.raises(UserError, match="not followed by one"):
+        fl.rescale_conv(model, "conv", 2.0, batch[0])
+
+
 def test_signed_and_absolute_extremes_differ_where_the_negative_end_is_larger():
     matrix = torch.diag(torch.tensor([3.0, 1.0, 0.5, 0.2, -0.1, -7.0], dtype=torch.float64))
     found = extreme_eigenvalues(matrix)
@@ -621,7 +646,7 @@ def test_noise_tolerance_is_invariant_too(model, batch):
 
 
 def test_rescaling_needs_a_norm_behind(model, batch):
-    with pytest.raises(UserError, match="not followed by one batch norm"):
+    with pytest.raises(UserError, match=r"not followed by one batch norm .*conv1, conv3"):
         fl.rescale_conv(model, "conv2", 2.0, batch[0])
     with pytest.raises(UserError, match="Did you mean 'conv1'"):
         fl.rescale_conv(model, "conv11", 2.0, batch[0])

@@ -7,13 +7,17 @@ estimators), `pacbayes` (noise), `landscape` (pictures and the barrier).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lthlib.errors import UserError, choose
-from lthlib.metrics import describe
-from lthlib.metrics.frozen import Frozen
+from lthlib.metrics import Value, describe
+from lthlib.metrics.frozen import Frozen, norms_behind
 from lthlib.metrics.hessian import (
     InputHessian,
     WeightTrace,
@@ -43,6 +47,9 @@ from lthlib.metrics.spectrum import (
     spectral_density,
     top_eigenvalues,
 )
+from lthlib.predictions import Subject
+from lthlib.tickets import Ticket, obtain
+from lthlib.train import as_input
 
 __all__ = [
     "Extremes",
@@ -60,6 +67,7 @@ __all__ = [
     "input_noise_tolerance",
     "interpolate",
     "is_piecewise_linear",
+    "measure",
     "nonlinear_parts",
     "rescale_conv",
     "spectral_density",
@@ -145,7 +153,7 @@ def weight_trace(
     labels: Tensor,
     masks: Mapping[str, Tensor] | None = None,
     method: str = "auto",
-    chunk: int = 10,
+    chunk: int = 50,
     max_classes: int = 200,
     probes: int = 30,
     repeats: int = 5,
@@ -222,3 +230,225 @@ def input_hessian(
     if obstacles:
         return estimate_input_hessian(frozen, probes, seed, reason="; ".join(obstacles))
     return exact_input_hessian(frozen, chunk)
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+RESCALED_BY = (0.5, 2.0, 4.0)
+
+Batch = tuple[Tensor, Tensor]
+Found = tuple[list[Value], dict[str, np.ndarray]]
+
+
+def measure(
+    subject: Subject,
+    *,
+    n_weights: int = 200,
+    n_spectrum: int = 200,
+    n_pixels: int = 200,
+    n_noise: int = 500,
+    n_path: int = 1000,
+    pairs: int = 8,
+    points: int = 11,
+    statistics: str = "interpolate",
+    tolerance: float = 1e-2,
+    partner: int | None = None,
+    pictured: Sequence[int] = (),
+    pictured_seed: int = 0,
+    n_wide: int = 1000,
+    probes: int = 4,
+    steps: int = 30,
+    surface_points: int = 21,
+    batch_seed: int = 0,
+) -> Found:
+    """Measure how flat the loss is around a ticket, in its weights and in its pixels.
+
+    All is measured on training images, as in the paper, un-augmented, drawn at random once for all tickets: a
+    smaller number takes the first of the larger. (The published code takes the first 200 of the data set,
+    which in a sorted one are a single class.)
+
+    Args:
+        subject: The ticket.
+        n_weights: Images for the weight-Hessian trace.
+        n_spectrum: Images for the top eigenvalue and the spectral density.
+        n_pixels: Images for the input Hessians.
+        n_noise: Images for the noise borne.
+        n_path: Images for the line between two networks, and for the surfaces.
+        pairs: Independent draws of the noise, each with both signs.
+        points: Positions on a line.
+        statistics: Batch norm's running statistics on the line, see `interpolate`.
+        tolerance: Relative error at which Lanczos stops.
+        partner: A seed to whose ticket of the same description a line is drawn as well; None for no such line.
+        pictured: Rounds (0: dense) of which density, surfaces and the rescaling are recorded too.
+        pictured_seed: The seed of which they are.
+        n_wide: Images for the weight-Hessian trace of a pictured ticket, image by image.
+        probes: Start vectors of the spectral density.
+        steps: Lanczos steps of each.
+        surface_points: Points along each side of a surface.
+        batch_seed: Of the draw of images.
+
+    Returns:
+        Values, and for figures: ``weight_per_image`` and ``weight_relative_per_image``; ``layers`` with
+        ``layer_trace``, ``layer_relative``, ``layer_active``; ``input_traces``; ``dense_t``, ``dense_loss``,
+        ``dense_error`` (the line to the dense network) and the same with ``partner_``; ``top_bound``;
+        ``weight_sigma`` and ``input_sigma`` (low, high); ``weight_method`` and ``input_method``; for pictured
+        tickets what `_pictures` returns.
+    """
+    model, masks = subject.model, subject.masks
+    draw = partial(_training_images, subject, seed=batch_seed)
+    parts = [
+        _of_weights(model, draw(n_weights), masks),
+        _of_spectrum(model, draw(n_spectrum), masks, tolerance),
+        _of_pixels(model, draw(n_pixels)),
+        _of_noise(model, draw(n_noise), masks, pairs),
+        _of_lines(subject, draw(n_path), points, statistics, partner),
+    ]
+    if subject.ticket.round in pictured and subject.ticket.seed == pictured_seed:
+        density = spectral_density(model, *draw(n_spectrum), masks, probes, steps, points=500)
+        pictures = _pictures(model, draw(n_path), masks, surface_points)
+        wide = _wide(model, draw(n_wide), masks)
+        rescaled = _rescaled(model, draw(n_weights), masks)
+        parts.append(
+            ([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled})
+        )
+    values = [value for found, _ in parts for value in found]
+    return values, {name: array for _, arrays in parts for name, array in arrays.items()}
+
+
+def _training_images(subject: Subject, n: int, seed: int) -> Batch:
+    """Return n training images and labels: the first n of one random order."""
+    train = subject.data.train
+    which = torch.from_numpy(np.random.default_rng(seed).permutation(len(train.labels))[:n])
+    device = next(subject.model.parameters()).device
+    return as_input(train.pixels[which]).to(device), train.labels[which].to(device)
+
+
+def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> Found:
+    found = weight_trace(model, *batch, masks)
+    n, layers = len(batch[1]), found.per_layer()
+    values = [
+        Value("weight_hessian_trace", found.total, n),
+        Value("weight_hessian_trace_per_weight", found.per_weight, n),
+        Value("relative_flatness", found.relative, n),
+    ]
+    active = {layer: 0 for layer in layers}
+    for name, count in found.active.items():
+        if layers:
+            active[name.rpartition(".")[0]] += count
+    arrays = {
+        "weight_method": np.array(found.method),
+        "weight_standard_error": np.array([found.standard_error, found.relative_standard_error]),
+        "layers": np.array(list(layers), dtype=str),
+        "layer_trace": np.array(list(layers.values())),
+        "layer_relative": np.array(list(found.per_layer(relative=True).values())),
+        "layer_active": np.array(list(active.values())),
+    }
+    if found.per_image is not None:
+        arrays["weight_per_image"] = _small(found.per_image)
+        arrays["weight_relative_per_image"] = _small(found.relative_per_image)
+    return values, arrays
+
+
+def _of_spectrum(
+    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float
+) -> Found:
+    found = top_eigenvalues(model, *batch, masks, tolerance=tolerance)
+    bound = {"top_bound": found.error_bounds[:1], "top_magnitude": np.array([found.largest_magnitude])}
+    return [Value("weight_hessian_top", found.top, len(batch[1]))], bound
+
+
+def _of_pixels(model: nn.Module, batch: Batch) -> Found:
+    found = input_hessian(model, *batch)
+    numbers = {
+        "input_hessian_trace": float(found.trace.double().mean()),
+        "input_hessian_top": float(found.top.double().mean()),
+        "legacy_batch_eigenvalue": found.legacy_batch_eigenvalue,
+    }
+    arrays = {"input_traces": _small(found.trace), "input_method": np.array(found.method)}
+    return [Value(name, value, len(batch[1])) for name, value in numbers.items()], arrays
+
+
+def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, pairs: int) -> Found:
+    borne = {
+        "weight": weight_noise_tolerance(model, *batch, masks, pairs=pairs),
+        "input": input_noise_tolerance(model, *batch, pairs=pairs),
+    }
+    values = [Value(f"pac_bayes_{kind}_sigma", found.sigma, len(batch[1])) for kind, found in borne.items()]
+    return values, {f"{kind}_sigma": np.array([found.low, found.high]) for kind, found in borne.items()}
+
+
+def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, partner: int | None) -> Found:
+    """Walk from the dense network to the ticket, and from the partner's ticket to it; 0 barrier to itself."""
+    ticket, n, arrays = subject.ticket, len(batch[1]), {}
+    barriers = {"loss_barrier": 0.0, "error_barrier": 0.0}
+    if ticket.method != "dense":
+        line = _line(subject, ticket.dense, batch, points, statistics)
+        barriers = {name: getattr(line, name) for name in barriers} if line else {}
+        arrays |= _of_line("dense", line)
+    if partner is not None and partner != ticket.seed:
+        arrays |= _of_line(
+            "partner", _line(subject, replace(ticket, seed=partner), batch, points, statistics)
+        )
+    return [Value(name, value, n) for name, value in barriers.items()], arrays
+
+
+def _line(subject: Subject, start: Ticket, batch: Batch, points: int, statistics: str) -> LossPath | None:
+    """Return the line from another ticket to the subject; None where their layers differ in width."""
+    ends = [obtain(start, subject.store).model.state_dict(), subject.model.state_dict()]
+    if any(ends[0][name].shape != value.shape for name, value in ends[1].items()):
+        return None
+    again = batch[0] if statistics == "recompute" else None
+    return interpolate(subject.model, *ends, *batch, points, statistics, again)
+
+
+def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:
+    parts = ("t", "loss", "error")
+    return {f"{name}_{part}": getattr(line, part) for part in parts} if line else {}
+
+
+def _pictures(
+    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int
+) -> dict[str, np.ndarray]:
+    """Return ``surface_a``, ``surface_b``, ``surface_loss`` in the weights, and ``slice_...`` in the pixels."""
+    surfaces = {
+        "surface": filter_normalised_surface(model, *batch, masks, points=points),
+        "slice": adversarial_slice(model, *batch, points=points),
+    }
+    parts = ("a", "b", "loss")
+    return {f"{name}_{part}": _small(getattr(s, part)) for name, s in surfaces.items() for part in parts}
+
+
+def _wide(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Return ``wide_per_image``, the trace image by image over a larger sample, where it is exact."""
+    found = weight_trace(model, *batch, masks)
+    return {} if found.per_image is None else {"wide_per_image": _small(found.per_image)}
+
+
+def _rescaled(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Measure a ticket that computes the same with other weights, see `rescale_conv`.
+
+    Returns:
+        ``rescaled_layer`` (of the convolutions with a norm behind, the one with the largest trace) and, for
+        each of ``rescaled_factor``, ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the
+        largest change of a logit, relative to the largest logit. Nothing where no convolution has a norm.
+    """
+    frozen = Frozen(model, *batch, masks)
+    shares = weight_trace(model, *batch, masks).per_layer()
+    convolutions = [name for name in norms_behind(frozen) if name in shares]
+    if not convolutions:
+        return {}
+    layer = max(convolutions, key=shares.__getitem__)
+    rows = []
+    for factor in RESCALED_BY:
+        other = rescale_conv(model, layer, factor, batch[0])
+        with torch.no_grad():
+            logits, same = model(batch[0]), other(batch[0])
+        found = weight_trace(other, *batch, masks)
+        rows.append((found.total, found.relative, float((same - logits).abs().max() / logits.abs().max())))
+    columns = dict(zip(("trace", "relative", "change"), np.array(rows).T, strict=True))
+    arrays = {f"rescaled_{name}": column for name, column in columns.items()}
+    return {"rescaled_layer": np.array(layer), "rescaled_factor": np.array(RESCALED_BY), **arrays}
+
+
+def _small(values: Tensor | np.ndarray) -> np.ndarray:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float32)

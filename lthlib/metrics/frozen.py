@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,6 +163,68 @@ def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
 
 def _random_state(images: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.random.get_rng_state()
+
+
+def norms_behind(frozen: Frozen) -> dict[str, str]:
+    """Return convolution -> the batch norm that alone takes its output, for norms that use running statistics.
+
+    Seen in one forward pass of an image, and checked in a second one without these norms (`folded`): where the
+    logits differ, an output goes elsewhere too, and none is returned.
+    """
+    made: dict[Tensor, str] = {}
+    takers: dict[str, list[str]] = {}
+
+    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for conv in [made[x] for x in inputs if isinstance(x, Tensor) and x in made]:
+            takers.setdefault(conv, []).append(name)
+        if isinstance(module, nn.Conv2d) and f"{name}.weight" in frozen.weights:
+            made[output] = name
+
+    leaves = [(name, module) for name, module in frozen.model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
+    with torch.no_grad():
+        try:
+            logits = frozen(frozen.images[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        pairs = {
+            conv: names[0]
+            for conv, names in takers.items()
+            if len(names) == 1 and _has_running_statistics(frozen.model.get_submodule(names[0]))
+        }
+        same = torch.allclose(folded(frozen, pairs, frozen.images[:1], frozen.weights), logits, 1e-3, 1e-4)
+    return pairs if same else {}
+
+
+def folded(frozen: Frozen, pairs: Mapping[str, str], images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits with each batch norm of ``pairs`` multiplied into its convolution: the same function.
+
+    Differentiating it twice is cheaper: the multiplication acts on weights, not on images.
+    """
+    weights, handles = dict(weights), []
+    for conv, name in pairs.items():
+        norm = frozen.model.get_submodule(name)
+        scale = (frozen.buffers[f"{name}.running_var"] + norm.eps).rsqrt()
+        scale = scale * weights.get(f"{name}.weight", 1)
+        shift = weights.get(f"{name}.bias", 0) - frozen.buffers[f"{name}.running_mean"] * scale
+        weights[f"{conv}.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
+        if f"{conv}.bias" in weights:
+            weights[f"{conv}.bias"] = weights[f"{conv}.bias"] * scale
+        handles.append(norm.register_forward_hook(partial(_shift, shift[:, None, None])))
+    try:
+        return frozen(images, weights)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shift(shift: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return inputs[0] + shift
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and not module.training and module.running_mean is not None
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch.autograd import grad
 from torch.nn.grad import conv2d_weight
 
 from lthlib.errors import UserError, choose
-from lthlib.metrics.frozen import Frozen, check_finite, sample_factor
+from lthlib.metrics.frozen import Frozen, check_finite, evaluating, norms_behind, sample_factor
 from lthlib.metrics.piecewise import nonlinear_parts
 
 GRADIENT_BYTES = 2**28
@@ -131,7 +131,7 @@ def weight_hessian_trace(
     images: Tensor,
     labels: Tensor,
     masks: Mapping[str, Tensor] | None = None,
-    chunk: int = 10,
+    chunk: int = 50,
 ) -> WeightTrace:
     """Compute the trace of the weight Hessian exactly, for a piecewise-linear network (lower is flatter).
 
@@ -394,44 +394,22 @@ def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) ->
     choose(layer, convolutions, "convolution")
     if not (math.isfinite(factor) and factor > 0):
         raise UserError(f"The factor must be positive and finite, got {factor}.")
+    with evaluating(model):
+        frozen = Frozen(model, images[:1], torch.zeros(1, dtype=torch.long, device=images.device))
+        behind = norms_behind(frozen)
+    if layer not in behind:
+        raise UserError(
+            f"The convolution {layer!r} is not followed by one batch norm alone, so nothing undoes its "
+            f"rescaling. Convolutions that are: {', '.join(behind) or 'none'}."
+        )
     scaled = copy.deepcopy(model)
-    norm = scaled.get_submodule(_norm_behind(model, layer, images))
-    conv = scaled.get_submodule(layer)
+    norm, conv = scaled.get_submodule(behind[layer]), scaled.get_submodule(layer)
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.mul_(factor)
         norm.running_mean.mul_(factor)
         norm.running_var.copy_(factor**2 * (norm.running_var + norm.eps) - norm.eps)
     return scaled
-
-
-def _norm_behind(model: nn.Module, layer: str, images: Tensor) -> str:
-    """Return the name of the batch norm that takes a convolution's output, seen in one forward pass."""
-    made: dict[str, Tensor] = {}
-    behind: list[str] = []
-
-    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if any(x is made.get(layer) for x in inputs if isinstance(x, Tensor)):
-            behind.append(name)
-        if name == layer:
-            made[layer] = output
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
-    try:
-        frozen = Frozen(model, images[:1], torch.zeros(1, dtype=torch.long, device=images.device))
-        behind.clear()
-        with torch.no_grad():
-            frozen(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(behind) != 1 or not isinstance(model.get_submodule(behind[0]), nn.BatchNorm2d):
-        raise UserError(
-            f"The convolution {layer!r} is not followed by one batch norm, so nothing undoes its rescaling "
-            f"(followed by: {', '.join(behind) or 'no module'})."
-        )
-    return behind[0]
 
 
 def image_interval(per_image: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:

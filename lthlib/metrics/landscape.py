@@ -229,15 +229,15 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name in [*own, *state]:
         if name not in state or name not in own or state[name].shape != own[name].shape:
             raise UserError(
-                f"The states to interpolate do not fit the model at {name!r}.{suggest(name, state)} Both must "
-                "be state_dicts of this architecture, with pruned weights as zeros."
+                f"The states to interpolate do not fit the model at {name!r}.{suggest(name, state)} Both "
+                "must be state_dicts of this architecture, with pruned weights as zeros."
             )
 
 
 def _with_statistics(
     model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int
 ) -> dict[str, Tensor]:
-    """Return the state with batch norm's statistics measured anew: the mean over batches."""
+    """Return the state with batch norm's statistics measured anew, the mean over batches."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     state = {name: value.clone() for name, value in state.items()}
     settings = [(m.training, m.momentum) for m in norms]

@@ -154,7 +154,7 @@ def largest_sigma(
     sigma = brentq(excess, low, high, xtol=1e-3 * high, rtol=1e-3)
     slope = (excess(1.05 * sigma) - excess(sigma)) / (0.05 * sigma)
     spread = student.ppf(0.975, draws - 1) * float(tried[sigma].std()) / math.sqrt(draws)
-    half = spread / slope if slope > 0 else math.inf
+    half = float(spread / slope) if slope > 0 else math.inf
     return NoiseTolerance(
         sigma, max(0.0, sigma - half), sigma + half, clean, (1 + rise) * clean, False, len(tried) - 1
     )

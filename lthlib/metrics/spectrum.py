@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lthlib.errors import UserError, choose
-from lthlib.metrics.frozen import Frozen, check_finite, normal_like, rademacher_like
+from lthlib.metrics.frozen import Frozen, check_finite, folded, normal_like, norms_behind, rademacher_like
 from lthlib.metrics.hessian import InputHessian, WeightTrace
 
 TRACE_ESTIMATORS = ("hutchinson", "hutchpp", "xtrace")
@@ -59,6 +59,7 @@ class WeightHessian:
         self.chunk = len(frozen.images) if chunk is None else chunk
         self.active = {name: frozen.masks[name].flatten().nonzero()[:, 0] for name in frozen.masks}
         self.sizes = [frozen.active(name) for name in frozen.weights]
+        self._norms = norms_behind(frozen)
         self._graph: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -107,9 +108,8 @@ class WeightHessian:
         frozen, part = self.frozen, slice(start, start + self.chunk)
         weights = [w.clone().requires_grad_() for w in frozen.weights.values()]
         with torch.enable_grad():
-            logits = check_finite(
-                frozen(frozen.images[part], dict(zip(frozen.weights, weights, strict=True)))
-            )
+            named = dict(zip(frozen.weights, weights, strict=True))
+            logits = check_finite(folded(frozen, self._norms, frozen.images[part], named))
             loss = F.cross_entropy(logits, frozen.labels[part], reduction="sum") / len(frozen.images)
             gradients = list(grad(loss, weights, create_graph=True, materialize_grads=True))
         if self.chunk >= len(frozen.images):

@@ -1,0 +1,234 @@
+"""What flatness costs, as ratios measured in one run. Usage: python benchmarks/flatness.py [--threads 2]
+
+ResNet-20 on 32 x 32 pixels, 10 classes, after a few training steps:
+
+* the exact weight-Hessian trace against one probe of Hutchinson's estimator as PyHessian does it (a product
+  of the Hessian with a vector, from one graph of the gradient), and peak memory in a process of its own;
+* the exact input trace and top eigenvalue against the published estimators run to their own stopping rules;
+* the top eigenvalue by Lanczos against power iteration to PyHessian's tolerance, and the error of both;
+* the growth of the exact trace with the number of images and of classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lthlib import models
+from lthlib.metrics import flatness
+
+TOLERANCE, MOST = 1e-3, 100  # PyHessian's defaults
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the shortest of ``repeats`` runs of each, in turns, so that a busy moment hits all alike."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def problem(n: int, classes: int = 10) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network trained for a few steps on coloured noise whose mean tells the class."""
+    model = models.build(
+        "resnet20s", in_channels=3, num_classes=classes, image_size=32, mean=[0.5] * 3, std=[0.25] * 3
+    )
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    means = torch.rand(classes, 3, 4, 4, generator=generator)[labels]
+    images = (F.interpolate(means, 32) + 0.3 * torch.randn(n, 3, 32, 32, generator=generator)).clamp(0, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(8):
+        for x, y in zip(images.split(50), labels.split(50), strict=True) if n else ():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return model.eval(), images, labels
+
+
+class Graph:
+    """The published way: one graph of the gradient, products by differentiating it again."""
+
+    def __init__(self, loss: Tensor, leaves: list[Tensor]):
+        self.leaves = leaves
+        self.gradient = torch.autograd.grad(loss, leaves, create_graph=True)
+        self.products = 0
+
+    def product(self, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+        self.products += 1
+        return torch.autograd.grad(self.gradient, self.leaves, vectors, retain_graph=True)
+
+    def probe(self, generator: torch.Generator) -> float:
+        signs = [torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1 for w in self.leaves]
+        return float(sum((v * hv).sum() for v, hv in zip(signs, self.product(signs), strict=True)))
+
+    def trace(self, generator: torch.Generator) -> float:
+        """Average probes until the mean moves by less than the tolerance."""
+        probes: list[float] = []
+        mean = 0.0
+        for _ in range(MOST):
+            probes.append(self.probe(generator))
+            before, mean = mean, sum(probes) / len(probes)
+            if abs(mean - before) / (abs(before) + 1e-6) < TOLERANCE:
+                break
+        return mean
+
+    def power_iteration(self, generator: torch.Generator) -> float:
+        """Multiply until the Rayleigh quotient moves by less than the tolerance."""
+        v = [torch.randn(w.shape, generator=generator) for w in self.leaves]
+        value = None
+        for _ in range(MOST):
+            length = sum((x**2).sum() for x in v).sqrt()
+            v = [x / length for x in v]
+            image = self.product(v)
+            before, value = value, float(sum((a * b).sum() for a, b in zip(v, image, strict=True)))
+            if before is not None and abs(value - before) / (abs(before) + 1e-6) < TOLERANCE:
+                break
+            v = list(image)
+        return value
+
+
+def weight_graph(model: nn.Module, images: Tensor, labels: Tensor) -> Graph:
+    return Graph(F.cross_entropy(model(images), labels), list(model.parameters()))
+
+
+def input_graph(model: nn.Module, images: Tensor, labels: Tensor) -> Graph:
+    pixels = images.clone().requires_grad_()
+    return Graph(F.cross_entropy(model(pixels), labels), [pixels])
+
+
+def weight_trace(args: argparse.Namespace) -> None:
+    model, images, labels = problem(args.images)
+    graph, generator = weight_graph(model, images, labels), torch.Generator().manual_seed(0)
+    exact = flatness.weight_hessian_trace(model, images, labels).total
+    probes = torch.tensor([graph.probe(generator) for _ in range(args.probes)])
+    cost = interleaved(
+        {
+            "probe": lambda: graph.probe(generator),
+            "exact": lambda: flatness.weight_hessian_trace(model, images, labels),
+        },
+        args.repeats,
+    )
+    ratio = cost["exact"] / cost["probe"]
+    print(
+        f"weight trace {exact:.3f}: exact in {cost['exact']:.2f} s = {ratio:.2f} probes of {cost['probe']:.2f} s"
+    )
+    spread = float(probes.std()) / exact
+    print(
+        f"  one probe errs by {spread:.0%} (sd), 100 probes by {spread / 10:.1%} at {100 / ratio:.0f}x the cost"
+    )
+
+
+def input_traces(args: argparse.Namespace) -> None:
+    model, images, labels = problem(args.images)
+    exact = flatness.input_hessian(model, images, labels)
+    trace, top = float(exact.trace.mean()), exact.legacy_batch_eigenvalue
+    generator, found = torch.Generator().manual_seed(0), {}
+
+    def published() -> None:
+        graph = input_graph(model, images, labels)
+        found["trace"] = graph.trace(generator)
+        found["trace products"], graph.products = graph.products, 0
+        found["top"], found["top products"] = graph.power_iteration(generator), graph.products
+
+    cost = interleaved(
+        {"published": published, "exact": lambda: flatness.input_hessian(model, images, labels)}, args.repeats
+    )
+    errors = found["trace"] / trace - 1, found["top"] / top - 1
+    print(
+        f"input trace {trace:.4f}, top {top:.5f}: exact in {cost['exact']:.2f} s, published "
+        f"{cost['published'] / cost['exact']:.1f}x that ({found['trace products']} + {found['top products']} "
+        f"products, errors {errors[0]:+.1%}, {errors[1]:+.2%})"
+    )
+
+
+def top_eigenvalue(args: argparse.Namespace) -> None:
+    model, images, labels = problem(args.images)
+    reference = flatness.top_eigenvalues(model, images, labels, tolerance=1e-9, seed=1, max_products=40).top
+    generator, found = torch.Generator().manual_seed(0), {}
+
+    def power() -> None:
+        graph = weight_graph(model, images, labels)
+        found["power"], found["products"] = graph.power_iteration(generator), graph.products
+
+    def lanczos() -> None:
+        found["lanczos"] = flatness.top_eigenvalues(model, images, labels)
+
+    cost = interleaved({"power": power, "lanczos": lanczos}, args.repeats)
+    ours = found["lanczos"]
+    print(
+        f"top eigenvalue {reference:.4f}: Lanczos {ours.products} products, {cost['lanczos']:.2f} s, error "
+        f"{abs(ours.top / reference - 1):.1e}; power iteration {found['products']} products, "
+        f"{cost['power'] / cost['lanczos']:.2f}x the time, error {abs(found['power'] / reference - 1):.1e}"
+    )
+
+
+def growth(args: argparse.Namespace) -> None:
+    for classes in (5, 10, 20):
+        model, images, labels = problem(args.images, classes)
+        runs = {
+            str(n): partial(flatness.weight_hessian_trace, model, images[:n], labels[:n])
+            for n in (args.images // 4, args.images // 2, args.images)
+        }
+        cost = interleaved(runs, args.repeats)
+        unit = {n: f"{1e3 * s / int(n) / (classes - 1):.2f}" for n, s in cost.items()}
+        print(f"growth, {classes} classes: ms per image and vector-Jacobian product, by images: {unit}")
+
+
+def memory(args: argparse.Namespace) -> None:
+    out = subprocess.run(
+        [sys.executable, __file__, "--only", "peak", "--threads", str(args.threads), "--images", str(args.images)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    print(out.stdout.strip())
+
+
+def high_water() -> float:
+    """Return this program's peak resident memory in GB; ru_maxrss would begin at that of the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+
+
+def peak(args: argparse.Namespace) -> None:
+    model, _, _ = problem(0)
+    images = torch.rand(args.images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model(images[:1])
+    before = high_water()
+    flatness.weight_hessian_trace(model.eval(), images, torch.arange(args.images) % 10)
+    print(f"peak memory of the exact weight trace: {high_water():.2f} GB, {before:.2f} GB of it before")
+
+
+PARTS = {part.__name__: part for part in (weight_trace, memory, input_traces, top_eigenvalue, growth)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--probes", type=int, default=20)
+    parser.add_argument("--only", choices=[*PARTS, "peak"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for part in [{**PARTS, "peak": peak}[args.only]] if args.only else PARTS.values():
+        part(args)
+
+
+if __name__ == "__main__":
+    main()
