@@ -20,99 +20,25 @@ from torch.func import functional_call
 from lthlib.metrics.frozen import draws_random_numbers
 
 LINEAR = {
-    *(
-        "Add",
-        "Sub",
-        "Rsub",
-        "Neg",
-        "Sum",
-        "Mean",
-        "Cat",
-        "Stack",
-        "Clone",
-        "ToCopy",
-        "Alias",
-        "Copy",
-        "CopySlices",
-    ),
-    *(
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Reshape",
-        "Permute",
-        "Transpose",
-        "T",
-        "Squeeze",
-        "Unsqueeze",
-        "Expand",
-    ),
-    *(
-        "Slice",
-        "Select",
-        "Narrow",
-        "Split",
-        "SplitWithSizes",
-        "UnsafeSplit",
-        "Unbind",
-        "Index",
-        "IndexSelect",
-    ),
-    *("Gather", "Repeat", "Roll", "Flip", "AsStrided", "Diagonal", "MaskedFill", "Where", "AccumulateGrad"),
-    *(
-        "ConstantPadNd",
-        "ReflectionPad2D",
-        "ReplicationPad2D",
-        "PixelShuffle",
-        "PixelUnshuffle",
-        "ChannelShuffle",
-    ),
-    *("AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
-    *("MkldnnAdaptiveAvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D"),
-}
+    "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias", "Copy",
+    "CopySlices", "View", "UnsafeView", "ReshapeAlias", "Reshape", "Permute", "Transpose", "T", "Squeeze",
+    "Unsqueeze", "Expand", "Slice", "Select", "Narrow", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind",
+    "Index", "IndexSelect", "Gather", "Repeat", "Roll", "Flip", "AsStrided", "Diagonal", "MaskedFill",
+    "Where", "AccumulateGrad", "ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D", "PixelShuffle",
+    "PixelUnshuffle", "ChannelShuffle", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool1D",
+    "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D", "UpsampleNearest2D",
+    "UpsampleBilinear2D",
+}  # fmt: skip
 KINKED = {
-    *(
-        "Relu",
-        "LeakyRelu",
-        "RreluWithNoise",
-        "Hardtanh",
-        "Hardsigmoid",
-        "Clamp",
-        "ClampMin",
-        "ClampMax",
-        "Threshold",
-    ),
-    *(
-        "Abs",
-        "Maximum",
-        "Minimum",
-        "Max",
-        "Min",
-        "Amax",
-        "Amin",
-        "MaxPool2DWithIndices",
-        "MaxPool3DWithIndices",
-    ),
-    *("AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
-}
+    "Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax",
+    "Threshold", "Abs", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin", "MaxPool2DWithIndices",
+    "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
+}  # fmt: skip
 BATCH_NORM = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 PRODUCTS = {
-    *(
-        "Mul",
-        "Convolution",
-        "MkldnnConvolution",
-        "Addmm",
-        "Addmv",
-        "Mm",
-        "Mv",
-        "Bmm",
-        "Baddbmm",
-        "Dot",
-        "Linear",
-    ),
-    "PreluKernel",
-    *BATCH_NORM,
-}
+    "Mul", "Convolution", "MkldnnConvolution", "Addmm", "Addmv", "Mm", "Mv", "Bmm", "Baddbmm", "Dot",
+    "Linear", "PreluKernel", *BATCH_NORM,
+}  # fmt: skip
 STATISTICS = "training-mode batch norm"
 
 
