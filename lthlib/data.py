@@ -209,7 +209,8 @@ def ood_images(name: str, like: DataSet, n: int, store: Store) -> torch.Tensor:
     if name in OOD:
         pixels = OOD[name](like, n)
     elif name in DATASETS or _in_data_folder(name.split("@")[0]) is not None:
-        pixels = _resized(_test_pixels(name, store)[:n], like)
+        pixels = _test_pixels(name, store)  # spread over all of it: many sets are sorted by class
+        pixels = _resized(pixels[np.arange(min(n, len(pixels))) * len(pixels) // min(n, len(pixels))], like)
     else:
         known = [*OOD, *DATASETS, *_folder_names()]
         raise UserError(
@@ -218,6 +219,14 @@ def ood_images(name: str, like: DataSet, n: int, store: Store) -> torch.Tensor:
     if len(pixels) == 0:
         raise UserError(f"The out-of-distribution set {name!r} has no images.")
     return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def ood_version(name: str) -> str:
+    """Return what identifies an out-of-distribution set's images: the code that makes them, the files they are in."""
+    if name in OOD:
+        return code_version(ood_images, OOD[name])
+    path = None if name in DATASETS else _in_data_folder(name.split("@")[0])
+    return code_version(ood_images) + ("" if path is None else f"-{_stamp(path)}")
 
 
 def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

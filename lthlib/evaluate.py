@@ -51,6 +51,17 @@ class Dimension:
         """Import the dimension's file and return its ``measure`` function."""
         return importlib.import_module(self.module).measure
 
+    def inputs(self, subject: Subject, settings: Mapping) -> str:
+        """Return what a measurement reads beside the ticket and its data, as text that changes with it.
+
+        That is what the file's function ``inputs(subject, **parameters)`` says: versions of foreign and corrupted
+        images, for instance. Empty where the file has none.
+        """
+        found = getattr(importlib.import_module(self.module), "inputs", None)
+        if found is None:
+            return ""
+        return "-" + hashlib.sha256(found(subject, **settings).encode()).hexdigest()[:12]
+
     def parameters(self, given: Mapping | None = None) -> dict[str, object]:
         """Return the parameters of ``measure``: its defaults, and what is given in their place.
 
@@ -240,6 +251,7 @@ def evaluate(
         np.savez_compressed(folder / "arrays.npz", **arrays)
 
     version = f"{version_of(ticket, subject.data)}-{code_version(measure, _with_accuracy)}"
+    version += DIMENSIONS[dimension].inputs(subject, settings)
     folder = store.get(f"evaluations/{ticket.id}/{question(dimension, settings, precision)}", version, make)
     content = json.loads((folder / "values.json").read_text())
     with np.load(folder / "arrays.npz") as arrays:
@@ -409,12 +421,17 @@ class Archive:
         return found
 
     @staticmethod
-    def write(folder: Path, evaluations: Mapping[str, Sequence[tuple[str, Evaluation]]]) -> None:
+    def write(
+        folder: Path,
+        evaluations: Mapping[str, Sequence[tuple[str, Evaluation]]],
+        tables: Mapping[str, pd.DataFrame] | None = None,
+    ) -> None:
         """Record evaluations.
 
         Args:
             folder: ``book/results/<grid>``.
             evaluations: By dimension, pairs of a question's name and its evaluation.
+            tables: What else there is to record, by file name (``*.csv``).
         """
         folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -431,5 +448,8 @@ class Archive:
                     file, **{f"{e.ticket.id}/{key}": a for _, e in pairs for key, a in e.arrays.items()}
                 )
             files += [f"{dimension}.json", f"{dimension}.npz"]
+        for name, table in (tables or {}).items():
+            write_atomically(folder / name, table.to_csv(index=False))
+            files.append(name)
         sizes = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in files}
         write_atomically(folder / MANIFEST, json.dumps({"files": sizes}, indent=1) + "\n")

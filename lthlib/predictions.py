@@ -1,11 +1,15 @@
 """Logits: one forward pass per ticket and image set, kept in the store and read by every metric that needs only them.
 
-`Subject` is a ticket under examination: what a dimension's ``measure`` function is given.
+`Subject` is a ticket under examination: what a dimension's ``measure`` function is given. Corrupted test images are
+made once per data set and shared by all tickets; where the published files lie in the data folder (``CIFAR-10-C``,
+``CIFAR-100-C``, ``ImageNet-C``), these are read instead.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +22,25 @@ from torch.fx.experimental.optimization import fuse
 
 from lthlib import compute, data
 from lthlib.code_version import code_version
-from lthlib.errors import UserError
+from lthlib.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    common,
+    corrupt,
+    has_official,
+    load_official,
+    stream_official,
+)
+from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
 from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, obtain
 from lthlib.train import as_input
 
 BATCH = 250  # on a CPU larger ones fall out of the cache
+KEPT_UP_TO = 2**30  # bytes of one corruption's images; more are made again for each ticket, batch by batch
+OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
+OWN = ("train", "test", "validation")
 
 
 def for_inference(model: nn.Module) -> nn.Module:
@@ -108,37 +124,216 @@ class Subject:
     def images(self, name: str, n: int) -> torch.Tensor:
         """Return up to n uint8 images (n, H, W, C) of an image set.
 
-        ``"test"``, ``"train"`` and ``"validation"`` are the data set's own; ``"ood:<name>"`` is an
-        out-of-distribution set (`lthlib.data.ood_images`).
+        ``"test"``, ``"train"`` and ``"validation"`` are the data set's own, spread evenly over the classes (`sample`);
+        ``"ood:<name>"`` is an out-of-distribution set (`lthlib.data.ood_images`); ``"corrupted:<name>:<severity>"``
+        are the test images of `sample` under a corruption.
         """
-        if name in ("train", "test", "validation"):
-            part = getattr(self.data, name)
-            if part is None:
-                raise UserError(f"{self.ticket.data} has no {name} images.")
-            return part.pixels[:n]
         kind, _, which = name.partition(":")
-        if kind != "ood":
-            raise UserError(f"Unknown image set {name!r}. Allowed: train, test, validation, ood:<name>.")
-        return data.ood_images(which, self.data, n, self.store)
+        if kind in OWN:
+            return self._part(name).pixels[self.sample(name, n)]
+        if kind == "ood":
+            return data.ood_images(which, self.data, n, self.store)
+        if kind == "corrupted":
+            corruption, _, severity = which.partition(":")
+            choose(severity, [str(s) for s in SEVERITIES], "severity")
+            parts = corrupted_parts(self.data, corruption, n, self.store, severities=(int(severity),))
+            return torch.cat([pixels for _, _, pixels in parts])
+        raise UserError(
+            f"Unknown image set {name!r}. Allowed: {', '.join(OWN)}, ood:<name>, corrupted:<name>:<severity>."
+        )
+
+    def labels(self, name: str, n: int) -> torch.Tensor:
+        """Return the labels of ``images(name, n)``, for the data set's own images."""
+        return self._part(name).labels[self.sample(name, n)]
+
+    def sample(self, name: str, n: int) -> torch.Tensor:
+        """Return the positions of ``images(name, n)`` in the data set's own part of that name."""
+        return sample(self._part(name).labels, n)
+
+    def _part(self, name: str) -> data.Images:
+        choose(name, OWN, "part of a data set")
+        part = getattr(self.data, name)
+        if part is None:
+            raise UserError(f"{self.ticket.data} has no {name} images.")
+        return part
 
     def logits(self, name: str, n: int) -> np.ndarray:
         """Return the logits (n, classes) of an image set, computed once and kept."""
-        key = f"predictions/{self.ticket.id}/{name.replace(':', '-').replace('@', '+').lower()}-{n}-{self.precision}"
 
-        def make(folder: Path) -> None:
-            pixels = self.images(name, n)
-            tensors = {"logits": predict(self.fast_model, pixels, precision=self.precision)}
-            if name in ("train", "test", "validation"):
-                tensors["labels"] = getattr(self.data, name).labels[:n].clone()
-            safetensors.torch.save_file(tensors, folder / "logits.safetensors")
+        def make() -> dict[str, torch.Tensor]:
+            tensors = {"logits": predict(self.fast_model, self.images(name, n), precision=self.precision)}
+            if name in OWN:
+                tensors["labels"] = self.labels(name, n)
+            return tensors
+
+        return self._kept(f"{name}-{n}", self.input_version(name), make)
+
+    def corrupted_logits(self, names: Sequence[str], n: int) -> np.ndarray:
+        """Return the logits (corruptions, 5 severities, n, classes) of corrupted test images, one array for all.
+
+        Args:
+            names: Names in `lthlib.corruptions.CORRUPTIONS`.
+            n: Images under each, those of ``sample("test", n)``, whose labels they have.
+        """
+        digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:6]
+        versions = [self.input_version(f"corrupted:{name}") for name in names]
+
+        def make() -> dict[str, torch.Tensor]:
+            rows = [self._predict_corrupted(name, n) for name in names]
+            return {"logits": torch.stack(rows), "labels": self.labels("test", n)}
+
+        version = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
+        return self._kept(f"corrupted-{len(names)}-{digest}-{n}", version, make)
+
+    def _predict_corrupted(self, name: str, n: int) -> torch.Tensor:
+        """Logits (5, n, classes); all severities share batches where the images lie in the store."""
+        parts: dict[int, list[torch.Tensor]] = {}
+        for severity, count, pixels in corrupted_parts(self.data, name, n, self.store):
+            found = predict(self.fast_model, pixels, precision=self.precision)
+            for i, logits in enumerate(found.split(count)):
+                parts.setdefault(severity + i, []).append(logits)
+        return torch.stack([torch.cat(parts[severity]) for severity in SEVERITIES])
+
+    def input_version(self, name: str) -> str:
+        """Return what identifies the images of a set beside the ticket's data: the code and files they come from."""
+        kind, _, which = name.partition(":")
+        if kind == "ood":
+            return data.ood_version(which)
+        if kind == "corrupted":
+            return _corrupted_version(self.data, which.partition(":")[0])
+        return code_version(sample)
+
+    def _kept(self, name: str, input_version: str, make: Callable[[], dict[str, torch.Tensor]]) -> np.ndarray:
+        name = name.replace(":", "-").replace("@", "+").lower()
+        key = f"predictions/{self.ticket.id}/{name}-{self.precision}"
+
+        def write(folder: Path) -> None:
+            safetensors.torch.save_file(make(), folder / "logits.safetensors")
 
         if key not in self._cache:
-            version = f"{self.trained.version}-{code_version(predict, for_inference, data.ood_images, *_maker(name))}"
-            folder = self.store.get(key, version, make)
+            version = f"{self.trained.version}-{code_version(predict, for_inference)}-{input_version}"
+            folder = self.store.get(key, version, write)
             self._cache[key] = safetensors.torch.load_file(folder / "logits.safetensors")["logits"].numpy()
         return self._cache[key]
 
 
-def _maker(name: str) -> tuple:
-    maker = data.OOD.get(name.partition(":")[2])
-    return () if maker is None else (maker,)
+def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the positions of n images, ascending, every class in proportion; of all where there are not more.
+
+    Evenly spaced in the order by class: many sets are sorted by class, and their first n images are all alike.
+
+    Raises:
+        UserError: For n below 1.
+    """
+    if n < 1:
+        raise UserError(f"{n} images are asked for; at least 1 is needed.")
+    n = min(n, len(labels))
+    return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n].sort().values
+
+
+# --- corrupted test images -------------------------------------------------------------------------------------
+
+
+def corruption_names(extra: bool) -> tuple[str, ...]:
+    """Return the names of the 15 common corruptions, or with the extra ones of all that are registered."""
+    return tuple(CORRUPTIONS) if extra else common()
+
+
+def official_folder(like: data.DataSet, name: str) -> Path | None:
+    """Return the folder in the data folder that holds the published files of a corruption of a data set, if any."""
+    folder, size = OFFICIAL.get(like.name.split("@")[0], ("", 0))
+    root = data.data_folder() / folder
+    there = folder and like.size == size and has_official(root, name)
+    return root if there else None
+
+
+def corruption_source(like: data.DataSet, name: str) -> str:
+    """Return ``"official"`` or ``"generated"``: where a data set's images under a corruption come from."""
+    return "generated" if official_folder(like, name) is None else "official"
+
+
+def corrupted_parts(
+    like: data.DataSet, name: str, n: int, store: Store, severities: Sequence[int] = SEVERITIES
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield the sampled test images under a corruption, in parts that fit in memory.
+
+    They are made once and kept in the store, unless they are larger than `KEPT_UP_TO`: then each caller makes them
+    again, a batch at a time.
+
+    Args:
+        like: The data set; ``sample(like.test.labels, n)`` of its test images are taken.
+        name: A name in `lthlib.corruptions.CORRUPTIONS`.
+        n: How many.
+        store: Where they are kept.
+        severities: Consecutive ones.
+
+    Yields:
+        The first severity of the part, how many images of each severity it has, and its pixels, uint8
+        (severities x count, H, W, C), severity by severity.
+    """
+    choose(name, CORRUPTIONS, "corruption")
+    positions = sample(like.test.labels, n).numpy()
+    shape = (len(SEVERITIES), len(positions), *like.test.pixels.shape[1:])
+    if np.prod(shape) > KEPT_UP_TO:
+        for severity in severities:
+            for pixels in _corrupted_batches(like, name, severity, positions):
+                yield severity, len(pixels), torch.from_numpy(pixels)
+        return
+
+    def make(folder: Path) -> None:
+        kept = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+        for row, severity in zip(kept, SEVERITIES, strict=True):
+            start = 0
+            for pixels in _corrupted_batches(like, name, severity, positions):
+                row[start : start + len(pixels)] = pixels
+                start += len(pixels)
+        kept.flush()
+
+    key = f"corrupted/{like.name.replace('@', '+').lower()}-{len(positions)}/{name}"
+    folder = store.get(key, f"{like.digest}-{_corrupted_version(like, name)}", make)
+    pixels = np.load(folder / "pixels.npy", mmap_mode="c")[severities[0] - 1 : severities[-1]]
+    yield severities[0], len(positions), torch.from_numpy(pixels.reshape(-1, *shape[2:]))
+
+
+def _corrupted_version(like: data.DataSet, name: str) -> str:
+    folder = official_folder(like, name)
+    if folder is None:
+        return code_version(sample, _corrupted_batches, CORRUPTIONS[name].function)
+    files = [path for path in (folder / f"{name}.npy", folder / "labels.npy", folder / name) if path.exists()]
+    facts = " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    return f"{code_version(sample, _corrupted_batches)}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def _corrupted_batches(
+    like: data.DataSet, name: str, severity: int, positions: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield uint8 (m, H, W, C), together the test images at the positions under a corruption."""
+    folder = official_folder(like, name)
+    if folder is not None:
+        yield from _official_batches(like, folder, name, severity, positions)
+        return
+    pixels = like.test.pixels.numpy()
+    for start in range(0, len(positions), BATCH):
+        yield corrupt(pixels[positions[start : start + BATCH]], name, severity, start=start)
+
+
+def _official_batches(
+    like: data.DataSet, folder: Path, name: str, severity: int, positions: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Pick the positions out of the published files, and see that these belong to the data set."""
+    test = like.test
+    if (folder / f"{name}.npy").is_file():
+        whole = load_official(folder, name, severity, rows=5 * len(test), num_classes=len(like.classes))
+        batches = iter([whole])
+    else:
+        batches = stream_official(folder, name, severity, classes=like.classes, rows=len(test))
+    start = 0
+    for pixels, labels in batches:
+        stop = start + len(labels)
+        same = np.array_equal(labels, test.labels[start:stop].numpy())
+        if not same or pixels.shape[1:] != tuple(test.pixels.shape[1:]):
+            raise UserError(
+                f"{folder} does not belong to {like.name}: labels or image size of {name} differ from the test set's."
+            )
+        yield pixels[positions[(positions >= start) & (positions < stop)] - start]
+        start = stop

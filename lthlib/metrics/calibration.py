@@ -13,7 +13,7 @@ A softmax above 1 by rounding counts as 1. Empty bins count nothing, so there ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from lthlib.errors import UserError, choose
 from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import check_labels, check_logits, check_probs, chunks, shifted_by_class
 from lthlib.metrics._arrays import softmax as softmax
-from lthlib.predictions import Subject
+from lthlib.predictions import Subject, corruption_names
 
 N_BINS = 15  # Guo et al., 2017, section 5
 LEGACY_BINS = 14  # what linspace(0, 1, 15) makes
@@ -685,23 +685,43 @@ for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
     )  # fmt: skip
 
 
+for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
+    _row(
+        f"corrupted_{_name}", f"{_title} under corruption",
+        f"{_title} on test images under one corruption at one severity.",
+        "ovadia2019can", unit="nats" if _name == "nll" else "fraction",
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------- a ticket
 
 
 def measure(
-    subject: Subject, *, n_test: int = 10_000, n_bins: int = N_BINS
+    subject: Subject,
+    *,
+    n_test: int = 10_000,
+    n_bins: int = N_BINS,
+    n_corrupted: int = 10_000,
+    extra: bool = True,
+    n_bootstrap: int = 1_000,
 ) -> tuple[list[Value], dict[str, np.ndarray]]:
-    """Measure how far a ticket's confidence can be believed.
+    """Measure how far a ticket's confidence can be believed, on clean and on corrupted images.
+
+    Everything reads stored logits; with the same ``n_corrupted`` and ``extra`` those of generalization.
 
     Args:
         subject: The ticket.
-        n_test: Test images at most, the first ones.
+        n_test: Test images at most, spread evenly over the classes.
         n_bins: Bins of every binned error.
+        n_corrupted: Test images at most under each corruption and severity.
+        extra: Whether the corruptions beside the 15 common ones are measured too.
+        n_bootstrap: Replicates of the intervals over images.
 
     Returns:
-        Values, and for figures the reliability diagram (``count``, ``confidence``, ``accuracy`` by bin).
+        Values, and for figures the reliability diagram (``count``, ``confidence``, ``accuracy`` by bin) and
+        ``interval_<metric>``: value, low and high of a 95 % bootstrap interval over images, and its bias.
     """
-    labels = subject.data.test.labels[:n_test].numpy()
+    labels = subject.labels("test", n_test).numpy()
     logits = subject.logits("test", n_test)
     probs = softmax(logits)
     numbers = calibration_summary(logits, labels, n_bins)
@@ -713,7 +733,29 @@ def measure(
     numbers |= _recalibrated(logits, labels, n_bins)
     diagram = reliability_diagram(probs, labels, n_bins)
     arrays = {"count": diagram.counts, "confidence": diagram.confidence, "accuracy": diagram.accuracy}
-    return [Value(name, float(value), len(labels)) for name, value in numbers.items()], arrays
+    intervals = bootstrap_summary(logits, labels, seed=0, n=n_bootstrap, n_bins=n_bins)
+    for name in ("ece", "sce", "nll"):
+        found = intervals[name]
+        arrays[f"interval_{name}"] = np.array([found.value, found.low, found.high, found.bias])
+    values = [Value(name, float(value), len(labels)) for name, value in numbers.items()]
+    return values + _under_corruption(subject, corruption_names(extra), n_corrupted, n_bins), arrays
+
+
+def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:
+    """Return the versions of the image sets that `measure` reads beside the test images."""
+    return " ".join(subject.input_version(f"corrupted:{name}") for name in corruption_names(extra))
+
+
+def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: int) -> list[Value]:
+    labels, values = subject.labels("test", n).numpy(), []
+    for name, rows in zip(names, subject.corrupted_logits(names, n), strict=True):
+        for severity, logits in enumerate(rows, start=1):
+            found = calibration_summary(logits, labels, n_bins)
+            values += [
+                Value(f"corrupted_{metric}", found[metric], len(labels), name, severity)
+                for metric in ("ece", "sce", "nll")
+            ]
+    return values
 
 
 def _recalibrated(logits: np.ndarray, labels: np.ndarray, n_bins: int) -> dict[str, float]:

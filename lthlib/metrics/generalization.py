@@ -17,11 +17,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lthlib import corruptions
 from lthlib.data import source
 from lthlib.errors import Registry, UserError, choose
 from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import as_array, check_labels, check_logits, softmax
-from lthlib.predictions import Subject
+from lthlib.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample
 from lthlib.train import as_input
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -308,9 +309,9 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-COMMON_CORRUPTIONS = tuple(ALEXNET_ERROR)
-EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-ALL_CORRUPTIONS = COMMON_CORRUPTIONS + EXTRA_CORRUPTIONS
+COMMON_CORRUPTIONS = corruptions.common()
+ALL_CORRUPTIONS = tuple(corruptions.CORRUPTIONS)
+EXTRA_CORRUPTIONS = tuple(name for name in ALL_CORRUPTIONS if name not in COMMON_CORRUPTIONS)
 
 Errors = Mapping[str, Sequence[float]]
 
@@ -694,6 +695,21 @@ _row(
     "hendrycks2019deep", higher_is_better=False,
 )  # fmt: skip
 _row(
+    "corrupted_accuracy", "Accuracy under corruption",
+    "Accuracy on test images under one corruption at one severity.",
+    "hendrycks2019benchmarking",
+)  # fmt: skip
+_row(
+    "corruption_error_all", "mCE (unnormalised, with the extra ones)",
+    "Mean error over the 15 common corruptions, the extra ones and all severities, not divided by AlexNet's.",
+    "hendrycks2019benchmarking", higher_is_better=False,
+)  # fmt: skip
+_row(
+    "official_corruptions", "Corruptions from published files",
+    "Of the corruptions measured, how many were read from the published files; the others were made here.",
+    "hendrycks2019benchmarking", higher_is_better=None, unit="",
+)  # fmt: skip
+_row(
     "relative_corruption_error", "Relative mCE (15)",
     "Unnormalised mean corruption error minus the clean error.",
     "hendrycks2019benchmarking", higher_is_better=False,
@@ -708,6 +724,12 @@ _row(
     "pgd_accuracy", "PGD-20 accuracy",
     r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$.",
     "madry2018towards",
+)  # fmt: skip
+_row(
+    "fgsm_pgd_gap", "FGSM minus PGD-20",
+    r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where the gradient "
+    "is masked.",
+    "athalye2018obfuscated", higher_is_better=None,
 )  # fmt: skip
 _row(
     "adversarial_margin", "Adversarial margin",
@@ -729,38 +751,102 @@ def measure(
     *,
     ood: Sequence[str] = (),
     n_test: int = 10_000,
-    n_ood: int = 2_000,
+    n_ood: int = 10_000,
+    n_corrupted: int = 10_000,
+    extra: bool = True,
     n_attack: int = 1_000,
+    n_pgd: int = 200,
     epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
 ) -> tuple[list[Value], dict[str, np.ndarray]]:
     """Measure how a ticket generalizes.
 
+    Fewer images than there are is a sample spread evenly over the classes (`lthlib.predictions.sample`), the same for
+    every ticket.
+
     Args:
         subject: The ticket.
         ood: Out-of-distribution sets; empty for the data set's own list.
-        n_test: Test images at most, the first ones.
+        n_test: Test images at most.
         n_ood: Images of each out-of-distribution set at most.
-        n_attack: Test images that are attacked, the first ones.
+        n_corrupted: Test images at most under each corruption and severity.
+        extra: Whether the corruptions beside the 15 common ones are measured too; they have a mean of their own.
+        n_attack: Test images at most that are attacked by FGSM.
+        n_pgd: How many of those are attacked by PGD-20 as well; it costs about twenty times as much.
         epsilons: Attack strengths in units of 1/255; the paper's 8 is always among them.
 
     Returns:
-        Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates.
+        Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates; of the dense
+        network ``gallery``, a test image under every corruption at the severities 1, 3 and 5.
     """
-    labels = subject.data.test.labels[:n_test].numpy()
+    labels = subject.labels("test", n_test).numpy()
     known = subject.logits("test", n_test)
     values = [Value("test_accuracy", accuracy(known, labels), len(labels))]
     arrays = {}
-    for name in ood or source(subject.ticket.data).ood:
+    for name in _ood_sets(subject, ood):
         foreign = subject.logits(f"ood:{name}", n_ood)
         values += _detection(known, foreign, name)
         arrays[f"roc_{name}"] = _roc(known, foreign)
-    return values + _attacks(subject, n_attack, sorted({*epsilons, 8.0})), arrays
+    names = corruption_names(extra)
+    values += _under_corruption(subject, names, n_corrupted)
+    if subject.ticket.method == "dense":
+        arrays["gallery"] = _gallery(subject, names, n_corrupted)
+    return values + _attacks(subject, n_attack, n_pgd, sorted({*epsilons, 8.0})), arrays
+
+
+def inputs(subject: Subject, *, ood: Sequence[str], extra: bool, **rest: object) -> str:
+    """Return the versions of the image sets that `measure` reads beside the test images."""
+    sets = [f"ood:{name}" for name in _ood_sets(subject, ood)]
+    sets += [f"corrupted:{name}" for name in corruption_names(extra)]
+    return " ".join(map(subject.input_version, sets))
+
+
+def _ood_sets(subject: Subject, ood: Sequence[str]) -> tuple[str, ...]:
+    return tuple(ood) or source(subject.ticket.data).ood
+
+
+def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Value]:
+    labels = subject.labels("test", n).numpy()
+    n, logits = len(labels), subject.corrupted_logits(names, n)
+    errors = dict(zip(names, np.mean(logits.argmax(axis=3) != labels, axis=2), strict=True))
+    values = [
+        Value("corrupted_accuracy", float(1 - error), n, name, severity)
+        for name, row in errors.items()
+        for severity, error in enumerate(row, start=1)
+    ]
+    clean = 1 - accuracy(subject.logits("test", n), labels)  # on the same images
+    numbers = {
+        "corruption_error": corruption_error(errors),
+        "relative_corruption_error": relative_corruption_error(errors, clean),
+    }
+    if corruptions.default_constants(subject.data.size, subject.data.size) == "imagenet":
+        numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
+    values += [
+        Value(metric, value, n * 5 * len(COMMON_CORRUPTIONS), "common") for metric, value in numbers.items()
+    ]
+    if len(names) > len(COMMON_CORRUPTIONS):
+        values.append(
+            Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all")
+        )
+    official = sum(corruption_source(subject.data, name) == "official" for name in names)
+    return [*values, Value("official_corruptions", official, len(names))]
+
+
+def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
+    """One test image, small, clean in the first row, then under each corruption: uint8 (1 + names, 3, h, w, C)."""
+    step = -(-subject.data.size // 64)
+
+    def first(name: str, severity: int) -> Tensor:
+        _, _, pixels = next(corrupted_parts(subject.data, name, n, subject.store, severities=(severity,)))
+        return pixels[0]
+
+    rows = [torch.stack([subject.images("test", n)[0]] * 3)]
+    rows += [torch.stack([first(name, severity) for severity in (1, 3, 5)]) for name in names]
+    return torch.stack(rows)[:, :, ::step, ::step].numpy()
 
 
 def _detection(known: np.ndarray, foreign: np.ndarray, name: str) -> list[Value]:
     msp = ood_summary(known, foreign)
     numbers = {f"ood_{key}": value for key, value in msp.items()}
-    numbers["ood_aupr_id"] = msp["aupr_id"]
     for score in ("max_logit", "energy"):
         numbers[f"ood_auroc_{score}"] = ood_summary(known, foreign, score)["auroc"]
     return [Value(metric, value, len(known) + len(foreign), name) for metric, value in numbers.items()]
@@ -773,15 +859,21 @@ def _roc(known: np.ndarray, foreign: np.ndarray) -> np.ndarray:
     return np.interp(grid, false, true).astype(np.float32)
 
 
-def _attacks(subject: Subject, n: int, epsilons: Sequence[float]) -> list[Value]:
-    test = subject.data.test
-    images, labels = as_input(test.pixels[:n]), test.labels[:n]
-    curve = adversarial_accuracy(subject.model, images, labels, [e / 255 for e in epsilons])
+def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) -> list[Value]:
+    images, labels = as_input(subject.images("test", n)), subject.labels("test", n)
+    logits = adversarial_logits(subject.model, images, labels, [e / 255 for e in epsilons])
     values = [
-        Value("adversarial_accuracy", float(right), len(labels), "fgsm", epsilon)
-        for epsilon, right in zip(epsilons, curve.accuracy, strict=True)
+        Value("adversarial_accuracy", accuracy(attacked, labels), len(labels), "fgsm", epsilon)
+        for epsilon, attacked in zip(epsilons, logits, strict=True)
     ]
-    paper = list(epsilons).index(8.0)
-    values.append(Value("fgsm_accuracy", float(curve.accuracy[paper]), len(labels), "fgsm", 8))
-    values.append(Value("adversarial_margin", float(curve.margin[paper]), len(labels), "fgsm", 8))
+    fgsm = logits[list(epsilons).index(8.0)]
+    values.append(Value("fgsm_accuracy", accuracy(fgsm, labels), len(labels), "fgsm", 8))
+    margin = float(true_class_margin(fgsm, labels).mean())
+    values.append(Value("adversarial_margin", margin, len(labels), "fgsm", 8))
+    few = sample(labels, n_pgd)
+    options = {"attack": "pgd", "steps": 20, "seed": 0}
+    (pgd,) = adversarial_logits(subject.model, images[few], labels[few], [8 / 255], **options)
+    after = accuracy(pgd, labels[few])
+    values.append(Value("pgd_accuracy", after, len(few), "pgd", 8))
+    values.append(Value("fgsm_pgd_gap", accuracy(fgsm[few.numpy()], labels[few]) - after, len(few), "pgd", 8))
     return values
