@@ -560,6 +560,8 @@ def test_rigl_starts_from_erk_counts():
 @pytest.mark.parametrize("name", ["rigl", "set"])
 def test_an_update_keeps_counts_and_starts_new_weights_from_nothing(name):
     model, found, optimizer, dynamics = trained(name)
+    for weight in masks.prunable(model).values():  # a momentum that new weights could wrongly inherit
+        optimizer.state[weight]["momentum_buffer"] += 1
     before = {k: m.clone() for k, m in found.items()}
     weights = {k: w.detach().clone() for k, w in masks.prunable(model).items()}
     momenta = {k: optimizer.state[w]["momentum_buffer"].clone() for k, w in masks.prunable(model).items()}
@@ -577,7 +579,6 @@ def test_an_update_keeps_counts_and_starts_new_weights_from_nothing(name):
         assert torch.equal(momentum[stayed], momenta[key][stayed])
         moved += int(new.sum())
     assert moved > 100
-    assert any(momenta[k][before[k]].ne(0).any() for k in momenta)
     assert all(torch.equal(v, others[k]) for k, v in model.state_dict().items() if k in others)
 
 
@@ -646,7 +647,9 @@ def test_set_grows_at_random_places_that_depend_on_seed_and_step():
         model, found, optimizer, _ = trained("set")
         before = {k: m.clone() for k, m in found.items()}
         METHODS["set"].during(METHODS["set"].options, 400, found, seed).update(step, model, found, optimizer)
-        assert not any((found[k] & ~before[k] & before[k]).any() for k in found)
+        for key, mask in before.items():  # what was dropped cannot come back, so as many are new
+            n = min(int(0.3 * int(mask.sum())), int((~mask).sum()))
+            assert int((found[key] & ~mask).sum()) == n
         return found
 
     assert same(grown(1, 100), grown(1, 100))
@@ -677,6 +680,10 @@ def test_removing_channels_is_masking_them(arch, name):
     assert masks.n_kept(by_masks) == masks.n_kept(masks.dense(small))
     assert models.n_parameters(small) < models.n_parameters(model)
     assert all(w[~by_masks[k]].eq(0).all() for k, w in masks.prunable(model).items())
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.out_group in found):
+        gone = torch.ones(norm.num_features).bool().index_fill(0, found[norm.out_group], False)
+        assert norm.weight[gone].eq(0).all()
+        assert norm.bias[gone].eq(0).all()
 
 
 def test_removing_inner_channels_saves_what_the_formula_says():
