@@ -1,0 +1,299 @@
+"""Figures of interpretability: curves over their floors, units, formulas, explanations."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lthlib import figures
+from lthlib.evaluate import Results
+from lthlib.figures import WIDTH, factor
+from lthlib.masks import sparsity_of
+from lthlib.metrics import METRICS
+from lthlib.metrics.explanations import explanation_map
+from lthlib.pruners import METHODS
+
+EXPLANATIONS = ("fidelity", "fidelity_r2", "stability", "stability_relative")
+UNITS = ("unique_detectors", "interpretable_units", "units_above_floor", "mean_best_iou", "composition_iou")
+_RANDOM = {"color": "grey", "ls": (0, (1, 1)), "lw": 1.5}
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """Draw metrics against sparsity over their floors: random weights, and what the mask seed alone moves.
+
+    Args:
+        judged: As `lthlib.verdict.regions` returns it.
+        rows: The rows behind it, the floors among them.
+        metrics: Which, in this order.
+    """
+    figure = figures.curves(judged, [(metric, "none") for metric in metrics])
+    legends = list(figure.legends)
+    for axis, metric in zip(figure.axes, metrics, strict=True):
+        dense = rows[(rows["method"] == "dense") & (rows["metric"] == metric)]["value"].mean()
+        _floor(axis, rows, metric, dense)
+    handles = [*legends[0].legend_handles, Line2D([], [], **_RANDOM, label="random weights")]
+    if any(f"{metric}_seed_floor" in METRICS for metric in metrics):
+        handles.append(Patch(facecolor="none", edgecolor="grey", hatch="////", label="mask seed alone"))
+    legends[0].remove()
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    return figure
+
+
+def _floor(axis: Axes, rows: pd.DataFrame, metric: str, dense: float) -> None:
+    scale = factor(metric)
+    random = rows[(rows["metric"] == f"{metric}_random") & (rows["method"] == "dense")]["value"]
+    if len(random):
+        axis.axhline(scale * random.mean(), **_RANDOM, zorder=2)
+    moved = rows[(rows["metric"] == f"{metric}_seed_floor") & (rows["method"] == "dense")]["value"]
+    if len(moved):
+        low, high = (scale * dense * (1 + sign * moved.mean()) for sign in (-1, 1))
+        axis.axhspan(low, high, facecolor="none", edgecolor="grey", hatch="////", alpha=0.4, lw=0)
+
+
+def floors(results: Results) -> pd.DataFrame:
+    """Say on what the dense networks' numbers stand: a line a metric.
+
+    Columns: on what it was measured; the mean over seeds; half the 95 % interval that the sample of images leaves (1.96
+    standard errors, first seed); how far the mask seed alone moves it; the same with random weights.
+    """
+    rows = results.rows[results.rows["method"] == "dense"]
+    first = results.arrays[rows["ticket"].iloc[0]]
+    errors = dict(zip(first["error_names"], first["errors"], strict=True))
+    lines = {}
+    for metric in (*EXPLANATIONS, *UNITS):
+        mine = rows[rows["metric"] == metric]
+        if mine.empty:
+            continue
+        scale, dense, n = factor(metric), mine["value"].mean(), mine["n"].iloc[0]
+        moved, random = (
+            rows[rows["metric"] == f"{metric}_{kind}"]["value"].mean() for kind in ("seed_floor", "random")
+        )
+        explained = f"{n} test images"
+        lines[figures.label(metric)] = {
+            "measured on": explained
+            if metric in EXPLANATIONS
+            else f"{n} of {first['concepts']}, {first['layer']}",
+            "dense": _number(scale * dense),
+            "± 95 % (images)": _number(1.96 * scale * errors.get(metric, np.nan)),
+            "± mask seed": _number(scale * dense * moved),
+            "random weights": _number(scale * random),
+        }
+    return pd.DataFrame(lines).T
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3g}"
+
+
+def detectors_by_category(results: Results) -> Figure:
+    """Draw unique detectors by category against sparsity, one panel a method; dotted: the same with random weights."""
+    table = _by_category(results)
+    methods = [m for m in dict.fromkeys(table["method"]) if m not in ("dense", "random")]
+    columns = min(4, len(methods))
+    lines = -(-len(methods) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    categories = list(dict.fromkeys(table["category"]))
+    colours = dict(zip(categories, sns.color_palette("deep", len(categories)), strict=True))
+    for axis in axes.flat[len(methods) :]:
+        axis.remove()
+    rounds = sorted(set(table["round"]))
+    for axis, method in zip(axes.flat, methods, strict=False):
+        for category, colour in colours.items():
+            part = table[table["category"] == category]
+            mine = part[part["method"].isin(["dense", method])].groupby("round")["detectors"].mean()
+            axis.plot(mine.index, mine, "o-", ms=4, color=colour, label=category)
+            floor = part[part["method"] == "random"]["detectors"].mean()
+            axis.axhline(floor, color=colour, ls=":", lw=1.2)
+        figures.sparsity_axis(axis, rounds)
+        axis.tick_params(axis="x", labelsize="small")
+        axis.set_title(METHODS[method].title)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("unique detectors")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="grey", ls=":", label="random weights"))
+    figure.legend(handles, [*names, "random weights"], loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _by_category(results: Results) -> pd.DataFrame:
+    lines = []
+    for ticket in results.tickets.itertuples():
+        arrays = results.arrays[ticket.ticket]
+        for i, category in enumerate(arrays["categories"]):
+            lines.append((ticket.method, ticket.round, category, arrays["detectors"][i]))
+            if ticket.method == "dense":
+                lines.append(("random", 0, category, arrays["random_detectors"][i]))
+    return pd.DataFrame(lines, columns=["method", "round", "category", "detectors"])
+
+
+def formula_length(results: Results) -> Figure:
+    """Draw the best IoU against the length of the formula, mean over units and seeds: one method by sparsity, or all.
+
+    A comparison shows every method at the highest sparsity.
+    """
+    tickets = results.tickets
+    methods = [m for m in dict.fromkeys(tickets["method"]) if m != "dense"]
+    last = tickets["round"].max()
+    figure, axis = plt.subplots(figsize=(0.62 * WIDTH, 3.4), layout="constrained")
+    _length_line(axis, results, tickets["method"] == "dense", "dense", color="black", ls="--")
+    if len(methods) == 1:
+        rounds = sorted(set(tickets["round"]) - {0})
+        for n, colour in zip(rounds, sns.color_palette("flare", len(rounds)), strict=True):
+            _length_line(axis, results, tickets["round"] == n, f"{100 * sparsity_of(n):.3g} %", color=colour)
+    else:
+        for method in methods:
+            chosen = (tickets["method"] == method) & (tickets["round"] == last)
+            _length_line(axis, results, chosen, METHODS[method].title, color=figures.colours()[method])
+    _length_line(
+        axis,
+        results,
+        tickets["method"] == "dense",
+        "random weights",
+        "random_by_length",
+        marker=None,
+        **_RANDOM,
+    )
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("concepts in the formula, at most")
+    axis.set_ylabel("best IoU ↑, mean over units")
+    if len(methods) > 1:
+        axis.set_title(f"at {100 * sparsity_of(last):.3g} % sparsity")
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return figure
+
+
+def _length_line(
+    axis: Axes, results: Results, chosen: pd.Series, label: str, name: str = "by_length", **style: object
+) -> None:
+    values = np.mean([results.arrays[t][name] for t in results.tickets.loc[chosen, "ticket"]], axis=0)
+    axis.plot(np.arange(1, len(values) + 1), values, **{"marker": "o", "ms": 4, "label": label, **style})
+
+
+def units(networks: Mapping[str, Arrays]) -> Figure:
+    """Draw the best units of some networks: the images each likes most, its region outlined, label, formula, IoU.
+
+    Args:
+        networks: Title -> arrays of a ticket.
+    """
+    count = max(len(arrays["unit_number"]) for arrays in networks.values())
+    figure, axes = plt.subplots(
+        len(networks), count, figsize=(WIDTH, 2.1 * len(networks)), squeeze=False, layout="constrained"
+    )
+    for line, (title, arrays) in zip(axes, networks.items(), strict=True):
+        for k, axis in enumerate(line):
+            axis.axis("off")
+            if k < len(arrays["unit_number"]):
+                _unit(axis, arrays, k)
+        # An axis without frame still shows its text.
+        line[0].text(-0.06, 0.5, title, rotation=90, ha="right", va="center", transform=line[0].transAxes)
+    return figure
+
+
+def _unit(axis: Axes, arrays: Arrays, k: int) -> None:
+    axis.imshow(_strip(arrays["unit_images"][k], 255), cmap="gray", vmin=0, vmax=255)
+    outline = _strip(arrays["unit_regions"][k].astype(np.uint8), 0)
+    if outline.any():
+        axis.contour(outline, [0.5], colors="#ff9900", linewidths=1.4)
+    head = f"unit {arrays['unit_number'][k]}: {arrays['unit_label'][k]} ({arrays['unit_category'][k]})"
+    numbers = f"IoU {arrays['unit_iou'][k]:.3f}, shuffled {arrays['unit_floor'][k]:.3f}"
+    formula = textwrap.wrap(f"{arrays['unit_formula'][k]}: {arrays['unit_formula_iou'][k]:.3f}", 34)
+    axis.set_title("\n".join([*textwrap.wrap(head, 34), numbers, *formula]), fontsize="xx-small", loc="left")
+
+
+def _strip(pictures: np.ndarray, fill: int) -> np.ndarray:
+    """Set pictures (n, H, W) or (n, H, W, C) side by side, a gap between them."""
+    gap = np.full((*pictures.shape[1:2], 2, *pictures.shape[3:]), fill, pictures.dtype)
+    parts = [part for picture in pictures for part in (picture, gap)][:-1]
+    strip = np.concatenate(parts, axis=1)
+    return strip[..., 0] if strip.ndim == 3 and strip.shape[2] == 1 else strip
+
+
+def explanations(networks: Mapping[str, Arrays]) -> Figure:
+    """Draw explanations of the same test images by some networks: red speaks for the predicted class, blue against.
+
+    Full tint is the largest coefficient that any of these networks has on the image.
+
+    Args:
+        networks: Title -> arrays of a ticket, dense first.
+    """
+    first = next(iter(networks.values()))
+    pictures = first["explained_images"]
+    figure, axes = plt.subplots(
+        len(networks) + 1, len(pictures), figsize=(WIDTH, 1.75 * (len(networks) + 1)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+    for axis, picture in zip(axes[0], pictures, strict=True):
+        axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes[0, 0].set_ylabel("image")
+    scale = np.max([np.abs(arrays["explained_maps"]).max((1, 2)) for arrays in networks.values()], axis=0)
+    for line, (title, arrays) in zip(axes[1:], networks.items(), strict=True):
+        line[0].set_ylabel(textwrap.fill(title, 16))
+        for i, axis in enumerate(line):
+            axis.imshow(_tinted(pictures[i], arrays["explained_maps"][i], scale[i]))
+            label, probability = arrays["explained_label"][i], arrays["explained_probability"][i]
+            axis.set_title(f"class {label}, {100 * probability:.0f} %", fontsize="small")
+    return figure
+
+
+def _tinted(picture: np.ndarray, by_pixel: np.ndarray, scale: float) -> np.ndarray:
+    coef, segments = np.unique(by_pixel.astype(np.float64), return_inverse=True)
+    return explanation_map(picture, segments.reshape(by_pixel.shape), coef, scale=float(scale))
+
+
+def gallery(arrays: Arrays) -> Figure:
+    """Draw some images of the concept set and, category by category, which concept each pixel has.
+
+    Args:
+        arrays: Of a dense ticket.
+    """
+    pictures, planes = arrays["gallery_images"], arrays["gallery_planes"]
+    categories = arrays["categories"]
+    figure, axes = plt.subplots(
+        1 + len(categories), len(pictures), figsize=(WIDTH, 1.3 * (1 + len(categories))), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+    for axis, picture in zip(axes[0], pictures, strict=True):
+        axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes[0, 0].set_ylabel("image")
+    for c, category in enumerate(categories):
+        axes[1 + c, 0].set_ylabel(str(category))
+        _label_row(axes[1 + c], planes[:, c], arrays["gallery_labels"])
+    return figure
+
+
+def _label_row(axes: np.ndarray, planes: np.ndarray, labels: np.ndarray) -> None:
+    """Draw one category's labels of some images, a colour a label, and name them beside the last."""
+    shown = [n for n in np.unique(planes) if n > 0]
+    palette = np.array([(1.0, 1.0, 1.0), *sns.color_palette("husl", len(shown))])
+    for axis, plane in zip(axes, planes, strict=True):
+        axis.imshow(palette[_rank(plane, shown)])
+    handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:8])]
+    axes[-1].legend(
+        handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="xx-small",
+        handlelength=1, labelspacing=0.2,
+    )  # fmt: skip
+
+
+def _rank(plane: np.ndarray, shown: Sequence[int]) -> np.ndarray:
+    """Return 0 where nothing is labelled, else 1 + the position of the label among those shown."""
+    return np.where(plane > 0, 1 + np.searchsorted(shown, plane), 0)
