@@ -144,8 +144,7 @@ def verdict_table(page: Page) -> HTML:
 def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
     """Show mean and interval of each metric by sparsity, ✓ winning, ↘ degraded, ✗ collapsed; dense first."""
     judged = page.judged[page.judged["region"] != ""]
-    if metrics is not None:
-        judged = judged[judged["metric"].isin(metrics)]
+    judged = judged[judged["metric"].isin(figures.readable(judged) if metrics is None else metrics)]
     marks = {verdict.WINNING: "✓", verdict.DEGRADED: "↘", verdict.COLLAPSED: "✗"}
     columns: dict[str, dict[tuple[str, str], str]] = {}
     for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
@@ -235,6 +234,100 @@ def show(*items: object) -> None:
 
 def _html(table: pd.DataFrame) -> HTML:
     return HTML(f'<div class="scroll">{table.to_html(border=0, classes="table", escape=True)}</div>')
+
+
+def standing_round(page: Page) -> int:
+    """Return the highest round at which at least half of the page's methods have not collapsed, else the lowest."""
+    judged = page.judged[page.judged["region"] != ""].drop_duplicates(["method", "round"])
+    share = (judged["region"] != verdict.COLLAPSED).groupby(judged["round"]).mean()
+    standing = share[share >= 0.5]
+    return int(standing.index.max() if len(standing) else share.index.min())
+
+
+def roc_curves(page: Page) -> dict[str, dict[str, np.ndarray]]:
+    """Return ROC curves by foreign set and title, of the first seed: dense, and every round or every method."""
+    seed, methods = page.study.seeds[0], page.study.methods
+    found = {"dense": page.arrays("dense", 0, seed)}
+    if page.is_comparison:
+        found |= {METHODS[m].title: page.arrays(m, standing_round(page), seed) for m in methods}
+    else:
+        found |= {
+            f"{100 * sparsity_of(n):.1f} %": page.arrays(methods[0], n, seed) for n in page.study.rounds
+        }
+    sets = [key for key in found["dense"] if key.startswith("roc_")]
+    return {key.removeprefix("roc_"): {title: a[key] for title, a in found.items()} for key in sets}
+
+
+def line_colours(page: Page) -> dict[str, object]:
+    """Return the colours of `roc_curves`, by title."""
+    if page.is_comparison:
+        return {METHODS[name].title: colour for name, colour in figures.colours().items()}
+    titles = [f"{100 * sparsity_of(n):.1f} %" for n in page.study.rounds]
+    return dict(zip(titles, figures.shades(len(titles)), strict=True))
+
+
+def gallery(page: Page) -> tuple[np.ndarray, list[str]]:
+    """Return a test image under every corruption, as the dense evaluation kept it, and the corruptions' names."""
+    rows = page.results.rows
+    names = list(dict.fromkeys(rows.loc[rows["metric"] == "corrupted_accuracy", "shift"]))
+    return page.arrays("dense", 0, page.study.seeds[0])["gallery"], names
+
+
+def sample_sizes(page: Page) -> Markdown:
+    """Say on how many images each kind of number rests, and how far an accuracy on them is known at best."""
+    rows = page.results.rows
+    cases = (
+        ("test_accuracy", "clean test images"), ("ood_auroc", "known and foreign images, for each foreign set"),
+        ("corrupted_accuracy", "images under each corruption and severity"),
+        ("corrupted_ece", "images under each corruption and severity"),
+        ("fgsm_accuracy", "attacked by FGSM"), ("pgd_accuracy", "of these also by PGD-20"),
+    )  # fmt: skip
+    lines = []
+    for metric, what in cases:
+        for n in rows.loc[rows["metric"] == metric, "n"].unique():
+            known = "" if metric == "ood_auroc" else f": ±{196 * (0.25 / n) ** 0.5:.1f}"
+            lines.append(f"{n:,} {what}{known}")
+    text = (
+        f"**Images:** {'; '.join(lines)}. After the colon, in percentage points, the widest 95 % interval that an "
+        "accuracy on so many images can have (at 50 %). All networks see the same images, so differences between them "
+        "are known better."
+    )
+    official = rows.loc[rows["metric"] == "official_corruptions", ["value", "n"]]
+    if len(official):
+        value, n = official.iloc[0]
+        text += f" Of the {n:.0f} corruptions {value:.0f} were read from published files, {n - value:.0f} made here."
+    return Markdown(text)
+
+
+def noise_floor(page: Page) -> Markdown:
+    """Say what ECE an honest network would show on as few images as there are under each corruption."""
+    rows = page.results.rows
+    n = int(rows.loc[rows["metric"] == "corrupted_ece", "n"].iloc[0])
+    floor = 100 * (2 / np.pi) ** 0.5 * (0.8 * 0.2 / n) ** 0.5
+    return Markdown(
+        f"An ECE has a floor: from {n:,} images of a perfectly calibrated network that always answers with confidence "
+        f"0.8 it is {floor:.1f} points on average ([](#metric-ece), exercise 3), and more with more bins filled. Dense "
+        "and sparse share that floor; their difference is what counts."
+    )
+
+
+def interval_table(page: Page) -> HTML:
+    """Show ECE, SCE and NLL of the first seed with 95 % bootstrap intervals over test images, and their bias."""
+    seed, columns = page.study.seeds[0], {}
+    last = standing_round(page)
+    rounds = [last] if page.is_comparison else page.study.rounds
+    shown = [("dense", 0)] + [(method, n) for method in page.study.methods for n in rounds]
+    for metric in ("ece", "sce", "nll"):
+        scale = figures.factor(metric)
+        cells = {}
+        for method, n in shown:
+            value, low, high, bias = scale * page.arrays(method, n, seed)[f"interval_{metric}"]
+            key = METHODS[method].title, f"{100 * sparsity_of(n):.1f}"
+            cells[key] = f"{value:.3g} [{low:.3g}, {high:.3g}], bias {bias:+.2g}"
+        columns[figures.label(metric)] = cells
+    table = pd.DataFrame(columns)
+    table.index = table.index.set_names(["method", "sparsity [%]"])
+    return html_table(table)
 
 
 def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:

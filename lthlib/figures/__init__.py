@@ -23,6 +23,7 @@ from lthlib.verdict import COLLAPSED, DEGRADED, WINNING
 
 STYLES = {WINNING: "-", DEGRADED: "--", COLLAPSED: ":"}
 WIDTH = 10.0  # inches; the book's column
+MANY = 12  # cases of one metric that a table or a set of panels still shows legibly
 
 
 def use_style() -> None:
@@ -40,6 +41,11 @@ def colours() -> dict[str, tuple[float, float, float]]:
     return dict(zip(names, palette, strict=False))
 
 
+def shades(n: int) -> list[tuple[float, float, float]]:
+    """Return one colour a sparsity, darker the sparser, for figures with a line a sparsity."""
+    return list(sns.color_palette("flare", n))
+
+
 def label(metric: str) -> str:
     """Return the axis label of a metric: title, unit and direction."""
     entry = METRICS[metric]
@@ -52,6 +58,18 @@ def factor(metric: str) -> float:
     return 100.0 if METRICS[metric].unit == "fraction" else 1.0
 
 
+def readable(judged: pd.DataFrame) -> list[str]:
+    """Return the metrics measured under at most `MANY` shifts and severities; the others have figures of their own."""
+    cases = judged.drop_duplicates(["metric", "shift", "severity"]).groupby("metric", sort=False).size()
+    return [name for name, count in cases.items() if count <= MANY]
+
+
+def voting(judged: pd.DataFrame, also: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return the pairs (metric, shift) of the metrics in the verdict, and of some others, as `curves` takes them."""
+    pairs = judged.drop_duplicates(["metric", "shift"])[["metric", "shift"]].itertuples(index=False)
+    return [(metric, shift) for metric, shift in pairs if METRICS[metric].in_verdict or metric in also]
+
+
 def curves(
     judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2
 ) -> Figure:
@@ -59,11 +77,13 @@ def curves(
 
     Args:
         judged: As `lthlib.verdict.regions` returns it.
-        panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction.
+        panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction, of
+            metrics with at most `MANY` such pairs.
         columns: Panels side by side.
     """
     if panels is None:
-        panels = [k for k, g in judged.groupby(["metric", "shift"], sort=False) if (g["region"] != "").all()]
+        groups = judged[judged["metric"].isin(readable(judged))].groupby(["metric", "shift"], sort=False)
+        panels = [key for key, g in groups if (g["region"] != "").all() and g["severity"].nunique() == 1]
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(

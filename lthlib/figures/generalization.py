@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
 from lthlib import masks
+from lthlib.corruptions import CORRUPTIONS
 from lthlib.figures import WIDTH, label
 from lthlib.pruners import METHODS
 
 
 def attack_curves(judged: pd.DataFrame) -> Figure:
-    """Draw accuracy against attack strength: dense beside each method at its sparsities, one panel a method."""
+    """Draw accuracy under FGSM against its strength, PGD-20 as crosses: dense and sparse, one panel a method."""
     part = judged[judged["metric"] == "adversarial_accuracy"]
+    pgd = judged[judged["metric"] == "pgd_accuracy"]
     methods = list(dict.fromkeys(part["method"]))
     columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
@@ -41,10 +46,60 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
                 color=shade,
                 label=f"{100 * masks.sparsity_of(n):.3g} %",
             )
+            after = pgd[(pgd["method"] == method) & (pgd["round"] == n)]
+            axis.plot(after["severity"], 100 * after["mean"], "x", ms=5, color=shade)
         first = mine[mine["round"] == mine["round"].min()]
+        after = pgd[(pgd["method"] == method) & (pgd["round"] == mine["round"].min())]
+        axis.plot(after["severity"], 100 * after["dense"], "kx", ms=5, label="dense, PGD-20")
         axis.plot(first["severity"], 100 * first["dense"], color="black", ls="--", label="dense")
         axis.set_title(METHODS[method].title)
         axis.set_xlabel("ε [1/255]")
     axes[0, 0].set_ylabel(label("adversarial_accuracy"))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    return figure
+
+
+def roc_curves(curves: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[str, object]) -> Figure:
+    """Draw ROC curves of out-of-distribution detection, a panel a foreign set.
+
+    Args:
+        curves: Set -> title -> true positive rates on an even grid of false positive rates; dense under ``"dense"``.
+        colours: Title -> colour, dense excepted.
+    """
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(WIDTH, 3.8), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (name, lines) in zip(axes[0], curves.items(), strict=True):
+        axis.plot([0, 100], [0, 100], color="grey", lw=0.8)
+        for title, curve in lines.items():
+            style = {"color": "black", "ls": "--"} if title == "dense" else {"color": colours[title]}
+            axis.plot(np.linspace(0, 100, len(curve)), 100 * curve, lw=1.3, label=title, **style)
+        axis.set(title=f"against {name}", xlabel="known flagged as foreign [%]", aspect="equal")
+    axes[0, 0].set_ylabel("foreign flagged as foreign [%]")
+    handles, titles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=8, frameon=False)
+    return figure
+
+
+def gallery(pictures: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draw one image under every corruption.
+
+    Args:
+        pictures: uint8 (1 + corruptions, severities, h, w, C), the first row clean.
+        names: Of the corruptions.
+    """
+    titles = ["clean", *(CORRUPTIONS[name].title for name in names)]
+    columns = 10
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 2.75 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, title, row in zip(axes.flat, titles, pictures, strict=False):
+        if title == "clean":
+            row = np.concatenate([row[:1], np.full_like(row[1:], 255)])
+        axis.imshow(np.concatenate(row).squeeze(), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(title.replace(" ", "\n"), fontsize=8)
+        axis.set_anchor("N")
     return figure
