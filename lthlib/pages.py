@@ -327,7 +327,7 @@ def interval_table(page: Page) -> HTML:
         columns[figures.label(metric)] = cells
     table = pd.DataFrame(columns)
     table.index = table.index.set_names(["method", "sparsity [%]"])
-    return html_table(table)
+    return _html(table)
 
 
 def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:
