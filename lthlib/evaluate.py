@@ -87,6 +87,7 @@ DIMENSIONS: Registry[Dimension] = Registry("dimension")
 for _name, _title in (
     ("generalization", "Generalization"),
     ("calibration", "Calibration"),
+    ("interpretability", "Interpretability"),
 ):
     DIMENSIONS[_name] = Dimension(_name, _title, f"lthlib.metrics.{_name}")
 

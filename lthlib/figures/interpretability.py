@@ -35,8 +35,9 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
     Args:
         judged: As `lthlib.verdict.regions` returns it.
         rows: The rows behind it, the floors among them.
-        metrics: Which, in this order.
+        metrics: Which, in this order; those that nothing defined are left out.
     """
+    metrics = [metric for metric in metrics if (judged["metric"] == metric).any()]
     figure = figures.curves(judged, [(metric, "none") for metric in metrics])
     legends = list(figure.legends)
     for axis, metric in zip(figure.axes, metrics, strict=True):
@@ -121,7 +122,7 @@ def detectors_by_category(results: Results) -> Figure:
         figures.sparsity_axis(axis, rounds)
         axis.tick_params(axis="x", labelsize="small")
         axis.set_title(METHODS[method].title)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=-0.15)
     axes[0, 0].set_ylabel("unique detectors")
     handles, names = axes[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", ls=":", label="random weights"))
@@ -191,7 +192,7 @@ def units(networks: Mapping[str, Arrays]) -> Figure:
     """
     count = max(len(arrays["unit_number"]) for arrays in networks.values())
     figure, axes = plt.subplots(
-        len(networks), count, figsize=(WIDTH, 2.1 * len(networks)), squeeze=False, layout="constrained"
+        len(networks), count, figsize=(WIDTH, 1.75 * len(networks)), squeeze=False, layout="constrained"
     )
     for line, (title, arrays) in zip(axes, networks.items(), strict=True):
         for k, axis in enumerate(line):
