@@ -355,11 +355,11 @@ def collect(
 
 def rows_of(evaluations: Iterable[Evaluation], dimension: str) -> pd.DataFrame:
     """Return the tidy table of some evaluations: one line a number."""
-    lines = [
-        (e.ticket.data, e.ticket.arch, e.ticket.method, e.info["sparsity"], e.ticket.seed, dimension, v.metric, v.shift,
-         v.severity, v.n, v.value, e.ticket.id, e.ticket.round)
-        for e in evaluations for v in e.values
-    ]  # fmt: skip
+    lines = []
+    for e in evaluations:
+        ticket, name = e.ticket, e.ticket.id
+        which = ticket.data, ticket.arch, ticket.method, e.info["sparsity"], ticket.seed, dimension
+        lines += [(*which, v.metric, v.shift, v.severity, v.n, v.value, name, ticket.round) for v in e.values]
     return pd.DataFrame(lines, columns=[*COLUMNS, "round"])
 
 

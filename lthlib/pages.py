@@ -6,10 +6,11 @@ A template's cells call these; anything that a function can hold is here, so tha
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -37,6 +38,8 @@ class Page:
         judged: Regions of every method, round and metric (`lthlib.verdict.regions`).
         thresholds: Of the verdict.
         store: Where tickets and evaluations lie.
+        recorded: Folder of recorded results, None to ignore them.
+        compute_missing: Whether to compute what is not recorded.
     """
 
     study: Study
@@ -44,6 +47,8 @@ class Page:
     judged: pd.DataFrame
     thresholds: verdict.Thresholds
     store: Store
+    recorded: Path | None
+    compute_missing: bool
 
     @property
     def is_comparison(self) -> bool:
@@ -57,40 +62,41 @@ class Page:
         return self.results.arrays[tickets.loc[which, "ticket"].iloc[0]]
 
 
-def load(dimension: str, namespace: Mapping[str, object]) -> Page:
+def load(dimension: str, namespace: Mapping[str, object], template: str | None = None) -> Page:
     """Gather everything a page needs, computing (with a progress bar) what is missing, and say where it lies.
 
     Args:
         dimension: A name in `lthlib.evaluate.DIMENSIONS`.
         namespace: The notebook's variables (``globals()``), its parameters among them.
+        template: Name of the notebook in ``notebooks/``; that of the dimension if None.
 
     Raises:
         UserError: For an unknown parameter (papermill itself would ignore it) or a value that cannot be.
     """
-    given = _parameters(dimension, namespace)
+    given = _parameters(template or dimension, namespace)
     figures.use_style()
     study = study_from({key: given.pop(key) for key in STUDY if key in given})
-    store, recorded = Store(given["store"]), given["recorded"]
+    store, recorded = Store(given["store"]), ROOT / given["recorded"] if given["recorded"] else None
     results = collect(
         study, dimension, store, parameters=given["measure"], precision=given["precision"],
-        compute_missing=given["compute_missing"], recorded=ROOT / recorded if recorded else None,
+        compute_missing=given["compute_missing"], recorded=recorded,
     )  # fmt: skip
     limits = verdict.Thresholds(**_known(given["thresholds"], vars(verdict.Thresholds()), "threshold"))
-    page = Page(study, results, verdict.regions(results.rows, n_classes(results), limits), limits, store)
+    judged = verdict.regions(results.rows, n_classes(results), limits)
+    page = Page(study, results, judged, limits, store, recorded, given["compute_missing"])
     n_recorded = len(results.recorded)
     if n_recorded < len(results.tickets):
         print(
             f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}."
         )
     if n_recorded:
-        print(f"{n_recorded} evaluations were read from the recorded results in {recorded}.")
+        print(f"{n_recorded} evaluations were read from the recorded results in {_short(recorded)}.")
     return page
 
 
-def _parameters(dimension: str, namespace: Mapping[str, object]) -> dict[str, object]:
+def _parameters(template: str, namespace: Mapping[str, object]) -> dict[str, object]:
     """Return a template's parameters from the notebook's variables; what papermill injected must be declared."""
-    template = nbformat.read(ROOT / "notebooks" / f"{dimension}.ipynb", as_version=4)
-    declared = parameters_of(template)
+    declared = parameters_of(nbformat.read(ROOT / "notebooks" / f"{template}.ipynb", as_version=4))
     injected = {
         target.id: namespace[target.id]
         for source in namespace.get("In", [])
@@ -138,7 +144,7 @@ def verdict_table(page: Page) -> HTML:
     table = verdict.reach(page.judged)
     table.index = [METHODS[name].title for name in table.index]
     table.columns = [f"{METRICS[name].title} {METRICS[name].arrow}" for name in table.columns]
-    return _html(table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}"))
+    return html_table(table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}"))
 
 
 def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
@@ -162,7 +168,7 @@ def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
         columns[title] = cells
     table = pd.DataFrame(columns)
     table.index = table.index.set_names(["method", "sparsity [%]"])
-    return _html(table)
+    return html_table(table)
 
 
 def _interval(line: pd.Series, scale: float, prefix: str) -> str:
@@ -191,7 +197,7 @@ def cost_table(page: Page) -> HTML:
         "training [dense runs]": [f"{v:.2f}" for v in mean["trainings"]],
         "mask finding [s]": [f"{v:.2f}" for v in mean["mask_seconds"]],
     })  # fmt: skip
-    return _html(table.set_index("method"))
+    return html_table(table.set_index("method"))
 
 
 def reading(page: Page) -> Markdown:
@@ -232,7 +238,8 @@ def show(*items: object) -> None:
         display(item)
 
 
-def _html(table: pd.DataFrame) -> HTML:
+def html_table(table: pd.DataFrame) -> HTML:
+    """Return a table as the book shows it, wide ones behind a scroll bar."""
     return HTML(f'<div class="scroll">{table.to_html(border=0, classes="table", escape=True)}</div>')
 
 
@@ -327,7 +334,7 @@ def interval_table(page: Page) -> HTML:
         columns[figures.label(metric)] = cells
     table = pd.DataFrame(columns)
     table.index = table.index.set_names(["method", "sparsity [%]"])
-    return _html(table)
+    return html_table(table)
 
 
 def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:
@@ -335,8 +342,44 @@ def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:
 
     A comparison shows dense and the first three methods; the first seed.
     """
+    return sparsest(page, most=3)
+
+
+def sparsest(page: Page, most: int | None = None) -> dict[str, Mapping[str, np.ndarray]]:
+    """Return the arrays of dense and of each method (``most`` at most) at the page's highest sparsity, first seed."""
     seed, last = page.study.seeds[0], page.study.rounds[-1]
-    found = {"dense": page.arrays("dense", 0, seed)}
-    for method in page.study.methods[:3]:
-        found[f"{METHODS[method].title}, {100 * sparsity_of(last):.1f} %"] = page.arrays(method, last, seed)
+    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], last)}
+    return {_title(method, n): page.arrays(method, n, seed) for method, n in methods.items()}
+
+
+def holding(page: Page, array: str) -> dict[str, Mapping[str, np.ndarray]]:
+    """Return the arrays of the tickets that hold one of a name, by title; of each method and round the first seed.
+
+    A comparison shows the highest sparsity at which each method holds it.
+    """
+    tickets = page.results.tickets
+    held = tickets[[array in page.results.arrays[ticket] for ticket in tickets["ticket"]]]
+    held = held.drop_duplicates(["method", "round"])
+    if page.is_comparison:
+        held = held.sort_values("round", kind="stable").drop_duplicates("method", keep="last")
+    return {_title(t.method, t.round): page.results.arrays[t.ticket] for t in held.itertuples()}
+
+
+def _title(method: str, n: int) -> str:
+    return "dense" if n == 0 else f"{METHODS[method].title}, {100 * sparsity_of(n):.1f} %"
+
+
+def drawn(draw: Callable, tickets: Mapping[str, Mapping[str, np.ndarray]], *arguments: object) -> object:
+    """Return what ``draw(tickets, *arguments)`` returns, a table ready to be shown; a note where nothing is held."""
+    if not tickets:
+        return Markdown("*Not recorded for the tickets of this page: `measure` says of which it is.*")
+    found = draw(tickets, *arguments)
+    if isinstance(found, pd.DataFrame):
+        return table(found)
+    plt.close(found)  # what a cell returns is shown once; what stays open would be shown again
     return found
+
+
+def table(frame: pd.DataFrame) -> HTML:
+    """Return a table ready to be shown."""
+    return html_table(frame)

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from lthlib import compute, data, verdict
+from lthlib import compute, data, overlaps, verdict
 from lthlib.code_version import code_version
 from lthlib.errors import UserError
 from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, Study, evaluate, question, rows_of
@@ -26,6 +26,8 @@ from lthlib.tickets import obtain
 
 RESULTS = "book/results"
 COMPARISON = "comparison"
+ON_METHODS = "methods"
+TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON_METHODS: "Methods"}
 
 
 # --- jobs --------------------------------------------------------------------------------------------------------
@@ -99,11 +101,14 @@ def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = N
 
 @dataclass(frozen=True)
 class PagePlan:
-    """One page of the book that papermill makes: a template, its parameters, where it goes."""
+    """One page of the book that papermill makes: a template, its parameters, where it goes.
+
+    Its topic, one of `TOPICS`, is a dimension, or the methods themselves: their masks, costs and controls.
+    """
 
     grid: str
     study: str
-    dimension: str
+    topic: str
     method: str
     label: str
     title: str
@@ -112,16 +117,22 @@ class PagePlan:
     @property
     def path(self) -> str:
         """Path below ``book/_generated``, without suffix."""
-        return f"{self.grid}/{self.study}/{self.dimension}/{self.method}"
+        return f"{self.grid}/{self.study}/{self.topic}/{self.method}"
 
     @property
     def template(self) -> str:
         """The notebook it is made from, relative to the checkout."""
-        return f"notebooks/{self.dimension}.ipynb"
+        return f"notebooks/{self.topic}.ipynb"
+
+    @property
+    def shown(self) -> list[str]:
+        """The methods whose tickets it shows, dense among them."""
+        methods = self.parameters["method"]
+        return ["dense", *([methods] if isinstance(methods, str) else methods)]
 
 
 def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
-    """Return the pages of a grid: for each study and dimension the comparison, then a page a method.
+    """Return the pages of a grid: for each study and topic the comparison, then a page a method.
 
     Args:
         grid: Which.
@@ -129,36 +140,42 @@ def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
     """
     plans = []
     for study in grid.studies:
-        for dimension, parameters in grid.dimensions.items():
+        for topic in (*grid.dimensions, ON_METHODS):
             for method in (COMPARISON, *study.methods):
-                plans.append(_page(grid, study, dimension, parameters, method, from_record))
+                plans.append(_page(grid, study, topic, method, from_record))
     return plans
 
 
-def _page(
-    grid: Grid, study: Study, dimension: str, parameters: Mapping, method: str, from_record: bool
-) -> PagePlan:
-    shown = METHODS[method].title if method != COMPARISON else "all methods"
+def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) -> PagePlan:
+    about = METHODS[method].title if method != COMPARISON else "all methods"
+    if (
+        topic == ON_METHODS
+    ):  # a method is seen beside the others; any dimension's results hold tickets and accuracy
+        shown, dimension = COMPARISON, min(grid.dimensions, key=lambda name: name != "generalization")
+        more = {"dimension": dimension, "about": method if method != COMPARISON else None}
+    else:
+        shown, dimension, more = method, topic, {}
     label = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
     settings = {
         "data": study.data,
         "arch": study.arch,
-        "method": list(study.methods) if method == COMPARISON else method,
+        "method": list(study.methods) if shown == COMPARISON else shown,
         "seeds": list(study.seeds),
         "rounds": list(study.rounds),
         "recipe": asdict(study.recipe),
         "rewind_epoch": study.rewind_epoch,
         "train_size": study.train_size,
-        "options": {m: dict(o) for m, o in study.options.items() if method in (COMPARISON, m)},
-        "measure": dict(parameters),
+        "options": {m: dict(o) for m, o in study.options.items() if shown in (COMPARISON, m)},
+        "measure": dict(grid.dimensions[dimension]),
         "thresholds": dict(grid.thresholds),
         "precision": grid.precision,
         "recorded": RESULTS if from_record else None,
         "compute_missing": not from_record,
+        **more,
     }
     label = f"{label}, {ARCHITECTURES[study.arch].title}"
-    title = f"{DIMENSIONS[dimension].title}: {shown} on {label}"
-    return PagePlan(grid.name, study_name(study), dimension, method, label, title, settings)
+    title = f"{TOPICS[topic]}: {about} on {label}"
+    return PagePlan(grid.name, study_name(study), topic, method, label, title, settings)
 
 
 def recorded_grids(but: str) -> list[Path]:
@@ -211,7 +228,8 @@ def record(grid: str) -> None:
             for t in tqdm(every, desc=dimension)
         ]
     folder = ROOT / RESULTS / plan.name
-    Archive.write(folder, found)
+    shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
+    Archive.write(folder, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
 
 
@@ -219,7 +237,7 @@ def record(grid: str) -> None:
 
 
 def front(grid: str, folder: Path) -> None:
-    """Write what the book's static pages include: the answer (figure and table), the status page, the contents."""
+    """Write what the book's static pages include: answer (figure and table), status, links by method, contents."""
     plan, store = read_grid(grid), Store()
     others = [read_grid(path) for path in recorded_grids(plan.name)]
     sections = [_answer(plan, table(plan, store), folder)]
@@ -227,6 +245,7 @@ def front(grid: str, folder: Path) -> None:
     write_atomically(folder / "answer.md", "\n\n".join(sections) + "\n")
     plans = pages(plan) + [page for other in others for page in pages(other, from_record=True)]
     write_atomically(folder / "status.md", _status(plans, folder))
+    write_atomically(folder / "methods.md", _methods(plans))
     write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
 
 
@@ -309,8 +328,29 @@ def _status(plans: list[PagePlan], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _methods(plans: list[PagePlan]) -> str:
+    """List the generated pages on each method between two comments, for the chapter on it to include."""
+    parts = []
+    for name, method in METHODS.items():
+        mine = [plan for plan in plans if plan.topic == ON_METHODS and plan.method == name]
+        links = [
+            f"- [{plan.label}](/_generated/{plan.path}.ipynb), "
+            f"beside [all methods](/_generated/{_comparison(plans, plan).path}.ipynb)"
+            for plan in mine
+        ]
+        none = f"{method.title} was not measured for this build: name `{name}` among the `methods` of a grid."
+        found = f"{method.title} (`{name}`):\n\n" + "\n".join(links) if mine else none
+        parts.append(f"<!-- {name}: begin -->\n\n{found}\n\n<!-- {name}: end -->\n")
+    return "\n".join(parts)
+
+
+def _comparison(plans: list[PagePlan], page: PagePlan) -> PagePlan:
+    wanted = (page.grid, page.study, page.topic, COMPARISON)
+    return next(p for p in plans if (p.grid, p.study, p.topic, p.method) == wanted)
+
+
 def _contents(plans: list[PagePlan], template: Path) -> str:
-    """Fill the table of contents: an entry ``{generated: dimension}`` becomes that dimension's pages."""
+    """Fill the table of contents: an entry ``{generated: topic}`` becomes that topic's pages."""
     toc = yaml.safe_load(template.read_text())
     for part in toc["parts"]:
         part["chapters"] = list(_filled(part["chapters"], plans))
@@ -322,7 +362,7 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
         if "generated" not in chapter:
             yield chapter
             continue
-        mine = [plan for plan in plans if plan.dimension == chapter["generated"]]
+        mine = [plan for plan in plans if plan.topic == chapter["generated"]]
         for first in (plan for plan in mine if plan.method == COMPARISON):
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
             yield {

@@ -14,13 +14,14 @@ from lthlib.evaluate import DIMENSIONS
 from lthlib.execute import parameters_of
 from lthlib.metrics import METRICS
 from lthlib.pages import STUDY
+from lthlib.report import TOPICS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
     "errors", "lifeline", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
-    "train", "tickets", "predictions", "metrics", "evaluate", "verdict", "figures", "grid", "zygote", "execute",
-    "pages", "report",
+    "train", "tickets", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "execute",
+    "pages", "methods_page", "report",
 ]  # fmt: skip
 
 
@@ -78,7 +79,7 @@ class TestNotebook:
     def test_its_parameters_are_those_of_a_study(self, path):
         declared = parameters_of(nbformat.read(path, as_version=4))
         assert set(STUDY) <= set(declared)
-        assert path.stem in DIMENSIONS
+        assert path.stem in TOPICS
 
     def test_it_is_thin(self, path):
         for cell in nbformat.read(path, as_version=4).cells:
@@ -86,8 +87,9 @@ class TestNotebook:
                 assert len(cell.source.splitlines()) <= 10
 
 
-def test_every_dimension_has_its_notebook():
-    assert {p.stem for p in NOTEBOOKS} == set(DIMENSIONS)
+def test_every_topic_has_its_notebook():
+    assert {p.stem for p in NOTEBOOKS} == set(TOPICS)
+    assert set(DIMENSIONS) < set(TOPICS)
 
 
 def test_every_reference_of_a_registry_is_in_the_bibliography():

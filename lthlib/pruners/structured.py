@@ -251,20 +251,20 @@ def _output_pixels(model: nn.Module) -> dict[str, int]:
 
 
 @method(
-    "filter-l1",
-    title="Filter L1",
-    source="dense",
-    start="rewind",
-    options={"budget": "parameters"},
-    reference="li2017pruning",
-    family="structured",
-)
-@method(
     "filter-l1-macs",
     title="Filter L1, by MACs",
     source="dense",
     start="rewind",
     options={"budget": "macs"},
+    reference="li2017pruning",
+    family="structured",
+)
+@method(
+    "filter-l1",
+    title="Filter L1",
+    source="dense",
+    start="rewind",
+    options={"budget": "parameters"},
     reference="li2017pruning",
     family="structured",
 )
@@ -278,20 +278,20 @@ def find_filter_l1(moment: Moment) -> Found:
 
 
 @method(
-    "slimming",
-    title="BN scale (slimming)",
-    source="dense",
-    start="rewind",
-    options={"budget": "parameters"},
-    reference="liu2017learning",
-    family="structured",
-)
-@method(
     "slimming-macs",
     title="BN scale (slimming), by MACs",
     source="dense",
     start="rewind",
     options={"budget": "macs"},
+    reference="liu2017learning",
+    family="structured",
+)
+@method(
+    "slimming",
+    title="BN scale (slimming)",
+    source="dense",
+    start="rewind",
+    options={"budget": "parameters"},
     reference="liu2017learning",
     family="structured",
 )

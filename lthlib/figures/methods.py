@@ -1,0 +1,159 @@
+"""Figures of the methods themselves: where their weights are, whether they are the same, what accuracy costs."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from lthlib import masks
+from lthlib.figures import WIDTH, colours, label
+from lthlib.pruners import METHODS
+
+ANNOTATED = 16  # layers; more numbers side by side cannot be read
+MARKERS = {"structured": "s", "control": "^"}
+COSTS = {
+    "n_parameters": "parameters [% of dense]",
+    "macs": "MACs of kept weights [% of dense]",
+    "macs_dense_kernel": "MACs a dense kernel does [% of dense]",
+}
+TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+
+
+def density_map(densities: pd.DataFrame, round: int) -> Figure:
+    """Draw the density of each layer in percent, a row a method, at one round.
+
+    Args:
+        densities: As `lthlib.pages.densities` returns it.
+        round: Which.
+    """
+    table = 100 * densities.xs(round, level="round")
+    few = len(table.columns) <= ANNOTATED
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 2.0), layout="constrained")
+    floor = max(table.to_numpy()[table.to_numpy() > 0].min(), 0.01)
+    sns.heatmap(
+        table.clip(lower=floor), annot=table.map("{:.3g}".format) if few else False, fmt="", cmap="crest", ax=axis,
+        norm=LogNorm(floor, 100), linewidths=1 if few else 0, annot_kws={"size": 8},
+        cbar_kws={"label": "density [%]", "format": "%g"},
+        xticklabels=[_short(name) for name in table], yticklabels=[METHODS[m].title for m in table.index],
+    )  # fmt: skip
+    axis.set_title(f"density by layer at sparsity {100 * masks.sparsity_of(round):.1f} %, mean over seeds")
+    axis.set(xlabel="layer, from input to output", ylabel="")
+    _slant(axis, 35 if few else 90)
+    return figure
+
+
+def density_lines(densities: pd.DataFrame, about: str, round: int) -> Figure:
+    """Draw the densities by layer of one method: at all its rounds, and at one round in front of the other methods."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.9), sharey=True, layout="constrained")
+    mine = 100 * densities.loc[about]
+    for shade, (n, line) in zip(sns.color_palette("flare", len(mine)), mine.iterrows(), strict=True):
+        _layers(left, line, color=shade, marker="o", label=f"{100 * masks.sparsity_of(n):.3g} %")
+    left.legend(title="sparsity", fontsize=8, title_fontsize=8)
+    left.set(title=f"{METHODS[about].title}, by sparsity", ylabel="density [%]")
+    peers = 100 * densities.xs(round, level="round")
+    for name, line in peers.drop(index=about).iterrows():
+        _layers(right, line, color=colours()[name], lw=1, alpha=0.7, label=METHODS[name].title)
+    _layers(right, peers.loc[about], color="black", lw=2.5, marker="o", label=METHODS[about].title)
+    right.axhline(100 * (1 - masks.sparsity_of(round)), color="grey", ls=":", label="the same in all layers")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    right.set_title(f"beside the others at {100 * masks.sparsity_of(round):.1f} %")
+    values = np.concatenate([mine.to_numpy().ravel(), peers.to_numpy().ravel()])
+    floor = 10 ** np.floor(np.log10(values[values > 0].min()))
+    left.set_yscale("symlog", linthresh=floor)  # a logarithm that has room for empty layers
+    left.set_ylim(floor if values.all() else 0, 130)
+    return figure
+
+
+def _layers(axis: Axes, line: pd.Series, **style: object) -> None:
+    axis.plot(np.arange(len(line)), line.to_numpy(), **{"ms": 4, **style})
+    axis.set_xticks(np.arange(len(line)), [_short(name) for name in line.index], rotation=90, fontsize=8)
+
+
+def _slant(axis: Axes, degrees: int) -> None:
+    axis.set_xticks(
+        axis.get_xticks(), axis.get_xticklabels(), rotation=degrees, ha="right" if degrees < 90 else "center"
+    )
+    axis.tick_params(axis="y", rotation=0)
+
+
+def _short(layer: str) -> str:
+    return layer.removesuffix(".weight")
+
+
+def overlap_map(overlaps: pd.DataFrame) -> Figure:
+    """Draw the overlap of every two masks, mean over seeds: below the diagonal measured, above it by chance.
+
+    Args:
+        overlaps: As `lthlib.overlaps.compare` returns it, of one round.
+    """
+    names = list(dict.fromkeys([*overlaps["a"], *overlaps["b"]]))
+    table = pd.DataFrame(np.nan, index=names, columns=names)
+    for (a, b), pair in overlaps.groupby(["a", "b"], sort=False):
+        table.loc[b, a], table.loc[a, b] = 100 * pair["jaccard"].mean(), 100 * pair["chance"].mean()
+    titles = [METHODS[m].title for m in names]
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 2.2), layout="constrained")
+    sns.heatmap(
+        table, annot=True, fmt=".1f", cmap="crest", vmin=0, vmax=100, linewidths=1, ax=axis, annot_kws={"size": 8},
+        cbar_kws={"label": "overlap (Jaccard) [%]"}, xticklabels=titles, yticklabels=titles,
+    )  # fmt: skip
+    axis.set_title("below the diagonal: measured; above: random masks of the same layer densities")
+    _slant(axis, 35)
+    return figure
+
+
+def overlap_bars(overlaps: pd.DataFrame, about: str) -> Figure:
+    """Draw the overlap of one method's mask with each other's, mean over seeds, beside that of random masks."""
+    other = np.where(overlaps["a"] == about, overlaps["b"], overlaps["a"])
+    means = 100 * overlaps.groupby(other, sort=False)[["jaccard", "chance"]].mean().iloc[::-1]
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.34 * len(means) + 1.2), layout="constrained")
+    places = np.arange(len(means))
+    axis.barh(places, means["jaccard"], color=[colours()[m] for m in means.index], label="measured")
+    axis.plot(means["chance"], places, "|", color="black", ms=16, mew=2, label="random, same layer densities")
+    axis.set_yticks(places, [METHODS[m].title for m in means.index])
+    axis.set_xlabel(f"overlap with the mask of {METHODS[about].title} (Jaccard) [%]")
+    axis.legend(handles=axis.lines, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axis.set_xlim(0, 100)
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def accuracy_by_cost(costs: pd.DataFrame, about: str | None = None) -> Figure:
+    """Draw test accuracy against parameters, MACs of kept weights, and MACs that a dense kernel does.
+
+    Circles are unstructured masks, triangles controls, squares smaller dense networks (structured, small dense), the
+    star is the dense network.
+
+    Args:
+        costs: As `lthlib.pages.costs` returns it.
+        about: A method in front of the others.
+    """
+    figure, axes = plt.subplots(1, len(COSTS), figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
+    dense = costs[costs["method"] == "dense"].iloc[0]
+    for axis, (column, title) in zip(axes, COSTS.items(), strict=True):
+        for method, line in costs.groupby("method", sort=False):
+            line = line.sort_values(column)
+            axis.plot(100 * line[column] / dense[column], 100 * line["accuracy"], **_look(method, about))
+        axis.set_xscale("log")
+        least = 100 * (costs[column] / dense[column]).min()
+        axis.set_xticks([t for t in TICKS if t >= 0.7 * least], [f"{t:g}" for t in TICKS if t >= 0.7 * least])
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+    axes[0].set_ylabel(label("test_accuracy"))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _look(method: str, about: str | None) -> dict[str, object]:
+    if method == "dense":
+        return {"color": "black", "marker": "*", "ms": 13, "ls": "", "label": "dense"}
+    front = about in (None, method)
+    return {
+        "color": colours()[method], "marker": MARKERS.get(METHODS[method].family, "o"), "ms": 5, "lw": 1.4,
+        "alpha": 1.0 if front else 0.25, "zorder": 3 if front else 2, "label": METHODS[method].title,
+    }  # fmt: skip
