@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from lthlib.corruptions import corrupt
 from lthlib.errors import UserError
-from lthlib.metrics import METRICS
+from lthlib.metrics import METRICS, generalization
 from lthlib.metrics.calibration import (
     _bin_index,
     ace,
@@ -21,12 +22,17 @@ from lthlib.metrics.calibration import (
     calibration_summary,
     classwise_ece,
     ece,
+    measure,
     nll,
     reliability_diagram,
     sce,
     softmax,
     temperature_scaling,
 )
+from lthlib.predictions import Subject
+from lthlib.predictions import sample as positions
+from lthlib.tickets import Ticket
+from lthlib.train import as_input
 
 BINNED = [ece, sce, adaptive_ece, ace]
 OF_PROBS = [*BINNED, brier]
@@ -449,3 +455,92 @@ def test_rows_tell_the_paper_from_what_stands_beside_it():
     assert {name for name, row in rows.items() if row.in_verdict} == {"ece", "sce", "nll"}
     assert {name for name, row in rows.items() if row.higher_is_better} == {"brier_resolution"}
     assert rows["nll"].unit == "nats"
+
+
+# ------------------------------------------------------------------------------------------------- a ticket
+
+FEW = {"n_test": 80, "n_corrupted": 25, "n_bootstrap": 50}
+
+
+@pytest.fixture
+def subject(tiny, store):
+    return Subject(Ticket(**tiny), store, "float32")
+
+
+@pytest.fixture
+def measured(subject):
+    return measure(subject, **FEW)
+
+
+def forward(subject, pixels):
+    with torch.no_grad():
+        return subject.model(as_input(torch.as_tensor(pixels))).numpy()
+
+
+def table(values):
+    found = {(v.metric, v.shift, v.severity): v.value for v in values}
+    assert len(found) == len(values)
+    return found
+
+
+def test_rows_are_the_pure_functions_on_the_same_weights(subject, measured):
+    value, test = table(measured[0]), subject.data.test
+    which = positions(test.labels, 80)
+    logits, labels = forward(subject, test.pixels[which]), test.labels[which].numpy()
+    for name, metric in (
+        ("ece", ece),
+        ("sce", sce),
+        ("brier", brier),
+        ("adaptive_ece", adaptive_ece),
+        ("ace", ace),
+    ):
+        assert value[name, "none", 0] == pytest.approx(metric(softmax(logits), labels), abs=1e-4)
+    assert value["nll", "none", 0] == pytest.approx(nll(logits, labels), abs=1e-4)
+
+
+def test_rows_under_corruption_are_those_of_the_corrupted_images(subject, measured):
+    value, test = table(measured[0]), subject.data.test
+    which = positions(test.labels, 25)
+    labels = test.labels[which].numpy()
+    for name, severity in (("fog", 2), ("shot_noise", 5), ("saturate", 1)):
+        logits = forward(subject, corrupt(test.pixels[which].numpy(), name, severity))
+        assert value["corrupted_ece", name, severity] == pytest.approx(ece(softmax(logits), labels), abs=1e-4)
+        assert value["corrupted_sce", name, severity] == pytest.approx(sce(softmax(logits), labels), abs=1e-4)
+        assert value["corrupted_nll", name, severity] == pytest.approx(nll(logits, labels), abs=1e-4)
+    assert sum(key[0] == "corrupted_ece" for key in value) == 19 * 5
+    fewer = table(measure(subject, **FEW, extra=False)[0])
+    assert sum(key[0] == "corrupted_ece" for key in fewer) == 15 * 5
+
+
+def test_recalibrated_rows_are_judged_on_the_half_that_was_not_fitted(subject, measured):
+    value, labels = table(measured[0]), subject.labels("test", 80).numpy()
+    logits = subject.logits("test", 80).astype(np.float64)
+    even = np.arange(80) % 2 == 0
+    on_odd, on_even = (temperature_scaling(logits[half], labels[half]) for half in (even, ~even))
+    halves = nll(logits[~even] / on_odd, labels[~even]), nll(logits[even] / on_even, labels[even])
+    assert value["nll_recalibrated", "none", 0] == pytest.approx(np.mean(halves))
+    assert value["temperature", "none", 0] == pytest.approx((on_odd + on_even) / 2)
+
+
+def test_intervals_are_the_bootstrap_of_the_rows(subject, measured):
+    value, arrays = table(measured[0]), measured[1]
+    expected = bootstrap_summary(subject.logits("test", 80), subject.labels("test", 80), seed=0, n=50)
+    for name in ("ece", "sce", "nll"):
+        found, low, high, bias = arrays[f"interval_{name}"]
+        assert found == pytest.approx(value[name, "none", 0])
+        assert (low, high, bias) == (expected[name].low, expected[name].high, expected[name].bias)
+        assert low < high
+
+
+def test_measuring_again_gives_the_same_and_needs_no_network(subject, measured, monkeypatch):
+    monkeypatch.setattr(Subject, "fast_model", property(lambda self: pytest.fail("a second forward pass")))
+    again = measure(Subject(subject.ticket, subject.store, "float32"), **FEW)
+    assert table(again[0]) == table(measured[0])
+    assert all(np.array_equal(again[1][key], array, equal_nan=True) for key, array in measured[1].items())
+
+
+def test_both_dimensions_share_the_corrupted_logits(subject, measured, monkeypatch):
+    monkeypatch.setattr(Subject, "_predict_corrupted", lambda *a: pytest.fail("a second forward pass"))
+    generalization.measure(
+        subject, ood=("photos",), n_ood=10, n_test=80, n_corrupted=25, n_attack=10, n_pgd=10
+    )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import nn
 
+from lthlib.corruptions import corrupt
 from lthlib.errors import UserError
 from lthlib.metrics import METRICS
 from lthlib.metrics.generalization import (
@@ -30,8 +31,10 @@ from lthlib.metrics.generalization import (
     energy_score,
     fgsm,
     fpr_at_tpr,
+    inputs,
     keep_classes,
     max_logit_score,
+    measure,
     msp_score,
     ood_summary,
     pgd,
@@ -39,6 +42,9 @@ from lthlib.metrics.generalization import (
     softmax,
     true_class_margin,
 )
+from lthlib.predictions import Subject, sample
+from lthlib.tickets import Ticket
+from lthlib.train import as_input
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
@@ -459,3 +465,120 @@ def test_rows_tell_the_paper_from_what_stands_beside_it():
         "fgsm_accuracy": True,
     }
     assert {"ood_fpr95", "relative_corruption_error", "pgd_accuracy", "adversarial_margin"} <= set(rows)
+
+
+# -------------------------------------------------------------------------------------------------- a ticket
+
+FEW = {"ood": ("photos",), "n_test": 60, "n_ood": 40, "n_corrupted": 20, "n_attack": 30, "n_pgd": 10}
+
+
+@pytest.fixture
+def subject(tiny, store):
+    return Subject(Ticket(**tiny), store, "float32")
+
+
+@pytest.fixture
+def measured(subject):
+    return measure(subject, **FEW)
+
+
+def forward(model, pixels):
+    with torch.no_grad():
+        return model(as_input(torch.as_tensor(pixels))).numpy()
+
+
+def table(values):
+    found = {(v.metric, v.shift, v.severity): v.value for v in values}
+    assert len(found) == len(values)
+    return found
+
+
+def test_corruption_rows_are_the_accuracies_of_the_same_weights_on_corrupted_images(subject, measured):
+    value, test = table(measured[0]), subject.data.test
+    which = sample(test.labels, 20)
+    pixels, labels = test.pixels[which].numpy(), test.labels[which]
+    for name, severity in (("fog", 1), ("impulse_noise", 5), ("spatter", 3)):
+        expected = accuracy(forward(subject.model, corrupt(pixels, name, severity)), labels)
+        assert value["corrupted_accuracy", name, severity] == pytest.approx(expected, abs=1e-12)
+    cells = {
+        name: [1 - value["corrupted_accuracy", name, s] for s in range(1, 6)] for name in ALL_CORRUPTIONS
+    }
+    common = np.mean([cells[name] for name in COMMON_CORRUPTIONS])
+    clean = 1 - accuracy(forward(subject.model, pixels), labels)
+    assert value["corruption_error", "common", 0] == pytest.approx(common)
+    assert value["relative_corruption_error", "common", 0] == pytest.approx(common - clean)
+    assert value["corruption_error_all", "all", 0] == pytest.approx(np.mean(list(cells.values())))
+    assert value["official_corruptions", "none", 0] == 0
+    assert not [key for key in value if key[0] == "corruption_error_alexnet"]  # 28 pixels are no ImageNet-C
+
+
+def test_the_other_rows_are_the_pure_functions_on_the_same_weights(subject, measured):
+    value, test = table(measured[0]), subject.data.test
+    which = sample(test.labels, 60)
+    known = forward(subject.model, test.pixels[which])
+    foreign = forward(subject.model, subject.images("ood:photos", 40))
+    assert value["test_accuracy", "none", 0] == accuracy(known, test.labels[which])
+    assert value["ood_auroc", "photos", 0] == pytest.approx(
+        auroc(msp_score(known), msp_score(foreign)), abs=1e-3
+    )
+    which = sample(test.labels, 30)
+    images, labels = as_input(test.pixels[which]), test.labels[which]
+    curve = adversarial_accuracy(subject.model, images, labels, [e / 255 for e in (1, 2, 4, 8)])
+    assert [value["adversarial_accuracy", "fgsm", e] for e in (1, 2, 4, 8)] == curve.accuracy.tolist()
+    assert value["fgsm_accuracy", "fgsm", 8] == curve.accuracy[3]
+    assert value["adversarial_margin", "fgsm", 8] == pytest.approx(curve.margin[3])
+    few = sample(labels, 10)
+    after = accuracy(
+        forward_floats(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255)), labels[few]
+    )
+    before = accuracy(
+        forward_floats(subject.model, fgsm(subject.model, images[few], labels[few], 8 / 255)), labels[few]
+    )
+    assert value["pgd_accuracy", "pgd", 8] == after
+    assert value["fgsm_pgd_gap", "pgd", 8] == pytest.approx(before - after)
+
+
+def forward_floats(model, images):
+    with torch.no_grad():
+        return model(images).numpy()
+
+
+def test_measuring_again_gives_the_same(subject, measured):
+    again = measure(Subject(subject.ticket, subject.store, "float32"), **FEW)
+    assert table(again[0]) == table(measured[0])
+    assert all(np.array_equal(again[1][key], array) for key, array in measured[1].items())
+
+
+def test_arrays_hold_the_roc_curve_and_of_dense_the_gallery(subject, measured):
+    arrays = measured[1]
+    assert set(arrays) == {"roc_photos", "gallery"}
+    area = np.trapezoid(arrays["roc_photos"], dx=0.01)
+    assert area == pytest.approx(table(measured[0])["ood_auroc", "photos", 0], abs=0.02)
+    clean = subject.images("test", 20)[:1].numpy()
+    assert arrays["gallery"].shape == (20, 3, 28, 28, 1)
+    assert np.array_equal(arrays["gallery"][0, 1], clean[0])
+    row = 1 + ALL_CORRUPTIONS.index("contrast")
+    for k, severity in enumerate((1, 3, 5)):
+        assert np.array_equal(arrays["gallery"][row, k], corrupt(clean, "contrast", severity)[0])
+
+
+def test_without_the_extra_ones_the_mean_over_fifteen_is_the_same(subject, measured):
+    value = table(measure(subject, **FEW, extra=False)[0])
+    assert {key[1] for key in value if key[0] == "corrupted_accuracy"} == set(COMMON_CORRUPTIONS)
+    assert value["corruption_error", "common", 0] == table(measured[0])["corruption_error", "common", 0]
+    assert ("corruption_error_all", "all", 0) not in value
+
+
+def test_inputs_change_with_the_image_sets(subject):
+    both = inputs(subject, ood=("photos",), extra=False)
+    assert both == inputs(subject, ood=("photos",), extra=False, n_ood=3)
+    assert (
+        len(
+            {
+                both,
+                inputs(subject, ood=("gaussian",), extra=False),
+                inputs(subject, ood=("photos",), extra=True),
+            }
+        )
+        == 3
+    )

@@ -3,8 +3,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from lthlib import data, models
+from lthlib import data, models, predictions
+from lthlib.corruptions import corrupt
+from lthlib.errors import UserError
 from lthlib.predictions import Subject, for_inference, predict, sample
+from lthlib.store import Store
 from lthlib.tickets import Ticket
 from lthlib.train import as_input
 
@@ -12,6 +15,11 @@ from lthlib.train import as_input
 @pytest.fixture(scope="module")
 def pixels():
     return torch.randint(256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.fixture
+def empty_store(tmp_path):
+    return Store(tmp_path / "store")
 
 
 def network(arch):
@@ -66,3 +74,137 @@ def test_logits_are_computed_once_and_hold_their_labels(tiny, store, monkeypatch
     np.testing.assert_allclose(first, expected.numpy(), rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(Subject, "fast_model", property(lambda self: pytest.fail("a second forward pass")))
     assert np.array_equal(Subject(Ticket(**tiny), store, "float32").logits("test", 200), first)
+
+
+# --- corrupted images ------------------------------------------------------------------------------------------
+
+
+def small_set(name, size, channels=3, n=9):
+    """A data set of n noisy test images, sorted by class."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (n, size, size, channels), generator=generator).to(torch.uint8)
+    images = data.Images(pixels, torch.arange(n) * 3 // n)
+    half = (0.5,) * channels
+    return data.DataSet(name, ("a", "b", "c"), images, None, images, half, half, f"digest-{size}")
+
+
+def together(like, name, n, store):
+    """All parts, sorted into (5, n, H, W, C)."""
+    found = {}
+    for severity, count, pixels in predictions.corrupted_parts(like, name, n, store):
+        for i, part in enumerate(pixels.split(count)):
+            found.setdefault(severity + i, []).append(part)
+    return torch.stack([torch.cat(found[severity]) for severity in (1, 2, 3, 4, 5)]).numpy()
+
+
+@pytest.mark.parametrize("order", [slice(None), np.random.default_rng(0).permutation(100)])
+def test_a_sample_has_every_class_in_proportion(order):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[order]
+    which = sample(labels, 10)
+    assert torch.equal(labels[which].bincount(), torch.tensor([5, 3, 2]))
+    assert (which.diff() > 0).all()
+    assert torch.equal(sample(labels, 500), torch.arange(100))
+    with pytest.raises(UserError, match="at least 1"):
+        sample(labels, 0)
+
+
+def test_corrupted_images_are_made_once_and_shared(empty_store, monkeypatch):
+    like = small_set("some", 28, channels=1)
+    which = sample(like.test.labels, 5)
+    found = together(like, "fog", 5, empty_store)
+    for severity, images in enumerate(found, start=1):
+        assert np.array_equal(images, corrupt(like.test.pixels[which].numpy(), "fog", severity))
+    monkeypatch.setattr(predictions, "corrupt", lambda *a, **k: pytest.fail("made a second time"))
+    assert np.array_equal(together(like, "fog", 5, Store(empty_store.root)), found)
+
+
+def test_images_too_large_to_keep_are_made_batch_by_batch_and_are_the_same(empty_store, monkeypatch):
+    like = small_set("some", 28)
+    kept = together(like, "gaussian_noise", 9, empty_store)
+    monkeypatch.setattr(predictions, "KEPT_UP_TO", 0)
+    monkeypatch.setattr(predictions, "BATCH", 2)
+    parts = list(predictions.corrupted_parts(like, "gaussian_noise", 9, empty_store))
+    assert max(len(pixels) for _, _, pixels in parts) == 2
+    assert np.array_equal(together(like, "gaussian_noise", 9, empty_store), kept)
+
+
+@pytest.fixture
+def cifar_c(tmp_path, monkeypatch):
+    """CIFAR-10-C of `small_set`, all severities different, in the data folder."""
+    like = small_set("cifar10", 32)
+    images = np.random.default_rng(3).integers(0, 256, (5 * 9, 32, 32, 3)).astype(np.uint8)
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    np.save(folder / "fog.npy", images)
+    np.save(folder / "labels.npy", np.tile(like.test.labels.numpy(), 5))
+    monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
+    return like, images.reshape(5, 9, 32, 32, 3), folder
+
+
+def test_published_files_are_used_where_they_lie(cifar_c, empty_store, monkeypatch):
+    like, images, folder = cifar_c
+    assert predictions.corruption_source(like, "fog") == "official"
+    assert predictions.corruption_source(like, "snow") == "generated"
+    assert np.array_equal(together(like, "fog", 4, empty_store), images[:, sample(like.test.labels, 4)])
+    before = predictions._corrupted_version(like, "fog")
+    np.save(folder / "fog.npy", images[::-1].reshape(-1, 32, 32, 3))
+    assert predictions._corrupted_version(like, "fog") != before
+    assert np.array_equal(together(like, "fog", 4, empty_store), images[::-1, sample(like.test.labels, 4)])
+    monkeypatch.setenv("LTHLIB_DATA", str(folder / "nowhere"))
+    assert predictions.corruption_source(like, "fog") == "generated"
+    made = corrupt(like.test.pixels.numpy(), "fog", 5)
+    assert np.array_equal(together(like, "fog", 9, empty_store)[4], made)
+
+
+def test_published_files_of_other_images_are_refused(cifar_c, empty_store):
+    like, _, folder = cifar_c
+    np.save(folder / "labels.npy", np.tile(like.test.labels.numpy()[::-1], 5))
+    with pytest.raises(UserError, match="does not belong to cifar10"):
+        together(like, "fog", 4, empty_store)
+
+
+def test_a_folder_of_imagenet_c_is_streamed(tmp_path, empty_store, monkeypatch):
+    from PIL import Image
+
+    like = small_set("imagenet@224", 224, n=3)
+    written = {}
+    for severity in (1, 2, 3, 4, 5):
+        for i, group in enumerate("abc"):
+            path = tmp_path / f"ImageNet-C/fog/{severity}/{group}/x.JPEG"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (224, 224), (40 * severity, 60 * i, 9)).save(path)
+            written[severity, i] = np.asarray(Image.open(path))
+    monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
+    found = together(like, "fog", 2, empty_store)
+    which = sample(like.test.labels, 2).tolist()
+    for severity in (1, 2, 3, 4, 5):
+        for k, i in enumerate(which):
+            assert np.array_equal(found[severity - 1, k], written[severity, i])
+
+
+def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
+    subject = Subject(Ticket(**tiny), store, "float32")
+    names = ("fog", "shot_noise")
+    found = subject.corrupted_logits(names, 30)
+    assert found.shape == (2, 5, 30, 10)
+    for i, name in enumerate(names):
+        for severity in (1, 4):
+            pixels = subject.images(f"corrupted:{name}:{severity}", 30)
+            expected = predict(for_inference(subject.trained.model), pixels, precision="float32")
+            np.testing.assert_allclose(found[i, severity - 1], expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(subject.corrupted_logits(names[::-1], 30), found[::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tset", "Allowed: train, test"),
+        ("corrupted:fgo:1", "Did you mean 'fog'"),
+        ("corrupted:fog:6", "Unknown severity '6'"),
+        ("ood:nothing", "out-of-distribution set 'nothing'"),
+        ("validation", "no validation images"),
+    ],
+)
+def test_an_unknown_image_set_is_named(tiny, store, name, words):
+    with pytest.raises(UserError, match=words):
+        Subject(Ticket(**tiny), store).images(name, 5)
