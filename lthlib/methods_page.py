@@ -11,6 +11,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from lthlib import overlaps, verdict
+from lthlib.errors import choose
 from lthlib.masks import sparsity_of
 from lthlib.pages import Page, html_table, show
 from lthlib.pruners import METHODS
@@ -45,9 +46,21 @@ def method_table(page: Page, about: str | None = None) -> HTML:
     return html_table(pd.DataFrame(lines).T)
 
 
-def middle_round(page: Page) -> int:
-    """Return the round in the middle of the page's."""
-    return page.study.rounds[len(page.study.rounds) // 2]
+def settle(page: Page, about: str | None, shown_round: int | None) -> tuple[str | None, int]:
+    """Return the method to look at and the round to draw: those given, else the only method and the middle round.
+
+    Raises:
+        UserError: For a method or a round that is not among the page's.
+    """
+    methods, rounds = page.study.methods, page.study.rounds
+    if about is None and len(methods) == 1:
+        about = methods[0]
+    if about is not None:
+        choose(about, methods, "method of this page")
+    if shown_round is None:
+        return about, rounds[len(rounds) // 2]
+    choose(shown_round, rounds, "round of this page")
+    return about, shown_round
 
 
 def densities(page: Page) -> pd.DataFrame:

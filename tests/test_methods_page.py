@@ -1,0 +1,191 @@
+"""The page on the methods: overlaps recorded and read, leads, densities, costs; its place among the pages."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lthlib import masks, methods_page, overlaps, verdict
+from lthlib.errors import UserError
+from lthlib.evaluate import Archive, Study, collect
+from lthlib.figures import methods as drawing
+from lthlib.grid import grid_from
+from lthlib.pages import Page
+from lthlib.pruners import METHODS
+from lthlib.report import COMPARISON, ON_METHODS, _methods, pages
+from lthlib.tickets import obtain
+from lthlib.train import Recipe
+
+BOOK = Path(__file__).parents[1] / "book"
+STUDY = Study(
+    data="mnist5k", arch="resnet8", methods=("lth", "snip", "filter-l1", "small-dense", "lth-shuffled"), rounds=(1, 2),
+    seeds=(0, 1), recipe=Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32"), train_size=300,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(store):
+    results = collect(
+        STUDY, "calibration", store, parameters={"n_test": 100, "n_corrupted": 1, "n_bootstrap": 2}
+    )
+    judged = verdict.regions(results.rows, 10)
+    return Page(STUDY, results, judged, verdict.Thresholds(), store, None, True)
+
+
+def test_overlaps_are_those_of_the_stored_masks_of_one_round_and_seed(page, store):
+    found = overlaps.compare(STUDY, store)
+    assert {frozenset(p) for p in zip(found["a"], found["b"], strict=True)} == {
+        frozenset(p) for p in [("lth", "snip"), ("lth", "lth-shuffled"), ("snip", "lth-shuffled")]
+    }  # structured and small dense networks have no mask
+    assert len(found) == 3 * len(STUDY.rounds) * len(STUDY.seeds)
+    by_id = {ticket.id: ticket for ticket in STUDY.tickets()}
+    for line in found.itertuples():
+        first, second = by_id[line.first], by_id[line.second]
+        assert (first.round, first.seed) == (second.round, second.seed) == (line.round, line.seed)
+        a, b = (
+            np.concatenate([m.flatten().numpy() for _, m in sorted(obtain(t, store).masks.items())])
+            for t in (first, second)
+        )
+        assert line.jaccard == (a & b).sum() / (a | b).sum()
+    shuffled = found[(found["a"] == "lth") & (found["b"] == "lth-shuffled")]
+    assert shuffled["jaccard"].to_numpy() == pytest.approx(shuffled["chance"].to_numpy(), abs=0.01)
+
+
+def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
+    from lthlib.store import Store
+
+    found = overlaps.compare(STUDY, store)
+    Archive.write(tmp_path / "results" / "some", {}, {overlaps.FILE: found[list(overlaps.COLUMNS)]})
+    Archive.read(tmp_path / "results")
+    nothing = Store(tmp_path / "empty")
+    again = overlaps.compare(STUDY, nothing, recorded=tmp_path / "results", compute_missing=False)
+    pd.testing.assert_frame_equal(again, found, check_exact=True)
+    turned = Study(**{**vars(STUDY), "methods": STUDY.methods[::-1]})
+    assert len(
+        overlaps.compare(turned, nothing, recorded=tmp_path / "results", compute_missing=False)
+    ) == len(found)
+    with pytest.raises(UserError, match="record the grid again"):
+        overlaps.compare(STUDY, nothing, recorded=tmp_path / "other", compute_missing=False)
+    (tmp_path / "results/some" / overlaps.FILE).write_text("first,second,jaccard,chance\n")
+    with pytest.raises(UserError, match="damaged"):
+        Archive.read(tmp_path / "results")
+
+
+def test_densities_are_those_of_the_masks(page, store):
+    found = methods_page.densities(page)
+    assert "dense" not in found.index.get_level_values("method")
+    tickets = [t for t in STUDY.tickets() if (t.method, t.round) == ("snip", 2)]
+    by_layer = [masks.density_by_layer(obtain(t, store).masks) for t in tickets]
+    for layer, density in found.loc["snip", 2].items():
+        assert density == pytest.approx(np.mean([d[layer] for d in by_layer]))
+    pd.testing.assert_series_equal(found.loc["lth", 2], found.loc["lth-shuffled", 2], check_names=False)
+
+
+def accuracy(page, method, round, seed):
+    rows = page.results.rows
+    which = (rows["method"] == method) & (rows["round"] == round) & (rows["seed"] == seed)
+    return rows.loc[which & (rows["metric"] == "test_accuracy") & (rows["shift"] == "none"), "value"].item()
+
+
+def test_leads_are_taken_seed_by_seed(page):
+    found = methods_page.leads(page, [("lth", "small-dense"), ("lth", "lth-shuffled")])
+    assert len(found) == 4
+    for line in found.itertuples():
+        gaps = [
+            100 * (accuracy(page, line.first, line.round, s) - accuracy(page, line.second, line.round, s))
+            for s in (0, 1)
+        ]
+        assert line.mean == pytest.approx(np.mean(gaps))
+        assert (line.low, line.high) == (pytest.approx(min(gaps)), pytest.approx(max(gaps)))
+
+
+def test_the_page_looks_at_what_it_holds(page):
+    assert methods_page.settle(page, None, None) == (None, 2)
+    assert methods_page.settle(page, "snip", 1) == ("snip", 1)
+    with pytest.raises(UserError, match="Did you mean 'lth'"):
+        methods_page.settle(page, "lht", None)
+    with pytest.raises(UserError, match="round of this page"):
+        methods_page.settle(page, None, 3)
+    one = type(page)(**{**vars(page), "study": Study(methods=("rp",), rounds=(1, 4, 8))})
+    assert methods_page.settle(one, None, None) == ("rp", 4)
+
+
+def test_costs_are_means_over_seeds(page):
+    found = methods_page.costs(page).set_index(["method", "round"])
+    assert len(found) == 1 + 5 * 2
+    assert found.loc[("lth", 2), "accuracy"] == pytest.approx(
+        np.mean([accuracy(page, "lth", 2, s) for s in (0, 1)])
+    )
+    assert found.loc[("lth", 2), "macs_dense_kernel"] == found.loc[("dense", 0), "macs"]
+    assert found.loc[("filter-l1", 2), "macs_dense_kernel"] < found.loc[("dense", 0), "macs"]
+
+
+def test_tables_say_what_there_is_and_what_is_missing(page):
+    controls = methods_page.control_table(page).data
+    assert METHODS["lth-shuffled"].title in controls
+    assert METHODS["lth-reinit"].title not in controls
+    small = methods_page.lead_table(page, ["small-dense", "slimming"]).data
+    assert small.count("Small dense") == 3  # LTH, SNIP and filter L1 beside it; controls have their own table
+    assert methods_page.lead_table(page, ["small-dense"], about="snip").data.count("Small dense") == 1
+    assert "`slimming`" in methods_page.lead_table(page, ["slimming"]).data
+
+
+def test_empty_layers_are_named(page):
+    assert "No ticket" in methods_page.empty_layers(page).data
+    tickets = page.results.tickets.copy()
+    hit = tickets.index[(tickets["method"] == "snip") & (tickets["round"] == 2)][0]
+    tickets.at[hit, "density_by_layer"] = {**tickets.at[hit, "density_by_layer"], "conv1.weight": 0.0}
+    results = type(page.results)(**{**vars(page.results), "tickets": tickets})
+    said = methods_page.empty_layers(type(page)(**{**vars(page), "results": results})).data
+    assert "SNIP at 36.0 %" in said
+    assert "`conv1.weight`" in said
+
+
+def test_the_overlap_map_has_measured_below_and_chance_above():
+    lines = pd.DataFrame(
+        {"a": ["lth", "lth"], "b": ["snip", "snip"], "jaccard": [0.5, 0.7], "chance": [0.1, 0.3]}
+    )
+    axis = drawing.overlap_map(lines).axes[0]
+    numbers = {
+        (round(t.get_position()[0] - 0.5), round(t.get_position()[1] - 0.5)): t.get_text() for t in axis.texts
+    }
+    assert numbers == {(0, 1): "60.0", (1, 0): "20.0"}  # (column, row)
+
+
+def test_every_study_has_a_page_on_its_methods_and_on_each_of_them():
+    grid = grid_from(
+        "test",
+        {"data": "mnist5k", "arch": ["resnet8", "resnet20s"], "methods": ["lth", "snip"], "rounds": [1], "seeds": [0],
+         "options": {"snip": {"batch": 64}}, "dimensions": {"calibration": {"n_bins": 10}}},
+    )  # fmt: skip
+    mine = [plan for plan in pages(grid) if plan.topic == ON_METHODS]
+    assert [plan.method for plan in mine] == 2 * [COMPARISON, "lth", "snip"]
+    for plan in mine:
+        assert plan.template == "notebooks/methods.ipynb"
+        assert plan.shown == ["dense", "lth", "snip"]  # a method is seen beside the others
+        assert plan.parameters["about"] == (None if plan.method == COMPARISON else plan.method)
+        assert plan.parameters["dimension"] == "calibration"  # what the grid computes anyway
+        assert plan.parameters["measure"] == {"n_bins": 10}
+        assert plan.parameters["options"] == {"snip": {"batch": 64}}
+    others = [plan for plan in pages(grid) if plan.topic == "calibration" and plan.method == "lth"]
+    assert others[0].shown == ["dense", "lth"]
+    assert others[0].parameters["options"] == {}
+    said = _methods(pages(grid))
+    assert said.count("(/_generated/test/mnist5k-resnet8/methods/lth.ipynb)") == 1
+    assert "name `rp` among the `methods` of a grid" in said
+
+
+def test_every_chapter_on_a_method_shows_its_results():
+    included = {}
+    for chapter in BOOK.glob("methods/*.md"):
+        for name in re.findall(r"^:start-after: <!-- (\S+): begin -->$", chapter.read_text(), flags=re.M):
+            included.setdefault(name, []).append(chapter.stem)
+    assert all(len(chapters) == 1 for chapters in included.values())
+    assert set(included) <= set(METHODS)
+    assert {name for name, method in METHODS.items() if method.paper} <= set(included)
+    silent = (
+        {c.stem for c in BOOK.glob("methods/*.md")} - {"index"} - {c for cs in included.values() for c in cs}
+    )
+    assert not silent
