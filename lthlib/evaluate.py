@@ -88,6 +88,7 @@ for _name, _title in (
     ("generalization", "Generalization"),
     ("calibration", "Calibration"),
     ("interpretability", "Interpretability"),
+    ("flatness", "Flatness"),
 ):
     DIMENSIONS[_name] = Dimension(_name, _title, f"lthlib.metrics.{_name}")
 

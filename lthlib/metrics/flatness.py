@@ -234,7 +234,8 @@ def input_hessian(
 
 # ---------------------------------------------------------------------------------------------- what is measured
 
-RESCALED_BY = (0.5, 2.0, 4.0)
+RESCALED_BY = (0.5, 3.0)
+SPAN = 0.5  # of a surface, in norms of the network's own filters
 
 Batch = tuple[Tensor, Tensor]
 Found = tuple[list[Value], dict[str, np.ndarray]]
@@ -307,7 +308,8 @@ def measure(
         density = spectral_density(model, *draw(n_spectrum), masks, probes, steps, points=500)
         pictures = _pictures(model, draw(n_path), masks, surface_points)
         wide = _wide(model, draw(n_wide), masks)
-        rescaled = _rescaled(model, draw(n_weights), masks)
+        shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
+        rescaled = _rescaled(model, draw(n_weights), masks, shares)
         parts.append(
             ([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled})
         )
@@ -331,7 +333,7 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
         Value("weight_hessian_trace_per_weight", found.per_weight, n),
         Value("relative_flatness", found.relative, n),
     ]
-    active = {layer: 0 for layer in layers}
+    active = dict.fromkeys(layers, 0)
     for name, count in found.active.items():
         if layers:
             active[name.rpartition(".")[0]] += count
@@ -411,7 +413,7 @@ def _pictures(
 ) -> dict[str, np.ndarray]:
     """Return ``surface_a``, ``surface_b``, ``surface_loss`` in the weights, and ``slice_...`` in the pixels."""
     surfaces = {
-        "surface": filter_normalised_surface(model, *batch, masks, points=points),
+        "surface": filter_normalised_surface(model, *batch, masks, SPAN, points),
         "slice": adversarial_slice(model, *batch, points=points),
     }
     parts = ("a", "b", "loss")
@@ -424,20 +426,20 @@ def _wide(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) ->
     return {} if found.per_image is None else {"wide_per_image": _small(found.per_image)}
 
 
-def _rescaled(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+def _rescaled(
+    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, shares: Mapping[str, float]
+) -> dict[str, np.ndarray]:
     """Measure a ticket that computes the same with other weights, see `rescale_conv`.
 
     Returns:
-        ``rescaled_layer`` (of the convolutions with a norm behind, the one with the largest trace) and, for
+        ``rescaled_layer`` (of the convolutions with a norm behind, the one with the largest of ``shares``) and, for
         each of ``rescaled_factor``, ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the
         largest change of a logit, relative to the largest logit. Nothing where no convolution has a norm.
     """
-    frozen = Frozen(model, *batch, masks)
-    shares = weight_trace(model, *batch, masks).per_layer()
-    convolutions = [name for name in norms_behind(frozen) if name in shares]
+    convolutions = [name for name in norms_behind(Frozen(model, *batch, masks)) if name in shares]
     if not convolutions:
         return {}
-    layer = max(convolutions, key=shares.__getitem__)
+    layer = max(convolutions, key=lambda name: shares[name])
     rows = []
     for factor in RESCALED_BY:
         other = rescale_conv(model, layer, factor, batch[0])

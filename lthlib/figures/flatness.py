@@ -1,0 +1,277 @@
+"""Figures and tables of flatness; each takes the small arrays of some tickets by title, "dense" among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from lthlib.figures import WIDTH, colours, label
+from lthlib.masks import sparsity_of
+from lthlib.metrics import METRICS
+from lthlib.metrics.flatness import image_interval
+from lthlib.pruners import METHODS
+
+Arrays = Mapping[str, np.ndarray]
+PANELS = (
+    "weight_hessian_trace", "input_hessian_trace", "weight_hessian_trace_per_weight", "relative_flatness",
+    "weight_hessian_top", "input_hessian_top", "pac_bayes_weight_sigma", "pac_bayes_input_sigma", "error_barrier",
+)  # fmt: skip
+RANKED = (
+    "weight_hessian_trace_per_weight", "relative_flatness", "weight_hessian_top", "pac_bayes_weight_sigma",
+    "input_hessian_trace",
+)  # fmt: skip
+
+
+def arranged(figure: Figure, ratio: float = 30.0) -> Figure:
+    """Shorten the labels of `lthlib.figures.curves`, and make axes logarithmic where values spread over a ratio."""
+    for axis in figure.axes:
+        axis.set_ylabel(axis.get_ylabel().removeprefix(axis.get_title()).strip())
+        values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+        if values.min() > 0 and values.max() > ratio * values.min():
+            axis.set_yscale("log")
+    return figure
+
+
+def _drawn(tickets: Mapping[str, Arrays]) -> Iterator[tuple[str, dict, Arrays]]:
+    """Yield title, line style and arrays: dense black and dashed, a method in its colour, darker when sparser."""
+    colour = {METHODS[name].title: shade for name, shade in colours().items()}
+    shared = {method: [t for t in tickets if t.partition(",")[0] == method] for method in colour}
+    for title, arrays in tickets.items():
+        method = title.partition(",")[0]
+        if method not in colour:
+            yield title, {"color": "black", "ls": "--"}, arrays
+            continue
+        shades = sns.light_palette(colour[method], len(shared[method]) + 2)[2:]
+        yield title, {"color": shades[shared[method].index(title)], "ls": "-"}, arrays
+
+
+def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
+    """Draw the distribution of the input-Hessian trace over images: quartiles, 5 to 95 %, mean and its interval.
+
+    Args:
+        tickets: Title -> arrays with ``input_traces``.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.36 * len(tickets) + 1.1), layout="constrained")
+    for place, (title, style, arrays) in enumerate(_drawn(tickets)):
+        values = np.maximum(arrays["input_traces"].astype(float), 1e-12)
+        box = axis.boxplot(
+            [values], positions=[-place], orientation="horizontal", widths=0.6, whis=(5, 95), showfliers=False,
+            tick_labels=[title], manage_ticks=False, medianprops={"color": style["color"]},
+        )  # fmt: skip
+        for part in (*box["boxes"], *box["whiskers"], *box["caps"]):
+            part.set_color(style["color"])
+        axis.plot(_interval(values), [-place] * 2, color=style["color"], lw=4, alpha=0.35)
+        axis.plot(values.mean(), -place, "D", color=style["color"], ms=5)
+    axis.set_xscale("log")
+    axis.set_yticks([-place for place in range(len(tickets))], list(tickets))
+    axis.set_xlabel(f"{label('input_hessian_trace')} of an image")
+    return figure
+
+
+def layers(tickets: Mapping[str, Arrays]) -> Figure:
+    """Draw the trace layer by layer: per active weight, and scale-invariant.
+
+    Args:
+        tickets: Title -> arrays with ``layers``, ``layer_trace``, ``layer_relative``, ``layer_active``.
+    """
+    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.6), sharex=True, layout="constrained")
+    for title, style, arrays in _drawn(tickets):
+        where = np.arange(len(arrays["layers"]))
+        per_weight = arrays["layer_trace"] / np.maximum(arrays["layer_active"], 1)
+        for axis, values in zip(axes, (per_weight, arrays["layer_relative"]), strict=True):
+            axis.plot(where, np.where(values > 0, values, np.nan), "o", ms=3, lw=1.3, label=title, **style)
+            axis.set_yscale("log")
+    names = next(iter(tickets.values()))["layers"]
+    every = -(-len(names) // 40)
+    axes[1].set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right")
+    axes[0].set_title(METRICS["weight_hessian_trace_per_weight"].title)
+    axes[1].set_title(METRICS["relative_flatness"].title)
+    for axis in axes:
+        axis.set_ylabel("[nats] ↓")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def lines(tickets: Mapping[str, Arrays], start: str) -> Figure:
+    """Draw loss and error on the straight line from another network (t = 0) to each ticket (t = 1).
+
+    Args:
+        tickets: Title -> arrays with ``<start>_t``, ``<start>_loss``, ``<start>_error``.
+        start: ``"dense"`` or ``"partner"``.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
+    for title, style, arrays in _drawn(tickets):
+        for axis, part, scale in zip(axes, ("loss", "error"), (1, 100), strict=True):
+            axis.plot(arrays[f"{start}_t"], scale * arrays[f"{start}_{part}"], label=title, **style)
+    for axis, text in zip(axes, ("loss [nats]", "error [%]"), strict=True):
+        axis.set_ylabel(text)
+        axis.set_xlabel(f"from the {'dense network' if start == 'dense' else 'other seed'} to the ticket")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def densities(tickets: Mapping[str, Arrays]) -> Figure:
+    """Draw the spectrum of the weight Hessian: how many eigenvalues there are, per unit of their size.
+
+    Args:
+        tickets: Title -> arrays with ``density_at``, ``density``, ``layer_active``.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+    for title, style, arrays in _drawn(tickets):
+        count = arrays["density"] * arrays["layer_active"].sum()
+        axis.plot(arrays["density_at"], count, label=title, lw=1.3, **style)
+    axis.set(xlabel="eigenvalue of the weight Hessian [nats]", ylabel="eigenvalues per nat", yscale="log")
+    axis.set_ylim(1e-3, 2 * max(line.get_ydata().max() for line in axis.lines))
+    axis.legend(frameon=False)
+    return figure
+
+
+def surfaces(tickets: Mapping[str, Arrays], most: int = 4) -> Figure:
+    """Draw the loss on a plane of weights (above) and on a plane of pixels (below), one column a ticket.
+
+    Args:
+        tickets: Title -> arrays ``surface_a``, ``surface_b``, ``surface_loss``, and the same with ``slice_``.
+        most: Columns at most.
+    """
+    shown = dict(list(tickets.items())[:most])
+    figure, axes = plt.subplots(
+        2, len(shown), figsize=(WIDTH, 6.0), squeeze=False, sharex="row", sharey="row", layout="constrained"
+    )
+    for row, kind in zip(axes, ("surface", "slice"), strict=True):
+        unit = 255 if kind == "slice" else 1
+        losses = [np.clip(arrays[f"{kind}_loss"], 1e-4, 1e3) for arrays in shown.values()]
+        levels = np.geomspace(min(map(np.min, losses)), max(map(np.max, losses)), 15)
+        for axis, (title, arrays), loss in zip(row, shown.items(), losses, strict=True):
+            drawn = _contours(axis, unit * arrays[f"{kind}_b"], unit * arrays[f"{kind}_a"], loss, levels)
+            axis.set_title(title if kind == "surface" else "", fontsize="medium")
+            axis.set_xlabel("second direction" if kind == "surface" else "random sign [1/255]")
+        bar = figure.colorbar(drawn, ax=list(row), label="loss [nats]", format="%.3g")
+        bar.minorticks_off()
+    axes[0, 0].set_ylabel("first direction")
+    axes[1, 0].set_ylabel("sign of the gradient [1/255]")
+    return figure
+
+
+def _contours(axis: Axes, x: np.ndarray, y: np.ndarray, loss: np.ndarray, levels: np.ndarray) -> object:
+    norm = LogNorm(levels[0], levels[-1])
+    axis.contour(x, y, loss, levels, colors="white", linewidths=0.4, norm=norm)
+    axis.grid(visible=False)
+    return axis.contourf(x, y, loss, levels, cmap="viridis", norm=norm, extend="both")
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+
+def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
+    """Say what another choice of images would change in the exact weight-Hessian trace.
+
+    All tickets see the same images, so a difference to dense is more certain than either trace.
+
+    Args:
+        tickets: Title -> arrays with ``weight_per_image``; "dense" first. Where there is ``wide_per_image``,
+            it is cut into batches.
+        batch: Images of such a batch.
+    """
+    dense = next(iter(tickets.values()))["weight_per_image"].astype(float)
+    rows = {}
+    for title, arrays in tickets.items():
+        mine = arrays["weight_per_image"].astype(float)
+        wide = arrays.get("wide_per_image", np.empty(0)).astype(float)
+        means = wide[: len(wide) // batch * batch].reshape(-1, batch).mean(1)
+        rows[title] = {
+            f"trace on {len(mine)} images": f"{mine.mean():.4g}",
+            "95 % over images": _range(_interval(mine)),
+            "minus dense, same images": ""
+            if mine is dense or title == "dense"
+            else f"{(mine - dense).mean():.4g}",
+            "95 % of that": "" if title == "dense" else _range(_interval(mine - dense)),
+            f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in means),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def rescaled_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
+    """Show what multiplying one convolution, undone by the norm behind it, does to the trace.
+
+    Args:
+        tickets: Title -> arrays ``rescaled_...`` beside ``weight_per_image``.
+    """
+    rows = []
+    for title, arrays in tickets.items():
+        traces = [float(a.astype(float).mean()) for a in (
+            arrays["weight_per_image"], arrays["weight_relative_per_image"]
+        )]  # fmt: skip
+        columns = (arrays[f"rescaled_{name}"] for name in ("factor", "trace", "relative", "change"))
+        for factor, trace, relative, change in [(1.0, *traces, 0.0), *zip(*columns, strict=True)]:
+            rows.append({
+                "ticket": title, "layer": str(arrays["rescaled_layer"]), "times": f"{factor:g}",
+                "change of a logit": f"{change:.1e}", label("weight_hessian_trace"): f"{trace:.4g}",
+                label("relative_flatness"): f"{relative:.4g}",
+            })  # fmt: skip
+    return pd.DataFrame(rows).set_index("ticket")
+
+
+def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
+    """Say how each number was found, and how far it may be off for other reasons than the choice of images.
+
+    Args:
+        tickets: Title -> arrays of `lthlib.metrics.flatness.measure`.
+    """
+    rows = {}
+    for title, arrays in tickets.items():
+        error = float(arrays["weight_standard_error"][0])
+        rows[title] = {
+            "weight trace": str(arrays["weight_method"]) + (f" ± {error:.2g}" if error else ""),
+            "input trace": str(arrays["input_method"]),
+            "top eigenvalue off by": f"≤ {float(arrays['top_bound'][0]):.2g}",
+            "weight noise borne, 95 %": _range(arrays["weight_sigma"]),
+            "input noise borne, 95 %": _range(arrays["input_sigma"]),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ask whether tickets that are flat by the raw weight trace are flat by other measures: Kendall's tau.
+
+    1: the same order; 0: unrelated; -1: reversed. "Flatter" is lower or higher as each metric has it. Methods
+    are ranked at each round (means over seeds); with fewer than three methods, rounds of each method instead.
+
+    Args:
+        rows: The tidy table of `lthlib.evaluate.Results`.
+    """
+    from scipy.stats import kendalltau
+
+    sparse = rows[(rows["method"] != "dense") & (rows["shift"] == "none")]
+    table = sparse.pivot_table(index=["method", "round"], columns="metric", values="value")
+    level = "round" if table.index.get_level_values("method").nunique() >= 3 else "method"
+    found = {}
+    for key, group in table.groupby(level=level):
+        first = _flatter(group, "weight_hessian_trace")
+        name = f"{100 * sparsity_of(key):.1f} %" if level == "round" else METHODS[key].title
+        found[name] = {
+            METRICS[other].title: f"{kendalltau(first, _flatter(group, other)).statistic:.2f}"
+            for other in RANKED
+        }
+    kind = f"{len(table) // len(found)} {'methods' if level == 'round' else 'rounds'} ranked"
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis(kind)
+
+
+def _flatter(group: pd.DataFrame, metric: str) -> pd.Series:
+    return group[metric] * (1 if METRICS[metric].higher_is_better else -1)
+
+
+def _interval(per_image: np.ndarray) -> tuple[float, float]:
+    return image_interval(torch.from_numpy(per_image))
+
+
+def _range(interval: tuple[float, float] | np.ndarray) -> str:
+    low, high = interval
+    return f"[{low:.3g}, {high:.3g}]"
