@@ -1,8 +1,11 @@
 """Flatness: against brute-force Hessians in float64, closed forms, invariants and an independent library."""
 
+import ast
 import copy
+import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,14 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 
 from lthlib.errors import UserError
+from lthlib.evaluate import Study
+from lthlib.figures import flatness as drawing
 from lthlib.metrics import METRICS
 from lthlib.metrics import flatness as fl
 from lthlib.metrics.frozen import sample_factor
 from lthlib.metrics.pacbayes import largest_sigma
 from lthlib.metrics.spectrum import density_of, extreme_eigenvalues
+from lthlib.predictions import Subject
 
 
 class Tiny(nn.Module):
@@ -831,3 +837,169 @@ def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
     n = sum(w.numel() for w in weights)
     dense = ggn @ torch.eye(n, dtype=torch.float64)
     assert found.per_layer()["fc"] == pytest.approx(float(dense.trace()), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- measure
+
+CHEAP = {
+    "n_weights": 12, "n_spectrum": 10, "n_pixels": 14, "n_noise": 8, "n_path": 20, "pairs": 2, "points": 5,
+    "probes": 1, "steps": 5, "surface_points": 3, "n_wide": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subjects(store):
+    """Dense and one sparse ticket of two seeds."""
+    from conftest import TINY
+
+    study = Study(methods=("snip",), rounds=(6,), seeds=(0, 1), recipe=TINY, train_size=500)
+    return {(t.method, t.seed): Subject(t, store, "float32") for t in study.tickets()}
+
+
+@pytest.fixture(scope="module")
+def measured(subjects):
+    return {key: fl.measure(s, **CHEAP, partner=0, pictured=(6,)) for key, s in subjects.items()}
+
+
+def drawn(subject, n):
+    train = subject.data.train
+    which = np.random.default_rng(0).permutation(len(train.labels))[:n]
+    return train.pixels[which].permute(0, 3, 1, 2) / 255, train.labels[which]
+
+
+def numbers(found):
+    return {value.metric: value for value in found[0]}
+
+
+def test_measure_has_every_row_of_the_dimension_and_the_sample_sizes(measured):
+    rows = {name for name, row in METRICS.items() if row.dimension == "flatness"}
+    for found in measured.values():
+        assert set(numbers(found)) == rows
+        assert numbers(found)["weight_hessian_trace"].n == 12
+        assert numbers(found)["input_hessian_trace"].n == 14
+        assert numbers(found)["pac_bayes_weight_sigma"].n == 8
+        assert numbers(found)["error_barrier"].n == 20
+
+
+def test_measured_values_are_those_of_the_functions_on_the_same_images(subjects, measured):
+    subject, found = subjects["snip", 0], numbers(measured["snip", 0])
+    arrays = measured["snip", 0][1]
+    model, masks = subject.model, subject.masks
+    trace = fl.weight_hessian_trace(model, *drawn(subject, 12), masks)
+    pixels = fl.input_hessian(model, *drawn(subject, 14))
+    top = fl.top_eigenvalues(model, *drawn(subject, 10), masks, tolerance=1e-2)
+    expected = {
+        "weight_hessian_trace": trace.total,
+        "weight_hessian_trace_per_weight": trace.per_weight,
+        "relative_flatness": trace.relative,
+        "weight_hessian_top": top.top,
+        "input_hessian_trace": float(pixels.trace.mean()),
+        "input_hessian_top": float(pixels.top.mean()),
+        "legacy_batch_eigenvalue": float(pixels.top.max()) / 14,
+        "pac_bayes_weight_sigma": fl.weight_noise_tolerance(model, *drawn(subject, 8), masks, pairs=2).sigma,
+        "pac_bayes_input_sigma": fl.input_noise_tolerance(model, *drawn(subject, 8), pairs=2).sigma,
+    }
+    assert {name: found[name].value for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert trace.total != pytest.approx(fl.weight_hessian_trace(model, *drawn(subject, 12)).total, rel=1e-3)
+    assert arrays["layer_trace"].sum() == pytest.approx(trace.total, rel=1e-5)
+    assert arrays["layer_active"].sum() == sum(trace.active.values())
+    assert arrays["weight_per_image"].mean() == pytest.approx(trace.total, rel=1e-5)
+    np.testing.assert_allclose(arrays["input_traces"], pixels.trace, rtol=1e-4)
+
+
+def test_lines_lead_from_the_dense_parent_and_from_the_other_seed(subjects, measured):
+    for key, start in (("dense", ("dense", 1)), ("partner", ("snip", 0))):
+        ends = [subjects[which].model for which in (start, ("snip", 1))]
+        line = fl.interpolate(
+            ends[1], *(model.state_dict() for model in ends), *drawn(subjects["snip", 1], 20), points=5
+        )
+        np.testing.assert_allclose(measured["snip", 1][1][f"{key}_loss"], line.loss, rtol=1e-5)
+        if key == "dense":
+            assert numbers(measured["snip", 1])["loss_barrier"].value == pytest.approx(line.loss_barrier)
+    assert numbers(measured["dense", 1])["loss_barrier"].value == 0.0
+    assert "dense_loss" not in measured["dense", 1][1]
+    assert "partner_loss" in measured["dense", 1][1]
+    assert "partner_loss" not in measured["snip", 0][1]  # no line to oneself
+
+
+def test_another_architecture_has_no_line_to_the_dense_network(subjects, store):
+    ticket = dataclasses.replace(subjects["snip", 0].ticket, method="small-dense")
+    values, arrays = fl.measure(Subject(ticket, store, "float32"), **CHEAP)
+    assert not {"loss_barrier", "error_barrier"} & {value.metric for value in values}
+    assert "dense_loss" not in arrays
+
+
+def test_pictures_are_of_the_rounds_and_the_seed_asked_for(subjects, measured):
+    assert "density" in measured["snip", 0][1]
+    assert "density" not in measured["snip", 1][1]
+    assert "density" not in measured["dense", 0][1]
+    arrays = measured["snip", 0][1]
+    assert arrays["surface_loss"].shape == (3, 3)
+    batch = drawn(subjects["snip", 0], 20)
+    loss = F.cross_entropy(subjects["snip", 0].model(batch[0]), batch[1]).detach()
+    assert arrays["surface_loss"][1, 1] == pytest.approx(float(loss), rel=1e-4)
+    assert arrays["slice_loss"][0, 1] == pytest.approx(float(loss), rel=1e-4)
+    assert len(arrays["wide_per_image"]) == 16
+    np.testing.assert_allclose(arrays["wide_per_image"][:12], arrays["weight_per_image"], rtol=1e-3)
+    assert sum(array.nbytes for array in arrays.values()) < 50_000
+
+
+def test_the_rescaled_ticket_computes_the_same_and_only_its_trace_moves(measured):
+    found, arrays = numbers(measured["snip", 0]), measured["snip", 0][1]
+    layer = dict(zip(arrays["layers"], arrays["layer_trace"], strict=True))[str(arrays["rescaled_layer"])]
+    total = found["weight_hessian_trace"].value
+    np.testing.assert_allclose(
+        arrays["rescaled_trace"], total + layer * (arrays["rescaled_factor"] ** -2.0 - 1), rtol=1e-3
+    )
+    np.testing.assert_allclose(arrays["rescaled_relative"], found["relative_flatness"].value, rtol=1e-3)
+    assert (arrays["rescaled_change"] < 1e-4).all()
+
+
+def test_measuring_twice_gives_the_same_and_leaves_ticket_and_generator(subjects, measured):
+    subject = subjects["snip", 1]
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    torch.manual_seed(11)
+    state = torch.random.get_rng_state()
+    again = fl.measure(subject, **CHEAP, partner=0, pictured=(6,))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert again[0] == measured["snip", 1][0]
+    for name, array in again[1].items():
+        np.testing.assert_array_equal(array, measured["snip", 1][1][name])
+    assert not any(module.training for module in subject.model.modules())
+    for name, value in subject.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_another_draw_of_images_gives_another_batch(subjects, measured):
+    values = fl.measure(subjects["dense", 0], **CHEAP, batch_seed=1)[0]
+    assert numbers((values,))["input_hessian_trace"] != numbers(measured["dense", 0])["input_hessian_trace"]
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def test_rankings_are_read_in_each_metric_s_own_direction():
+    trace, sigma = [1.0, 2.0, 3.0], [0.3, 0.2, 0.1]  # lower trace, higher noise borne: the same order
+    lines = [
+        (method, 2, 0, name, "none", {"pac_bayes_weight_sigma": sigma, "relative_flatness": trace[::-1]}.get(name, trace)[i])
+        for i, method in enumerate(("rp", "snip", "omp"))
+        for name in {*drawing.RANKED, "weight_hessian_trace"}
+    ]  # fmt: skip
+    rows = pd.DataFrame(lines, columns=["method", "round", "seed", "metric", "shift", "value"])
+    found = drawing.ranking_table(rows)
+    assert list(found.index) == ["36.0 %"]
+    assert found[METRICS["pac_bayes_weight_sigma"].title].tolist() == ["1.00"]
+    assert found[METRICS["relative_flatness"].title].tolist() == ["-1.00"]
+
+
+def test_the_difference_to_dense_is_taken_image_by_image():
+    rng = np.random.default_rng(0)
+    hard = rng.exponential(10, 200)
+    tickets = {
+        "dense": {"weight_per_image": hard, "wide_per_image": np.arange(100.0)},
+        "SNIP, 36.0 %": {"weight_per_image": hard + rng.normal(1, 0.1, 200)},
+    }
+    table = drawing.batch_table(tickets, batch=50)
+    assert table.loc["dense", "batches of 50"] == "24.5, 74.5"
+    low, high = ast.literal_eval(table.loc["SNIP, 36.0 %", "95 % of that"])
+    assert 0.97 < low < 1 < high < 1.03  # either trace alone is uncertain by more than 1
