@@ -152,6 +152,7 @@ def surfaces(tickets: Mapping[str, Arrays], most: int = 4) -> Figure:
         for axis, (title, arrays), loss in zip(row, shown.items(), losses, strict=True):
             drawn = _contours(axis, unit * arrays[f"{kind}_b"], unit * arrays[f"{kind}_a"], loss, levels)
             axis.set_title(title if kind == "surface" else "", fontsize="medium")
+            axis.locator_params(axis="x", nbins=3)
             axis.set_xlabel("second direction" if kind == "surface" else "random sign [1/255]")
         bar = figure.colorbar(drawn, ax=list(row), label="loss [nats]", format="%.3g")
         bar.minorticks_off()
