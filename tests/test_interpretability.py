@@ -79,11 +79,18 @@ class TestMeasure:
         for values, _ in measured:  # the sparse ticket has its dense parent's floor
             assert {name: numbers(values)[f"{name}_random"] for name in expected} == pytest.approx(expected)
 
-    def test_the_random_floor_is_measured_once(self, subjects, monkeypatch):
-        monkeypatch.setattr(interpretability, "new_model", lambda *_: pytest.fail("measured again"))
+    def test_the_random_floor_is_measured_once(self, subjects, measured, monkeypatch):
+        dissected = []
+        real = interpretability._Probe.dissect
+        monkeypatch.setattr(
+            interpretability._Probe,
+            "dissect",
+            lambda probe, model: dissected.append(model) or real(probe, model),
+        )
         measure(subjects[1], **SMALL)
-        with pytest.raises(pytest.fail.Exception):
-            measure(subjects[1], **{**SMALL, "draws": 20})
+        assert len(dissected) == 1  # the ticket itself
+        measure(subjects[1], **{**SMALL, "draws": 20})
+        assert len(dissected) == 3  # another question: its floor, too
 
     def test_the_seed_floor_compares_two_seeds(self, subjects, measured):
         images = subjects[0].images("test", 4).numpy()
@@ -278,6 +285,12 @@ class TestForeignConcepts:
         bright = concepts.images[3][..., 0] > 128
         mask = concepts.mask("glow")[3]
         assert bright.mean() == pytest.approx(mask.mean(), abs=0.03)
+
+    def test_fewer_pictures_are_evenly_spaced(self, broden):
+        every, some = (concept_set("glows", 40, 3, n) for n in (30, 20))
+        expected = [i * 30 // 20 for i in range(20)]
+        assert all((some.images[k] == every.images[i]).all() for k, i in enumerate(expected))
+        assert all((some.planes[k] == every.planes[i]).all() for k, i in enumerate(expected))
 
     def test_a_unit_of_brightness_detects_the_bright_part(self, broden):
         model = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Conv2d(1, 2, 1, bias=False))

@@ -122,7 +122,7 @@ def detectors_by_category(results: Results) -> Figure:
         figures.sparsity_axis(axis, rounds)
         axis.tick_params(axis="x", labelsize="small")
         axis.set_title(METHODS[method].title)
-        axis.set_ylim(bottom=-0.15)
+        axis.set_ylim(-0.15, max(1.15, axis.get_ylim()[1]))
     axes[0, 0].set_ylabel("unique detectors")
     handles, names = axes[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", ls=":", label="random weights"))

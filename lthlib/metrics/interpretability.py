@@ -36,7 +36,7 @@ from lthlib.metrics.explanations import (
     segment,
 )
 from lthlib.metrics.regions import CHUNK, Stream, activations, chunks, regions
-from lthlib.predictions import Subject
+from lthlib.predictions import Subject, sample
 from lthlib.tickets import new_model
 
 SCENES = "scenes"
@@ -111,7 +111,7 @@ def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
         name: ``"scenes"``, the embedded set, or a folder or zip in Broden's layout in ``$LTHLIB_DATA``.
         size: Side of the network's input; pictures of another size are resized (the labels stay as they are).
         channels: 1 or 3; colour pictures become gray where the network is.
-        n: The first n images.
+        n: How many; of a folder evenly spaced ones.
 
     Raises:
         UserError: For an unknown name, or what `read_broden` refuses.
@@ -123,7 +123,8 @@ def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
     found = read_broden(_broden_path(name))
     if len(found) < 2 * BLOCKS:
         raise UserError(f"{name} has {len(found)} labelled images; dissection needs at least {2 * BLOCKS}.")
-    found = found.subset(np.arange(min(n, len(found))))
+    n = min(n, len(found))
+    found = found.subset(np.arange(n) * len(found) // n)  # neighbours in a list are often alike
     return ConceptSet(
         found.name, _Resized(found.images, size, channels), found.planes, found.labels, found.categories,
         found.category_of, found.quantile,
@@ -182,7 +183,7 @@ class Dissection:
         limits: The units' activation thresholds, (U,).
         scores: IoU of every unit with every concept, (U, L).
         errors: Standard errors of the numbers of `dissection.summary`, over the concept set's images (a jackknife
-            that leaves out a tenth of them in turn; the thresholds stay).
+            that leaves out a tenth of them in turn; the thresholds stay; for counts too wide rather than too narrow).
         floor: What shuffled labels give.
         formulas: The best formula of every unit.
         peaks: Every unit's largest activation in every image, (N, U).
@@ -401,7 +402,7 @@ def _segments(subject: Subject, n: int, method: str) -> np.ndarray:
         np.savez_compressed(folder / "segments.npz", segments=np.stack(found).astype(np.uint16))
 
     key = f"segments/{_plain(subject.ticket.data)}-{n}-{method}"
-    version = f"{subject.data.digest}-{code_version(segment, Subject)}"
+    version = f"{subject.data.digest}-{code_version(segment, sample)}"
     with np.load(subject.store.get(key, version, make) / "segments.npz") as file:
         return file["segments"].astype(np.int64)
 
@@ -417,22 +418,27 @@ def _random_weights(
     ticket = subject.ticket
 
     def make(folder: Path) -> None:
-        model = new_model(ticket.dense, subject.data).eval().to(compute.device())
-        numbers, dissected = probe.explain(model).summary(), probe.dissect(model)
-        numbers |= dissected.numbers()
-        kept = {name: float(numbers[name]) for name in RANDOM if not np.isnan(numbers[name])}
-        (folder / "numbers.json").write_text(json.dumps(kept))
-        np.savez_compressed(folder / "arrays.npz", **_portrait_arrays(dissected, probe.concepts))
+        numbers, arrays = _untrained(new_model(ticket.dense, subject.data), probe)
+        (folder / "numbers.json").write_text(json.dumps(numbers))
+        np.savez_compressed(folder / "arrays.npz", **arrays)
 
     question = json.dumps([given, probe.layer, probe.precision], sort_keys=True, default=list)
     digest = hashlib.sha256(question.encode()).hexdigest()[:10]
     key = f"random-weights/{_plain(ticket.data)}-{ticket.arch}-s{ticket.seed}-{digest}"
-    version = f"{subject.data.digest}-{code_version(_Probe, new_model, Subject)}"
+    version = f"{subject.data.digest}-{code_version(_untrained, new_model, sample)}"
     foreign = inputs(subject, concepts=given["concepts"])
     folder = subject.store.get(key, f"{version}-{hashlib.sha256(foreign.encode()).hexdigest()[:12]}", make)
     with np.load(folder / "arrays.npz") as file:
         arrays = {f"random_{name}": file[name] for name in ("detectors", "by_length")}
     return json.loads((folder / "numbers.json").read_text()), arrays
+
+
+def _untrained(model: nn.Module, probe: _Probe) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    model = model.eval().to(compute.device())
+    dissected = probe.dissect(model)
+    numbers = probe.explain(model).summary() | dissected.numbers()
+    kept = {name: float(numbers[name]) for name in RANDOM if not np.isnan(numbers[name])}
+    return kept, _portrait_arrays(dissected, probe.concepts)
 
 
 # --- small arrays for figures ------------------------------------------------------------------------------
