@@ -37,7 +37,8 @@ from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, obtain
 from lthlib.train import as_input
 
-BATCH = 250  # on a CPU larger ones fall out of the cache
+BATCH = {"cpu": 125, "cuda": 1000}  # on a CPU larger ones fall out of the cache
+PIECE = 250  # corrupted images made at a time
 KEPT_UP_TO = 2**30  # bytes of one corruption's images; more are made again for each ticket, batch by batch
 OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
 OWN = ("train", "test", "validation")
@@ -59,7 +60,7 @@ def for_inference(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, pixels: torch.Tensor, *, precision: str = "auto", batch: int = BATCH
+    model: nn.Module, pixels: torch.Tensor, *, precision: str = "auto", batch: int | None = None
 ) -> torch.Tensor:
     """Compute logits.
 
@@ -67,7 +68,7 @@ def predict(
         model: As `for_inference` returns it.
         pixels: uint8 (N, H, W, C).
         precision: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"``.
-        batch: Images a forward pass.
+        batch: Images a forward pass; by default what suits the device (`BATCH`).
 
     Returns:
         float32 tensor (N, classes) on the CPU.
@@ -76,7 +77,7 @@ def predict(
     low = compute.resolve_precision(precision) == torch.bfloat16
     parts = []
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-        for part in pixels.split(batch):
+        for part in pixels.split(batch or BATCH[device.type]):
             parts.append(model(as_input(part.to(device))).float().cpu())
     return torch.cat(parts) if parts else torch.empty(0)
 
@@ -313,8 +314,8 @@ def _corrupted_batches(
         yield from _official_batches(like, folder, name, severity, positions)
         return
     pixels = like.test.pixels.numpy()
-    for start in range(0, len(positions), BATCH):
-        yield corrupt(pixels[positions[start : start + BATCH]], name, severity, start=start)
+    for start in range(0, len(positions), PIECE):
+        yield corrupt(pixels[positions[start : start + PIECE]], name, severity, start=start)
 
 
 def _official_batches(

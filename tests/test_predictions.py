@@ -122,7 +122,7 @@ def test_images_too_large_to_keep_are_made_batch_by_batch_and_are_the_same(empty
     like = small_set("some", 28)
     kept = together(like, "gaussian_noise", 9, empty_store)
     monkeypatch.setattr(predictions, "KEPT_UP_TO", 0)
-    monkeypatch.setattr(predictions, "BATCH", 2)
+    monkeypatch.setattr(predictions, "PIECE", 2)
     parts = list(predictions.corrupted_parts(like, "gaussian_noise", 9, empty_store))
     assert max(len(pixels) for _, _, pixels in parts) == 2
     assert np.array_equal(together(like, "gaussian_noise", 9, empty_store), kept)
