@@ -24,7 +24,7 @@ from lthlib.pruners import METHODS
 
 EXPLANATIONS = ("fidelity", "fidelity_r2", "stability", "stability_relative")
 UNITS = ("unique_detectors", "interpretable_units", "units_above_floor", "mean_best_iou", "composition_iou")
-_RANDOM = {"color": "grey", "ls": (0, (1, 1)), "lw": 1.5}
+_RANDOM = {"color": "black", "ls": "-.", "lw": 1.0}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -98,7 +98,7 @@ def _number(value: float) -> str:
 
 
 def detectors_by_category(results: Results) -> Figure:
-    """Draw unique detectors by category against sparsity, one panel a method; dotted: the same with random weights."""
+    """Draw unique detectors by category against sparsity, one panel a method, and those of random weights."""
     table = _by_category(results)
     methods = [m for m in dict.fromkeys(table["method"]) if m not in ("dense", "random")]
     columns = min(4, len(methods))
@@ -118,14 +118,14 @@ def detectors_by_category(results: Results) -> Figure:
             mine = part[part["method"].isin(["dense", method])].groupby("round")["detectors"].mean()
             axis.plot(mine.index, mine, "o-", ms=4, color=colour, label=category)
             floor = part[part["method"] == "random"]["detectors"].mean()
-            axis.axhline(floor, color=colour, ls=":", lw=1.2)
+            axis.axhline(floor, color=colour, ls="-.", lw=1.0)
         figures.sparsity_axis(axis, rounds)
         axis.tick_params(axis="x", labelsize="small")
         axis.set_title(METHODS[method].title)
         axis.set_ylim(-0.15, max(1.15, axis.get_ylim()[1]))
     axes[0, 0].set_ylabel("unique detectors")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="grey", ls=":", label="random weights"))
+    handles.append(Line2D([], [], **_RANDOM, label="random weights"))
     figure.legend(handles, [*names, "random weights"], loc="outside lower center", ncols=6, frameon=False)
     return figure
 
@@ -267,34 +267,31 @@ def gallery(arrays: Arrays) -> Figure:
     pictures, planes = arrays["gallery_images"], arrays["gallery_planes"]
     categories = arrays["categories"]
     figure, axes = plt.subplots(
-        1 + len(categories), len(pictures), figsize=(WIDTH, 1.3 * (1 + len(categories))), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis in axes.flat:
+        1 + len(categories), figsize=(WIDTH, 1.15 * (1 + len(categories))), layout="constrained"
+    )
+    for axis, title in zip(axes, ["image", *categories], strict=True):
         axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(str(title))
         axis.grid(False)
-    for axis, picture in zip(axes[0], pictures, strict=True):
-        axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axes[0, 0].set_ylabel("image")
-    for c, category in enumerate(categories):
-        axes[1 + c, 0].set_ylabel(str(category))
-        _label_row(axes[1 + c], planes[:, c], arrays["gallery_labels"])
+        axis.spines[:].set_visible(False)
+    axes[0].imshow(_strip(pictures, 255), cmap="gray", vmin=0, vmax=255)
+    for c, axis in enumerate(axes[1:]):
+        _label_row(axis, planes[:, c], arrays["gallery_labels"])
     return figure
 
 
-def _label_row(axes: np.ndarray, planes: np.ndarray, labels: np.ndarray) -> None:
-    """Draw one category's labels of some images, a colour a label, and name them beside the last."""
+def _label_row(axis: Axes, planes: np.ndarray, labels: np.ndarray) -> None:
+    """Draw one category's labels of some images, a colour a label, and name them beside."""
     shown = [n for n in np.unique(planes) if n > 0]
-    palette = np.array([(1.0, 1.0, 1.0), *sns.color_palette("husl", len(shown))])
-    for axis, plane in zip(axes, planes, strict=True):
-        axis.imshow(palette[_rank(plane, shown)])
+    palette = np.array([(0.93, 0.93, 0.93), *sns.color_palette("husl", len(shown)), (1.0, 1.0, 1.0)])
+    axis.imshow(palette[_strip(_rank(planes, shown), -1)])
     handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:8])]
-    axes[-1].legend(
-        handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="xx-small",
+    axis.legend(
+        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="xx-small",
         handlelength=1, labelspacing=0.2,
     )  # fmt: skip
 
 
-def _rank(plane: np.ndarray, shown: Sequence[int]) -> np.ndarray:
+def _rank(planes: np.ndarray, shown: Sequence[int]) -> np.ndarray:
     """Return 0 where nothing is labelled, else 1 + the position of the label among those shown."""
-    return np.where(plane > 0, 1 + np.searchsorted(shown, plane), 0)
+    return np.where(planes > 0, 1 + np.searchsorted(shown, planes), 0)
