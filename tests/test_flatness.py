@@ -927,6 +927,9 @@ def test_another_architecture_has_no_line_to_the_dense_network(subjects, store):
     values, arrays = fl.measure(Subject(ticket, store, "float32"), **CHEAP)
     assert not {"loss_barrier", "error_barrier"} & {value.metric for value in values}
     assert "dense_loss" not in arrays
+    measured = pd.DataFrame({"metric": [value.metric for value in values]})
+    assert ("error_barrier", "none") not in drawing.panels(measured)
+    assert ("weight_hessian_trace", "none") in drawing.panels(measured)
 
 
 def test_pictures_are_of_the_rounds_and_the_seed_asked_for(subjects, measured):
@@ -990,6 +993,8 @@ def test_rankings_are_read_in_each_metric_s_own_direction():
     assert list(found.index) == ["36.0 %"]
     assert found[METRICS["pac_bayes_weight_sigma"].title].tolist() == ["1.00"]
     assert found[METRICS["relative_flatness"].title].tolist() == ["-1.00"]
+    alone = drawing.ranking_table(rows[rows["method"] == "snip"])
+    assert set(alone.loc["SNIP"]) == {"–"}
 
 
 def test_the_difference_to_dense_is_taken_image_by_image():

@@ -30,6 +30,12 @@ RANKED = (
 )  # fmt: skip
 
 
+def panels(judged: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return the panels for `lthlib.figures.curves`; a network of other widths has no barrier to the dense one."""
+    measured = set(judged["metric"])
+    return [(name, "none") for name in PANELS if name in measured]
+
+
 def arranged(figure: Figure, ratio: float = 30.0) -> Figure:
     """Shorten the labels of `lthlib.figures.curves`, and make axes logarithmic where values spread over a ratio."""
     for axis in figure.axes:
@@ -248,8 +254,6 @@ def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: The tidy table of `lthlib.evaluate.Results`.
     """
-    from scipy.stats import kendalltau
-
     sparse = rows[(rows["method"] != "dense") & (rows["shift"] == "none")]
     table = sparse.pivot_table(index=["method", "round"], columns="metric", values="value")
     level = "round" if table.index.get_level_values("method").nunique() >= 3 else "method"
@@ -257,12 +261,16 @@ def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     for key, group in table.groupby(level=level):
         first = _flatter(group, "weight_hessian_trace")
         name = f"{100 * sparsity_of(key):.1f} %" if level == "round" else METHODS[key].title
-        found[name] = {
-            METRICS[other].title: f"{kendalltau(first, _flatter(group, other)).statistic:.2f}"
-            for other in RANKED
-        }
-    kind = f"{len(table) // len(found)} {'methods' if level == 'round' else 'rounds'} ranked"
+        found[name] = {METRICS[other].title: _tau(first, _flatter(group, other)) for other in RANKED}
+    kind = "methods at" if level == "round" else "rounds of"
     return pd.DataFrame.from_dict(found, orient="index").rename_axis(kind)
+
+
+def _tau(first: pd.Series, second: pd.Series) -> str:
+    from scipy.stats import kendalltau
+
+    tau = kendalltau(first, second).statistic if len(first) > 1 else np.nan
+    return "–" if np.isnan(tau) else f"{tau:.2f}"
 
 
 def _flatter(group: pd.DataFrame, metric: str) -> pd.Series:
