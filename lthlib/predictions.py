@@ -133,7 +133,7 @@ class Subject:
         if kind in OWN:
             return self._part(name).pixels[self.sample(name, n)]
         if kind == "ood":
-            return data.ood_images(which, self.data, n, self.store)
+            return _foreign(self.data, which, n, self.store)
         if kind == "corrupted":
             corruption, _, severity = which.partition(":")
             choose(severity, [str(s) for s in SEVERITIES], "severity")
@@ -230,6 +230,17 @@ def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
         raise UserError(f"{n} images are asked for; at least 1 is needed.")
     n = min(n, len(labels))
     return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n].sort().values
+
+
+def _foreign(like: data.DataSet, name: str, n: int, store: Store) -> torch.Tensor:
+    """Out-of-distribution images, cut to size once and kept."""
+
+    def make(folder: Path) -> None:
+        np.save(folder / "pixels.npy", data.ood_images(name, like, n, store).numpy())
+
+    key = f"ood/{like.name}-{n}/{name}".replace("@", "+").lower()
+    folder = store.get(key, f"{like.digest}-{data.ood_version(name)}", make)
+    return torch.from_numpy(np.load(folder / "pixels.npy"))
 
 
 # --- corrupted test images -------------------------------------------------------------------------------------

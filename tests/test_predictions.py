@@ -208,3 +208,11 @@ def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
 def test_an_unknown_image_set_is_named(tiny, store, name, words):
     with pytest.raises(UserError, match=words):
         Subject(Ticket(**tiny), store).images(name, 5)
+
+
+def test_foreign_images_are_made_once_for_all_tickets(tiny, store, monkeypatch):
+    images = Subject(Ticket(**tiny), store).images("ood:photos", 7)
+    assert torch.equal(images, data.ood_images("photos", data.load("mnist5k", store, 500), 7, store))
+    monkeypatch.setattr(Store, "_make", lambda *a: pytest.fail("made a second time"))
+    other = Subject(Ticket(**{**tiny, "seed": 1}), Store(store.root))
+    assert torch.equal(other.images("ood:photos", 7), images)
