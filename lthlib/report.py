@@ -332,6 +332,8 @@ def _methods(plans: list[PagePlan]) -> str:
     """List the generated pages on each method between two comments, for the chapter on it to include."""
     parts = []
     for name, method in METHODS.items():
+        if name == "dense":
+            continue
         mine = [plan for plan in plans if plan.topic == ON_METHODS and plan.method == name]
         links = [
             f"- [{plan.label}](/_generated/{plan.path}.ipynb), "
@@ -354,6 +356,7 @@ def _contents(plans: list[PagePlan], template: Path) -> str:
     toc = yaml.safe_load(template.read_text())
     for part in toc["parts"]:
         part["chapters"] = list(_filled(part["chapters"], plans))
+    toc["parts"] = [part for part in toc["parts"] if part["chapters"]]  # a grid need not have every dimension
     return yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
 
 

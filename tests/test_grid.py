@@ -10,7 +10,7 @@ from lthlib.errors import UserError
 from lthlib.evaluate import study_from
 from lthlib.grid import KEYS, grid_from, read_grid
 from lthlib.pruners import METHODS
-from lthlib.report import jobs, needs, pages
+from lthlib.report import _contents, jobs, needs, pages
 
 GOOD = {"data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1, 2], "seeds": [0],
         "dimensions": {"calibration": {}}}  # fmt: skip
@@ -75,6 +75,14 @@ def test_sparsities_off_the_ladder_are_refused(sparsities):
     settings_ = {k: v for k, v in GOOD.items() if k != "rounds"}
     with pytest.raises(UserError):
         grid_from("test", {**settings_, "sparsities": sparsities})
+
+
+def test_a_grid_without_some_dimension_has_no_empty_part_in_its_contents():
+    contents = _contents(pages(grid_from("test", GOOD)), Path(__file__).parents[1] / "book/contents.yml")
+    parts = {part["caption"]: part["chapters"] for part in yaml.safe_load(contents)["parts"]}
+    assert all(parts.values())
+    assert "Calibration" in parts
+    assert "Generalization" not in parts
 
 
 def test_sparsities_name_rounds():
