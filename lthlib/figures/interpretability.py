@@ -285,10 +285,10 @@ def _label_row(axis: Axes, planes: np.ndarray, labels: np.ndarray) -> None:
     shown = [n for n in np.unique(planes) if n > 0]
     palette = np.array([(0.93, 0.93, 0.93), *sns.color_palette("husl", len(shown)), (1.0, 1.0, 1.0)])
     axis.imshow(palette[_strip(_rank(planes, shown), -1)])
-    handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:8])]
+    handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:12])]
     axis.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="xx-small",
-        handlelength=1, labelspacing=0.2,
+        handlelength=1, labelspacing=0.2, ncols=1 + (len(shown) > 7), columnspacing=0.8,
     )  # fmt: skip
 
 
