@@ -239,6 +239,7 @@ def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
             "weight trace": str(arrays["weight_method"]) + (f" ± {error:.2g}" if error else ""),
             "input trace": str(arrays["input_method"]),
             "top eigenvalue off by": f"≤ {float(arrays['top_bound'][0]):.2g}",
+            "eigenvalue farthest from 0": f"{float(arrays['top_magnitude'][0]):.4g}",
             "weight noise borne, 95 %": _range(arrays["weight_sigma"]),
             "input noise borne, 95 %": _range(arrays["input_sigma"]),
         }
