@@ -290,11 +290,12 @@ def measure(
 
     Returns:
         Values, and for figures: ``weight_per_image`` and ``weight_relative_per_image``; ``layers`` with
-        ``layer_trace``, ``layer_relative``, ``layer_active``; ``input_traces``; ``dense_t``, ``dense_loss``,
-        ``dense_error`` (the line to the dense network) and the same with ``partner_``; ``top_bound``,
-        ``top_magnitude`` (the eigenvalue farthest from 0, signed);
-        ``weight_sigma`` and ``input_sigma`` (low, high); ``weight_method`` and ``input_method``; for pictured
-        tickets what `_pictures` returns.
+        ``layer_trace``, ``layer_relative``, ``layer_active``; ``input_traces``; ``weight_method`` with
+        ``weight_standard_error`` (of trace and relative flatness), and ``input_method``; ``top_bound`` and
+        ``top_magnitude`` (the eigenvalue farthest from 0, signed); ``weight_sigma`` and ``input_sigma`` (low,
+        high); ``dense_t``, ``dense_loss``, ``dense_error`` (the line to the dense network) and the same with
+        ``partner_``; of pictured tickets ``density_at`` and ``density``, and what `_pictures`, `_wide` and
+        `_rescaled` return.
     """
     model, masks = subject.model, subject.masks
     draw = partial(_training_images, subject, seed=batch_seed)
