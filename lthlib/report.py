@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lthlib import compute, data, overlaps, verdict
 from lthlib.code_version import code_version
+from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
 from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, Study, evaluate, question, rows_of
 from lthlib.grid import Grid, read_grid, study_name
@@ -72,6 +73,7 @@ def job_version(grid: Grid, job: Job) -> str:
     functions = [obtain, evaluate, method.find, ARCHITECTURES[study.arch].build]
     functions += [method.during] if method.during else []
     functions += [DIMENSIONS[name].measure() for name in grid.dimensions]
+    functions += [corruption.function for corruption in CORRUPTIONS.values()] + list(data.OOD.values())
     return code_version(*functions)
 
 
