@@ -92,6 +92,15 @@ def test_every_topic_has_its_notebook():
     assert set(DIMENSIONS) < set(TOPICS)
 
 
+def test_the_page_on_methods_asks_for_what_its_dimension_computes_anyway():
+    def declared(name):
+        return parameters_of(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+
+    mine = declared("methods")
+    theirs = declared(mine["dimension"].default)
+    assert {name: mine[name].default for name in theirs} == {name: p.default for name, p in theirs.items()}
+
+
 def test_every_reference_of_a_registry_is_in_the_bibliography():
     from lthlib.models import ARCHITECTURES
     from lthlib.pruners import METHODS
