@@ -1,7 +1,7 @@
 """Ticket x dimension -> tidy rows and a few small arrays, recorded with provenance.
 
-A `Study` names the tickets that belong together; `collect` brings in the evaluations of one dimension for all of
-them: from recorded results where these answer the question, else from the store, else by computing what is missing.
+`collect` brings in the evaluations of one dimension for all tickets of a study: from recorded results where these
+answer the question, else from the store, else by computing what is missing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,11 @@ from tqdm import tqdm
 from lthlib import compute
 from lthlib.code_version import code_version
 from lthlib.errors import Registry, UserError, choose
-from lthlib.masks import rounds_of
 from lthlib.metrics import METRICS, Value
-from lthlib.models import ARCHITECTURES
 from lthlib.predictions import Subject
-from lthlib.pruners import METHODS
 from lthlib.store import MANIFEST, Store, sha256, write_atomically
+from lthlib.study import Study
 from lthlib.tickets import Ticket, version_of
-from lthlib.train import Recipe, recipe_from
 
 COLUMNS = (
     "dataset", "arch", "method", "sparsity", "seed", "dimension", "metric", "shift", "severity", "n", "value", "ticket",
@@ -91,115 +87,6 @@ for _name, _title in (
     ("flatness", "Flatness"),
 ):
     DIMENSIONS[_name] = Dimension(_name, _title, f"lthlib.metrics.{_name}")
-
-
-@dataclass(frozen=True)
-class Study:
-    """Tickets that belong together: one data set, one architecture, one recipe; methods x rounds x seeds.
-
-    Attributes:
-        data: Name of a data set.
-        arch: Name of an architecture.
-        methods: Names of methods, without "dense" (which is always there); ``"all"`` is every registered one.
-        rounds: Rounds on the ladder 1 - 0.8^n, ascending.
-        seeds: Seeds; each has its own dense parent.
-        recipe: How everything is trained.
-        rewind_epoch: Rewind point of the methods that rewind.
-        train_size: Number of training images, None for all.
-        options: Options by method, where they differ from the method's defaults.
-    """
-
-    data: str = "mnist5k"
-    arch: str = "resnet8"
-    methods: tuple[str, ...] = ("lth",)
-    rounds: tuple[int, ...] = (1, 4, 8)
-    seeds: tuple[int, ...] = (0,)
-    recipe: Recipe = field(default_factory=Recipe)
-    rewind_epoch: int = 1
-    train_size: int | None = None
-    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-
-    def tickets(self) -> list[Ticket]:
-        """Return the dense tickets, then those of each method by seed and round."""
-        dense = [self._ticket("dense", 0, seed) for seed in self.seeds]
-        return dense + [
-            self._ticket(*which) for which in itertools.product(self.methods, self.rounds, self.seeds)
-        ]
-
-    def _ticket(self, method: str, round: int, seed: int) -> Ticket:
-        return Ticket(
-            self.data, self.arch, method, round, seed, self.recipe, self.rewind_epoch, self.train_size,
-            tuple(self.options.get(method, {}).items()),
-        )  # fmt: skip
-
-
-def study_from(settings: Mapping[str, object]) -> Study:
-    """Build a study from plain values, as a notebook's parameters or a grid file give them.
-
-    Accepted keys are the attributes of `Study`, ``method`` for ``methods`` (a name, a list, or "all"), and
-    ``sparsities`` for ``rounds`` (fractions, each within half a point of the ladder).
-
-    Raises:
-        UserError: Naming the key, the value and what is allowed.
-    """
-    given = dict(settings)
-    for alias, name in (("method", "methods"), ("sparsities", "rounds")):
-        if alias in given and name in given:
-            raise UserError(f"Give {alias!r} or {name!r}, not both.")
-    for key in given:
-        choose(key, [f.name for f in fields(Study)] + ["method", "sparsities"], "key of a study")
-    methods = given.pop("method", given.pop("methods", "all"))
-    if "sparsities" in given:
-        values = given.pop("sparsities")
-        _check_list(values, (int, float), "sparsities", "fractions in [0, 1), for instance [0.2, 0.67, 0.89]")
-        given["rounds"] = rounds_of(values)
-    study = {
-        **given,
-        "methods": _methods(methods),
-        "recipe": recipe_from(given.get("recipe") or {}),
-    }
-    for key, low in (("rounds", 1), ("seeds", 0)):
-        if key in study:
-            what = f"whole numbers from {low} on, ascending, none twice"
-            _check_list(study[key], int, key, what)
-            if list(study[key]) != sorted(set(study[key])) or study[key][0] < low:
-                raise UserError(f"{key} is {list(study[key])}; it must be a list of {what}.")
-            study[key] = tuple(study[key])
-    for key in ("data", "arch"):
-        if key in study and not isinstance(study[key], str):
-            raise UserError(f"{key} is {study[key]!r}; it must be a name.")
-    size = study.get("train_size")
-    if size is not None and (type(size) is not int or size < 1):
-        raise UserError(f"train_size is {size!r}; it must be a whole number of images, or null for all.")
-    options = study.get("options") or {}
-    if not isinstance(options, Mapping) or not all(isinstance(v, Mapping) for v in options.values()):
-        raise UserError(f"options is {options!r}; it must map methods to mappings of their options.")
-    for method in options:
-        choose(method, METHODS, "method under options")
-    made = Study(**{**study, "options": {m: dict(o) for m, o in options.items()}})
-    choose(made.arch, ARCHITECTURES, "architecture")
-    made.tickets()  # each checks itself
-    return made
-
-
-def _methods(names: object) -> tuple[str, ...]:
-    if names == "all":
-        return tuple(name for name in METHODS if name != "dense")
-    if isinstance(names, str):
-        names = [names]
-    _check_list(names, str, "methods", 'names of methods, or "all"')
-    for name in names:
-        choose(name, METHODS, "method")
-    if len(set(names)) < len(names):
-        raise UserError(f"methods names one of them twice: {', '.join(names)}.")
-    return tuple(name for name in names if name != "dense")
-
-
-def _check_list(values: object, kinds: type | tuple[type, ...], key: str, what: str) -> None:
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    good = isinstance(values, list | tuple) and len(values) > 0 and all(type(v) in kinds for v in values)
-    if not good:
-        raise UserError(f"{key} is {values!r}; it must be a list of {what}.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Grid files: which studies a report runs, in which dimensions, with which parameters.
 
-A grid is a YAML file. `read_grid` accepts the keys of `lthlib.evaluate.Study` (``data`` and ``arch`` may be lists: one
+A grid is a YAML file. `read_grid` accepts the keys of `lthlib.study.Study` (``data`` and ``arch`` may be lists: one
 study each) and those of `Grid`; whatever else it finds is an error that names the key, the value and what is allowed.
 """
 
@@ -15,7 +15,8 @@ import yaml
 
 from lthlib import compute
 from lthlib.errors import UserError, choose
-from lthlib.evaluate import DIMENSIONS, Study, study_from
+from lthlib.evaluate import DIMENSIONS
+from lthlib.study import Study, study_from
 from lthlib.verdict import Thresholds
 
 STUDY_KEYS = (

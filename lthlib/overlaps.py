@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from lthlib.errors import UserError
-from lthlib.evaluate import Study
 from lthlib.masks import Masks, chance_jaccard, jaccard
 from lthlib.pruners import METHODS
 from lthlib.store import Store
+from lthlib.study import Study
 from lthlib.tickets import Ticket, obtain
 
 FILE = "overlaps.csv"

@@ -18,12 +18,13 @@ from IPython.display import HTML, Markdown, display
 
 from lthlib import data, figures, verdict
 from lthlib.errors import choose
-from lthlib.evaluate import Results, Study, collect, study_from
+from lthlib.evaluate import Results, collect
 from lthlib.execute import check, parameters_of
 from lthlib.masks import sparsity_of
 from lthlib.metrics import METRICS
 from lthlib.pruners import METHODS
 from lthlib.store import ROOT, Store
+from lthlib.study import Study, study_from
 
 STUDY = ("data", "arch", "method", "seeds", "rounds", "recipe", "rewind_epoch", "train_size", "options")
 

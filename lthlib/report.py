@@ -18,11 +18,12 @@ from lthlib import compute, data, overlaps, verdict
 from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
-from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, Study, evaluate, question, rows_of
+from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, evaluate, question, rows_of
 from lthlib.grid import Grid, read_grid, study_name
 from lthlib.models import ARCHITECTURES
 from lthlib.pruners import METHODS
 from lthlib.store import ROOT, Store, say, write_atomically
+from lthlib.study import Study
 from lthlib.tickets import obtain
 
 RESULTS = "book/results"

@@ -14,7 +14,6 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 
 from lthlib.errors import UserError
-from lthlib.evaluate import Study
 from lthlib.figures import flatness as drawing
 from lthlib.metrics import METRICS
 from lthlib.metrics import flatness as fl
@@ -22,6 +21,7 @@ from lthlib.metrics.frozen import sample_factor
 from lthlib.metrics.pacbayes import largest_sigma
 from lthlib.metrics.spectrum import density_of, extreme_eigenvalues
 from lthlib.predictions import Subject
+from lthlib.study import Study
 
 
 class Tiny(nn.Module):

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lthlib.errors import UserError
-from lthlib.evaluate import study_from
 from lthlib.grid import KEYS, grid_from, read_grid
 from lthlib.pruners import METHODS
 from lthlib.report import _contents, jobs, needs, pages
+from lthlib.study import study_from
 
 GOOD = {"data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1, 2], "seeds": [0],
         "dimensions": {"calibration": {}}}  # fmt: skip

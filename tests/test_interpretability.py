@@ -10,7 +10,7 @@ from PIL import Image
 
 from lthlib.concepts import scenes
 from lthlib.errors import UserError
-from lthlib.evaluate import Study, collect
+from lthlib.evaluate import collect
 from lthlib.figures import interpretability as drawing
 from lthlib.metrics import composition, dissection, interpretability
 from lthlib.metrics.explanations import expo, fidelity_stability, segment
@@ -18,6 +18,7 @@ from lthlib.metrics.interpretability import concept_set, default_segmentation, d
 from lthlib.metrics.regions import activations, regions
 from lthlib.models import build
 from lthlib.predictions import Subject
+from lthlib.study import Study
 from lthlib.tickets import Ticket, new_model
 
 SMALL = {"n_images": 4, "n_masks": 60, "n_expo": 1, "n_concept_images": 40, "draws": 19, "formula_length": 2}
