@@ -11,13 +11,16 @@ A new architecture is one function under ``@architecture``; it receives `Layers`
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 
 from lthlib.errors import Registry, UserError, choose
 
@@ -532,3 +535,46 @@ def macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         for module, training in modes:
             module.training = training
     return counts
+
+
+# ----------------------------------------------------------------------------------------------- inference
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that computes the same logits faster, in evaluation mode and without gradients.
+
+    Batch normalisation is folded into the convolutions before it, ReLUs work in place where nobody else reads what they
+    overwrite, and the memory layout is channels_last. The network itself stays as it is. One that torch.fx cannot trace
+    (a foreign one with control flow) only changes its layout.
+    """
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        traced = fx.symbolic_trace(network)
+    except Exception:  # fx cannot follow every forward(); such a network gives the same numbers, only slower
+        return network.to(memory_format=torch.channels_last)
+    if not _shares_layers(traced):
+        traced = fuse(traced, inplace=True, no_trace=True)
+        _rectify_in_place(traced)
+    return traced.to(memory_format=torch.channels_last)
+
+
+def _shares_layers(traced: fx.GraphModule) -> bool:
+    """Whether a convolution or batch norm is applied twice, which folding would get wrong."""
+    layers = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    foldable = [name for name in layers if isinstance(traced.get_submodule(name), nn.Conv2d | nn.BatchNorm2d)]
+    return len(foldable) != len({id(traced.get_submodule(name)) for name in foldable})
+
+
+def _rectify_in_place(traced: fx.GraphModule) -> None:
+    """Let a ReLU overwrite its input where that is fresh memory nobody else reads: a convolution or a sum."""
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        if not (isinstance(module, nn.ReLU) or node.target in (F.relu, torch.relu)):
+            continue
+        source = node.args[0]
+        made_by = traced.get_submodule(source.target) if source.op == "call_module" else source.target
+        if len(source.users) == 1 and (
+            isinstance(made_by, nn.Conv2d) or made_by in (operator.add, torch.add)
+        ):
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
+    traced.recompile()

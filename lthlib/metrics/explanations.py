@@ -18,20 +18,17 @@ Images are uint8, NHWC or NHW; a network takes float pixels in [0, 1], NCHW, and
 
 from __future__ import annotations
 
-import copy
-import operator
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from lthlib.errors import UserError, choose
 from lthlib.metrics import describe
+from lthlib.models import inference_copy
 
 describe(
     "fidelity", "LIME fidelity", dimension="interpretability", higher_is_better=False, unit="probability²",
@@ -256,41 +253,6 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 # The network ----------------------------------------------------------------------------------------------
 
 
-def _inference_copy(model: nn.Module) -> nn.Module:
-    """Return a frozen copy in eval mode: batch norms folded, ReLUs in place, channels last."""
-    network = copy.deepcopy(model).eval().requires_grad_(False)
-    try:
-        traced = fx.symbolic_trace(network)
-    except Exception:  # fx cannot follow every forward(); such a network gives the same numbers, only slower
-        return network.to(memory_format=torch.channels_last)
-    if not _shares_layers(traced):
-        traced = fuse(traced, inplace=True, no_trace=True)
-        _rectify_in_place(traced)
-    return traced.to(memory_format=torch.channels_last)
-
-
-def _shares_layers(traced: fx.GraphModule) -> bool:
-    """Whether a convolution or batch norm is applied twice, which folding would get wrong."""
-    layers = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    foldable = [name for name in layers if isinstance(traced.get_submodule(name), nn.Conv2d | nn.BatchNorm2d)]
-    return len(foldable) != len({id(traced.get_submodule(name)) for name in foldable})
-
-
-def _rectify_in_place(traced: fx.GraphModule) -> None:
-    """Let a ReLU overwrite its input where that is fresh memory nobody else reads: a convolution or a sum."""
-    for node in traced.graph.nodes:
-        module = traced.get_submodule(node.target) if node.op == "call_module" else None
-        if not (isinstance(module, nn.ReLU) or node.target in (F.relu, torch.relu)):
-            continue
-        source = node.args[0]
-        made_by = traced.get_submodule(source.target) if source.op == "call_module" else source.target
-        if len(source.users) == 1 and (
-            isinstance(made_by, nn.Conv2d) or made_by in (operator.add, torch.add)
-        ):
-            node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
-    traced.recompile()
-
-
 def _device(model: nn.Module) -> torch.device:
     tensor = next(model.parameters(), next(model.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
@@ -512,7 +474,7 @@ def fidelity_stability(
     choose(precision, PRECISIONS, "precision")
     choose(method, SEGMENTATIONS, "segmentation")
     _check_counts(n_masks=(n_masks, 2), n_perturb=(n_perturb, 1), batch=(batch or 1, 1))
-    network, device = _inference_copy(model), _device(model)
+    network, device = inference_copy(model), _device(model)
     rows = []
     for image, labels in _with_segments(images, segments, method):
         n_segments = labels.max() + 1
@@ -729,7 +691,7 @@ def expo(
     _check_counts(n_fit=(n_fit, 1), n_eval=(n_eval, 2), n_neighbours=(n_neighbours, 1), batch=(batch or 1, 1))
     if not sigma > 0:
         raise UserError(f"sigma is {sigma}; it must be positive (0.1 is the paper's).")
-    network, device = _inference_copy(model), _device(model)
+    network, device = inference_copy(model), _device(model)
     if features == "pixels":
         segments, method = None, None
     rows = []
