@@ -68,6 +68,11 @@ def needs(grid: Grid, job: Job) -> list[Job]:
     return [Job(job.study, method, job.seed) for method in ("dense", *named)]
 
 
+def is_chain(job: Job) -> bool:
+    """Say whether each round of a job builds on the one before."""
+    return METHODS[job.method].source == "previous"
+
+
 def job_version(grid: Grid, job: Job) -> str:
     """Return a hash of the code behind a job's tickets and evaluations; another one means: run it again."""
     method, study = METHODS[job.method], grid.study(job.study)
