@@ -16,7 +16,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -118,9 +117,8 @@ def main() -> None:
     if options.record:
         made = {k: v for k, v in compute.provenance("float32").items() if k != "threads"}
         content = {"title": TITLE, "repeats": options.repeats, "provenance": made, "rows": rows}
-        path = Path(ROOT) / "book" / "results" / LATENCY
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-        print(f"recorded in {path.relative_to(ROOT)}")
+        write_atomically(LATENCY, json.dumps(content, indent=1) + "\n")
+        print(f"recorded in {LATENCY.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from lthlib.errors import choose
 from lthlib.masks import sparsity_of
 from lthlib.pages import Page, html_table, show
 from lthlib.pruners import METHODS
+from lthlib.store import ROOT
 
-LATENCY = "latency.json"
+LATENCY = ROOT / "book" / "results" / "latency.json"  # of a machine, not of a grid
 LOOKS_AT = {
     "init": "the initial weights",
     "dense": "the trained dense network",
@@ -175,14 +176,13 @@ def chance_of_signs(page: Page) -> Markdown:
     )
 
 
-def latency(page: Page) -> None:
+def latency() -> None:
     """Display the recorded latencies, each also in units of the dense network's; or say how to measure them."""
-    path = page.recorded / LATENCY if page.recorded else None
-    if path is None or not path.exists():
+    if not LATENCY.exists():
         command = "python benchmarks/latency.py --record"
         show(Markdown(f"No latency has been recorded. `{command}` measures and records it."))
         return
-    content = json.loads(path.read_text())
+    content = json.loads(LATENCY.read_text())
     made = content["provenance"]
     source = (
         f"{content['title']}. Forward passes in float32, median of {content['repeats']}, on {made['processor']}, "

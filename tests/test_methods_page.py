@@ -133,6 +133,22 @@ def test_tables_say_what_there_is_and_what_is_missing(page):
     assert "`slimming`" in methods_page.lead_table(page, ["slimming"]).data
 
 
+def test_latencies_stand_beside_those_of_the_dense_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods_page, "LATENCY", tmp_path / "latency.json")
+    shown = []
+    monkeypatch.setattr(methods_page, "show", lambda *items: shown.extend(items))
+    methods_page.latency()
+    assert "benchmarks/latency.py" in shown[0].data
+    rows = [
+        {"network": name, "batch": batch, "threads": 1, "parameters": 10, "macs": 20, "milliseconds": ms}
+        for name, batch, ms in (("dense", 1, 4.0), ("mask", 1, 5.0), ("dense", 64, 10.0), ("mask", 64, 30.0))
+    ]
+    table = methods_page._latency_table(pd.DataFrame(rows)).data
+    assert re.findall(r"<td>([\d.]+ \([\d.]+\))</td>", table) == [
+        "4.00 (1.00)", "10.00 (1.00)", "5.00 (1.25)", "30.00 (3.00)"
+    ]  # fmt: skip
+
+
 def test_empty_layers_are_named(page):
     assert "No ticket" in methods_page.empty_layers(page).data
     tickets = page.results.tickets.copy()
