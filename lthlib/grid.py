@@ -22,7 +22,8 @@ from lthlib.verdict import Thresholds
 STUDY_KEYS = (
     "data", "arch", "methods", "rounds", "sparsities", "seeds", "recipe", "rewind_epoch", "train_size", "options",
 )  # fmt: skip
-KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds")
+KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds", "method_pages")
+ON_METHODS = "methods"  # the topic of the pages on the tickets themselves
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Grid:
         dimensions: Dimension -> its parameters where they differ from the defaults.
         precision: Of forward passes for logits.
         thresholds: Of the verdict.
+        method_pages: Topics (dimensions, and "methods") with a page a method beside the comparison; by default all.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Grid:
     dimensions: Mapping[str, Mapping[str, object]]
     precision: str
     thresholds: Mapping[str, float]
+    method_pages: tuple[str, ...]
 
     def study(self, name: str) -> Study:
         """Return the study of a name as `study_name` gives it."""
@@ -110,10 +113,22 @@ def grid_from(name: str, content: object) -> Grid:
         raise UserError("data or arch names one of them twice.")
     precision = content.get("precision", "auto")
     choose(precision, compute.PRECISIONS, "precision")
+    dimensions = _dimensions(content["dimensions"])
     return Grid(
-        name, _title(content.get("title", name)), studies, _dimensions(content["dimensions"]), precision,
-        _thresholds(content.get("thresholds") or {}),
+        name, _title(content.get("title", name)), studies, dimensions, precision,
+        _thresholds(content.get("thresholds") or {}), _method_pages(content.get("method_pages"), dimensions),
     )  # fmt: skip
+
+
+def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str, ...]:
+    topics = (*dimensions, ON_METHODS)
+    if value is None:
+        return topics
+    if not isinstance(value, list):
+        raise UserError(f"method_pages is {value!r}; it must be a list of some of {', '.join(topics)}.")
+    for name in value:
+        choose(name, topics, "topic under method_pages")
+    return tuple(value)
 
 
 def _names(value: object, key: str) -> list[str]:

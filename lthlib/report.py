@@ -19,7 +19,7 @@ from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
 from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, evaluate, question, rows_of
-from lthlib.grid import Grid, read_grid, study_name
+from lthlib.grid import ON_METHODS, Grid, read_grid, study_name
 from lthlib.models import ARCHITECTURES
 from lthlib.pruners import METHODS
 from lthlib.store import ROOT, Store, say, write_atomically
@@ -28,7 +28,6 @@ from lthlib.tickets import obtain
 
 RESULTS = "book/results"
 COMPARISON = "comparison"
-ON_METHODS = "methods"
 TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON_METHODS: "Methods"}
 
 
@@ -140,7 +139,7 @@ class PagePlan:
 
 
 def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
-    """Return the pages of a grid: for each study and topic the comparison, then a page a method.
+    """Return the pages of a grid: for each study and topic the comparison, and where asked for a page a method.
 
     Args:
         grid: Which.
@@ -149,16 +148,15 @@ def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
     plans = []
     for study in grid.studies:
         for topic in (*grid.dimensions, ON_METHODS):
-            for method in (COMPARISON, *study.methods):
+            for method in (COMPARISON, *(study.methods if topic in grid.method_pages else ())):
                 plans.append(_page(grid, study, topic, method, from_record))
     return plans
 
 
 def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) -> PagePlan:
     about = METHODS[method].title if method != COMPARISON else "all methods"
-    if (
-        topic == ON_METHODS
-    ):  # a method is seen beside the others; any dimension's results hold tickets and accuracy
+    if topic == ON_METHODS:
+        # A method is seen beside the others; any dimension's results hold tickets and accuracy.
         shown, dimension = COMPARISON, min(grid.dimensions, key=lambda name: name != "generalization")
         more = {"dimension": dimension, "about": method if method != COMPARISON else None}
     else:

@@ -62,6 +62,8 @@ def test_the_default_grid_is_what_the_book_promises():
         ({"options": {"rigl": {"delta": 3}, "rgl": {}}}, "rigl"),
         ({"train_size": 0}, "train_size"),
         ({"title": "a\nb"}, "one line"),
+        ({"method_pages": ["calibraton"]}, "Did you mean 'calibration'"),
+        ({"method_pages": "all"}, "list"),
         ({"rewind_epoch": "1"}, "rewind_epoch"),
     ],
 )

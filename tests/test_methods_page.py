@@ -11,10 +11,10 @@ from lthlib import masks, methods_page, overlaps, verdict
 from lthlib.errors import UserError
 from lthlib.evaluate import Archive, collect
 from lthlib.figures import methods as drawing
-from lthlib.grid import grid_from
+from lthlib.grid import ON_METHODS, grid_from
 from lthlib.pages import Page
 from lthlib.pruners import METHODS
-from lthlib.report import COMPARISON, ON_METHODS, _methods, pages
+from lthlib.report import COMPARISON, _methods, pages
 from lthlib.study import Study
 from lthlib.tickets import obtain
 from lthlib.train import Recipe

@@ -15,6 +15,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib_inline.config import InlineBackend
 
 from lthlib import masks
 from lthlib.metrics import METRICS
@@ -29,9 +30,9 @@ MANY = 12  # cases of one metric that a table or a set of panels still shows leg
 def use_style() -> None:
     """Set the look of every figure of the book (call once a page)."""
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    plt.rcParams.update(
-        {"figure.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False}
-    )
+    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+    # Every layout is constrained, so nothing is cut off; "tight" would draw each figure once more to find that out.
+    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
