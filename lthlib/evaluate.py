@@ -6,6 +6,7 @@ answer the question, else from the store, else by computing what is missing.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
 import inspect
@@ -282,7 +283,7 @@ class Record:
 
 
 class Archive:
-    """Recorded results: ``<root>/<grid>/{dimension}.json``, ``{dimension}.npz`` and a manifest, small and committed."""
+    """Recorded results: ``<root>/<grid>/{dimension}.json.gz``, ``{dimension}.npz`` and a manifest, small, committed."""
 
     @staticmethod
     def read(root: Path | str) -> dict[tuple[str, str], Record]:
@@ -299,10 +300,11 @@ class Archive:
                 for name, (size, digest) in files.items():
                     if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
                         raise ValueError(f"{name} is not what was recorded")
-                for path in (folder / name for name in files if name.endswith(".json")):
-                    for entry in json.loads(path.read_text()):
-                        found[entry["ticket"], entry["question"]] = Record(folder, entry, f"{path.stem}.npz")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                for name in (name for name in files if name.endswith(".json.gz")):
+                    for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
+                        arrays = name.replace(".json.gz", ".npz")
+                        found[entry["ticket"], entry["question"]] = Record(folder, entry, arrays)
+            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"The recorded results in {folder} are damaged ({error}): restore them with "
                     f"`git checkout -- {folder}` or record them again."
@@ -330,13 +332,13 @@ class Archive:
                  "values": [asdict(v) for v in e.values], "arrays": sorted(e.arrays), "provenance": e.provenance}
                 for name, e in pairs
             ]  # fmt: skip
-            text = "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
-            write_atomically(folder / f"{dimension}.json", text)
+            packed = gzip.compress(json.dumps(entries).encode(), mtime=0)  # the same bytes for the same results
+            write_atomically(folder / f"{dimension}.json.gz", packed)
             with (folder / f"{dimension}.npz").open("wb") as file:
                 np.savez_compressed(
                     file, **{f"{e.ticket.id}/{key}": a for _, e in pairs for key, a in e.arrays.items()}
                 )
-            files += [f"{dimension}.json", f"{dimension}.npz"]
+            files += [f"{dimension}.json.gz", f"{dimension}.npz"]
         for name, table in (tables or {}).items():
             write_atomically(folder / name, table.to_csv(index=False))
             files.append(name)
