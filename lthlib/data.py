@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,13 +143,10 @@ def source(name: str) -> Source:
     Raises:
         UserError: Where there is neither, naming what there is.
     """
+    check_name(name)
     if name in DATASETS:
         return DATASETS[name]
     base = name.split("@")[0]
-    if not base or PurePosixPath(base).name != base or base.startswith("."):
-        raise UserError(
-            f"{name!r} cannot name a data set: it is the name of a folder or zip in {data_folder()}."
-        )
     if _in_data_folder(base) is None:
         available = [*DATASETS, *_folder_names()]
         raise UserError(
@@ -156,6 +154,14 @@ def source(name: str) -> Source:
             f"{data_folder()} (set LTHLIB_DATA to change it): {', '.join(_folder_names()) or 'nothing'}."
         )
     return Source(functools.partial(_folder, name), base, ("gaussian", "photos"), "")
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` unless a name can be a data set's; whether there is one of that name, `source` tells."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[0-9]+)?", name):
+        raise UserError(
+            f"{name!r} cannot name a data set: use letters, digits and . _ + -, and perhaps @ and a size in pixels."
+        )
 
 
 @functools.lru_cache(maxsize=8)

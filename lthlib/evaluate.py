@@ -332,7 +332,9 @@ class Archive:
                  "values": [asdict(v) for v in e.values], "arrays": sorted(e.arrays), "provenance": e.provenance}
                 for name, e in pairs
             ]  # fmt: skip
-            packed = gzip.compress(json.dumps(entries).encode(), mtime=0)  # the same bytes for the same results
+            packed = gzip.compress(
+                json.dumps(entries).encode(), mtime=0
+            )  # the same bytes for the same results
             write_atomically(folder / f"{dimension}.json.gz", packed)
             with (folder / f"{dimension}.npz").open("wb") as file:
                 np.savez_compressed(

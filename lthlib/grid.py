@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from lthlib import compute
+from lthlib import compute, data
 from lthlib.errors import UserError, choose
 from lthlib.evaluate import DIMENSIONS
 from lthlib.study import Study, study_from
@@ -60,8 +60,12 @@ def study_name(study: Study) -> str:
     return f"{study.data.replace('@', '+').lower()}-{study.arch}"
 
 
-def read_grid(path: Path | str) -> Grid:
+def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
     """Read and check a grid file; nothing is trained, loaded or written.
+
+    Args:
+        path: The file.
+        recorded: Whether only its recorded results are wanted; then its data need not be there.
 
     Raises:
         UserError: Naming the key, the value and what is allowed.
@@ -79,7 +83,10 @@ def read_grid(path: Path | str) -> Grid:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"The grid file {path} cannot be read: {error}") from error
     try:
-        return grid_from(path.stem, content)
+        grid = grid_from(path.stem, content)
+        for study in grid.studies if not recorded else ():
+            data.source(study.data)
+        return grid
     except UserError as error:
         raise UserError(f"In {path}: {error}") from error
 

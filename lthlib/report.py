@@ -245,7 +245,7 @@ def record(grid: str) -> None:
 def front(grid: str, folder: Path) -> None:
     """Write what the book's static pages include: answer (figure and table), status, links by method, contents."""
     plan, store = read_grid(grid), Store()
-    others = [read_grid(path) for path in recorded_grids(plan.name)]
+    others = [read_grid(path, recorded=True) for path in recorded_grids(plan.name)]
     sections = [_answer(plan, table(plan, store), folder)]
     sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]
     write_atomically(folder / "answer.md", "\n\n".join(sections) + "\n")

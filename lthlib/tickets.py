@@ -58,7 +58,7 @@ class Ticket:
     options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
-        data.source(self.data)
+        data.check_name(self.data)  # the data may be elsewhere: recorded results need only its name
         choose(self.arch, models.ARCHITECTURES, "architecture")
         choose(self.method, METHODS, "method")
         for name in ("round", "seed", "rewind_epoch"):

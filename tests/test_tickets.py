@@ -128,7 +128,7 @@ def test_batches_for_methods(store):
     [
         ({"method": "snipe", "round": 1}, "Did you mean 'snip'"),
         ({"arch": "resnet20"}, "Did you mean 'resnet20s'"),
-        ({"data": "cifar11"}, "Did you mean 'cifar10'"),
+        ({"data": "../cifar10"}, "cannot name a data set"),
         ({"method": "lth", "round": 0}, "round 0 is the dense"),
         ({"method": "dense", "round": 2}, "round 0 is the dense"),
         ({"method": "lth", "round": -1}, "whole number"),
