@@ -374,10 +374,9 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
         mine = [plan for plan in plans if plan.topic == chapter["generated"]]
         for first in (plan for plan in mine if plan.method == COMPARISON):
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
-            yield {
-                "file": f"_generated/{first.path}",
-                "title": f"All methods: {first.label}",
-                "sections": [
+            entry = {"file": f"_generated/{first.path}", "title": f"All methods: {first.label}"}
+            if sections:
+                entry["sections"] = [
                     {"file": f"_generated/{p.path}", "title": METHODS[p.method].title} for p in sections
-                ],
-            }
+                ]
+            yield entry
