@@ -26,7 +26,7 @@ from lthlib.metrics import METRICS, Value
 from lthlib.predictions import Subject
 from lthlib.store import MANIFEST, Store, sha256, write_atomically
 from lthlib.study import Study
-from lthlib.tickets import Ticket, version_of
+from lthlib.tickets import Ticket, facts, version_of
 
 COLUMNS = (
     "dataset", "arch", "method", "sparsity", "seed", "dimension", "metric", "shift", "severity", "n", "value", "ticket",
@@ -146,8 +146,9 @@ def evaluate(
     content = json.loads((folder / "values.json").read_text())
     with np.load(folder / "arrays.npz") as arrays:
         found = dict(arrays)
-    info = json.loads((store.path(f"tickets/{ticket.id}") / "ticket.json").read_text())
-    return Evaluation(ticket, info, [Value(**v) for v in content["values"]], found, content["provenance"])
+    return Evaluation(
+        ticket, facts(ticket, store), [Value(**v) for v in content["values"]], found, content["provenance"]
+    )
 
 
 def question(dimension: str, parameters: Mapping, precision: str) -> str:

@@ -169,16 +169,31 @@ def obtain(ticket: Ticket, store: Store, progress: Callable[[Ticket, int], None]
         progress: Called with the ticket in training and its epochs done.
     """
     images = data.load(ticket.data, store, ticket.train_size)
-    version = version_of(ticket, images)
-    folder = store.get(
-        f"tickets/{ticket.id}", version, lambda empty: _make(ticket, images, store, empty, progress)
-    )
+    folder, version = _folder(ticket, images, store, progress)
     info = json.loads((folder / "ticket.json").read_text())
     model = new_model(ticket, images, channels=info["channels"])
     model.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
     mask_file = folder / "masks.safetensors"
     found = masks.load(mask_file) if mask_file.exists() else None
     return Trained(ticket, model.eval(), found, info, version)
+
+
+def facts(ticket: Ticket, store: Store) -> Mapping:
+    """Return what is known of a ticket (``ticket.json``) without loading its network; train it where it is absent."""
+    folder, _ = _folder(ticket, data.load(ticket.data, store, ticket.train_size), store, None)
+    return json.loads((folder / "ticket.json").read_text())
+
+
+def _folder(
+    ticket: Ticket,
+    images: data.DataSet,
+    store: Store,
+    progress: Callable[[Ticket, int], None] | None,
+) -> tuple[Path, str]:
+    """Return a ticket's folder, whole and verified, and its version."""
+    version = version_of(ticket, images)
+    make = lambda empty: _make(ticket, images, store, empty, progress)
+    return store.get(f"tickets/{ticket.id}", version, make), version
 
 
 def version_of(ticket: Ticket, images: data.DataSet) -> str:
