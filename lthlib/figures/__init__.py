@@ -6,6 +6,7 @@ degraded, dotted where it has collapsed; sparsity is in percent on the ladder 1 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -95,7 +96,8 @@ def curves(
     for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
         part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]
         curve(axis, part, metric)
-        axis.set_title(METRICS[metric].title + ("" if shift == "none" else f": {shift}"))
+        title = METRICS[metric].title + ("" if shift == "none" else f": {shift}")
+        axis.set_title(textwrap.fill(title, 99 // columns))  # a longer line would run off the figure
     methods = list(dict.fromkeys(judged["method"]))
     figure.legend(
         handles=legend(methods), loc="outside lower center", ncols=min(6, len(methods) + 4), frameon=False
