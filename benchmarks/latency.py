@@ -81,7 +81,7 @@ def measure(batches: Sequence[int], threads: Sequence[int], repeats: int) -> lis
         }
         for name, (network, mask) in made.items()
     }
-    runs = {name: for_inference(network) for name, (network, _) in made.items()}
+    runs = {name: for_inference(network, "float32") for name, (network, _) in made.items()}
     rows = []
     for n in threads:
         torch.set_num_threads(n)

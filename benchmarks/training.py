@@ -1,15 +1,16 @@
 """Training speed, and what masks cost it: ResNet-20s at 80 % sparsity on images of 32 x 32 pixels.
 
-    python benchmarks/training.py [--images 4096] [--repeats 3] [--threads 2]
+    python benchmarks/training.py [--images 4096] [--repeats 5] [--threads 2]
 
 Images a second of `lthlib.train.train`, with masks and without, beside a plain loop: float32 in NCHW, a DataLoader with
 two workers that crop, mirror and normalise PIL images, masks by `torch.nn.utils.prune`. An epoch each, in turns; the
-best of the repetitions. Same network, batch, optimizer and masks.
+median of the repetitions. Same network, batch, optimizer and masks.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 
@@ -57,13 +58,12 @@ def some_masks(model: nn.Module) -> masks.Masks:
     return masks.keep_top(scores, masks.kept(masks.n_kept(masks.dense(model)), ROUND))
 
 
-def ours(images: Images, recipe: Recipe, *, masked: bool) -> None:
-    model = network()
-    train(model, images, recipe, seed=0, masks=some_masks(model) if masked else None)
+def ours(model: nn.Module, images: Images, recipe: Recipe, *, masked: bool) -> Callable[[], object]:
+    kept = some_masks(model) if masked else None
+    return lambda: train(model, images, recipe, seed=0, masks=kept)
 
 
-def plain(images: Images) -> None:
-    model = network()
+def plain(model: nn.Module, images: Images) -> Callable[[], object]:
     model.normalize = nn.Identity()  # the transform does it
     for name, mask in some_masks(model).items():
         prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", mask)
@@ -71,28 +71,33 @@ def plain(images: Images) -> None:
         model.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay
     )
     loader = DataLoader(PilImages(images), RECIPE.batch_size, shuffle=True, drop_last=True, num_workers=2)
-    for x, y in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+
+    def epoch() -> None:
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return epoch
 
 
-def best(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the shortest of ``repeats`` runs of each, in turns, so that a busy moment hits all alike."""
-    found = dict.fromkeys(runs, float("inf"))
+def medians(makers: dict[str, Callable[[], Callable[[], object]]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each, made anew for each repetition and run in turns: a busy moment hits all."""
+    took: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(repeats):
-        for name, run in runs.items():
+        for name, make in makers.items():
+            run = make()
             began = time.perf_counter()
             run()
-            found[name] = min(found[name], time.perf_counter() - began)
-    return found
+            took[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in took.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("images", 4096), ("repeats", 3), ("threads", 2)):
+    for name, default in (("images", 4096), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -100,14 +105,14 @@ def main() -> None:
     pixels = torch.randint(256, (options.images, 32, 32, 3), generator=generator, dtype=torch.uint8)
     images = Images(pixels, torch.randint(10, (options.images,), generator=generator))
     full = Recipe(**{**vars(RECIPE), "precision": "float32"})
-    ours(Images(pixels[:256], images.labels[:256]), RECIPE, masked=True)  # warm
-    seconds = best(
+    ours(network(), Images(pixels[:256], images.labels[:256]), RECIPE, masked=True)()  # warm
+    seconds = medians(
         {
-            "lthlib, masks": lambda: ours(images, RECIPE, masked=True),
-            "lthlib, no masks": lambda: ours(images, RECIPE, masked=False),
-            "lthlib in float32, masks": lambda: ours(images, full, masked=True),
-            "lthlib in float32, no masks": lambda: ours(images, full, masked=False),
-            "plain loop, torch.nn.utils.prune": lambda: plain(images),
+            "lthlib, masks": lambda: ours(network(), images, RECIPE, masked=True),
+            "lthlib, no masks": lambda: ours(network(), images, RECIPE, masked=False),
+            "lthlib in float32, masks": lambda: ours(network(), images, full, masked=True),
+            "lthlib in float32, no masks": lambda: ours(network(), images, full, masked=False),
+            "plain loop, torch.nn.utils.prune": lambda: plain(network(), images),
         },
         options.repeats,
     )

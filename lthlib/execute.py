@@ -178,7 +178,7 @@ class PageProvisioner(LocalProvisioner):
             arguments = cmd[cmd.index("-f") :]
             directory = str(kwargs.get("cwd") or Path.cwd())
             try:
-                self.process = zygote.fork_kernel(address, arguments, kwargs["env"], directory)
+                self.process = zygote.fork(address, zygote.KERNEL, arguments, kwargs["env"], directory)
             except (OSError, ValueError) as problem:
                 say(f"No kernel from {zygote.VARIABLE}={address} ({problem}); starting a plain one.")
             else:

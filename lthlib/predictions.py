@@ -43,32 +43,30 @@ OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "ima
 OWN = ("train", "test", "validation")
 
 
-def for_inference(model: nn.Module) -> nn.Module:
-    """Return a faster copy (`lthlib.models.inference_copy`) on this machine's device."""
-    return inference_copy(model).to(compute.device())
+def for_inference(model: nn.Module, precision: str = "auto") -> nn.Module:
+    """Return a faster copy (`lthlib.models.inference_copy`) on this machine's device.
+
+    Args:
+        model: Any network.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"auto"``.
+    """
+    return inference_copy(model, compute.resolve_precision(precision)).to(compute.device())
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, pixels: torch.Tensor, *, precision: str = "auto", batch: int | None = None
-) -> torch.Tensor:
+def predict(model: nn.Module, pixels: torch.Tensor, *, batch: int | None = None) -> torch.Tensor:
     """Compute logits.
 
     Args:
-        model: As `for_inference` returns it.
+        model: As `for_inference` returns it, which decides the precision.
         pixels: uint8 (N, H, W, C).
-        precision: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"``.
         batch: Images a forward pass; by default what suits the device (`BATCH`).
 
     Returns:
         float32 tensor (N, classes) on the CPU.
     """
     device = next(model.parameters()).device
-    low = compute.resolve_precision(precision) == torch.bfloat16
-    parts = []
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-        for part in pixels.split(batch or BATCH[device.type]):
-            parts.append(model(as_input(part.to(device))).float().cpu())
+    parts = [model(as_input(part.to(device))).cpu() for part in pixels.split(batch or BATCH[device.type])]
     return torch.cat(parts) if parts else torch.empty(0)
 
 
@@ -109,8 +107,8 @@ class Subject:
 
     @cached_property
     def fast_model(self) -> nn.Module:
-        """The same network folded for inference."""
-        return for_inference(self.trained.model)
+        """The same network folded for inference, at the precision asked for."""
+        return for_inference(self.trained.model, self.precision)
 
     def images(self, name: str, n: int) -> torch.Tensor:
         """Return up to n uint8 images (n, H, W, C) of an image set.
@@ -152,7 +150,7 @@ class Subject:
         """Return the logits (n, classes) of an image set, computed once and kept."""
 
         def make() -> dict[str, torch.Tensor]:
-            tensors = {"logits": predict(self.fast_model, self.images(name, n), precision=self.precision)}
+            tensors = {"logits": predict(self.fast_model, self.images(name, n))}
             if name in OWN:
                 tensors["labels"] = self.labels(name, n)
             return tensors
@@ -180,7 +178,7 @@ class Subject:
         """Logits (5, n, classes); all severities share batches where the images lie in the store."""
         parts: dict[int, list[torch.Tensor]] = {}
         for severity, count, pixels in corrupted_parts(self.data, name, n, self.store):
-            found = predict(self.fast_model, pixels, precision=self.precision)
+            found = predict(self.fast_model, pixels)
             for i, logits in enumerate(found.split(count)):
                 parts.setdefault(severity + i, []).append(logits)
         return torch.stack([torch.cat(parts[severity]) for severity in SEVERITIES])

@@ -200,8 +200,8 @@ def train(
                 gates = _gates(model, masks)
                 if skip:
                     continue
-            for parameter, gate in gates:
-                parameter.grad.mul_(gate)
+            if gates:
+                torch._foreach_mul_([parameter.grad for parameter, _ in gates], [gate for _, gate in gates])
             optimizer.step()
         if not torch.isfinite(total):
             raise UserError(

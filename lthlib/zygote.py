@@ -1,18 +1,18 @@
-"""A process that has imported the heavy libraries and forks a notebook kernel from itself in a moment.
+"""A process that has imported the heavy libraries and forks workers and notebook kernels from itself in a moment.
 
-Importing torch, torchvision and seaborn costs every page seconds before its first line runs. The zygote pays
-once; each page then gets a fork of it, with an environment, a working directory, standard streams, thread
-counts and random states of its own. The zygote itself starts no thread, which is what makes the fork safe.
+Importing torch, pandas and seaborn costs every process seconds before its first line runs, and hundreds of megabytes.
+The zygote pays once; each worker and each page then gets a fork of it, with an environment, a working directory,
+standard streams, thread counts and random states of its own. The zygote itself starts no thread, which is what makes
+the fork safe. `lthlib.fork` asks for a worker from the command line.
 
-The page and the zygote speak over a unix socket, one connection per kernel:
+The client and the zygote speak over a unix socket, one connection per fork:
 
-    page -> zygote   one line of JSON (executable, argv, env, cwd) with its stdout and stderr attached
-    zygote -> page   one line: the process id, or why there is no kernel
-    page -> zygote   one byte per signal for the kernel; closing the connection kills the kernel
-    zygote -> page   one line when the kernel has ended: its exit status as in `subprocess.Popen.returncode`
+    client -> zygote   one line of JSON (executable, main, argv, env, cwd) with its stdout and stderr attached
+    zygote -> client   one line: the process id, or why there is no fork
+    client -> zygote   one byte per signal for the fork; closing the connection kills it
+    zygote -> client   one line when the fork has ended: its exit status as in `subprocess.Popen.returncode`
 
-Nobody outlives the one who asked: a kernel dies with its page and with the zygote, the zygote with its
-parent.
+Nobody outlives the one who asked: a fork dies with its client and with the zygote, the zygote with its parent.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import importlib
 import json
 import os
 import random
+import runpy
+import select
 import selectors
 import signal
 import socket
@@ -33,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,8 +47,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "LTHLIB_ZYGOTE"
 """The environment variable that names the socket of a running zygote."""
 
-PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "seaborn", "torch", "torchvision", "safetensors.torch")
-"""What pages import from other projects. Nothing of `lthlib`: an edited file must reach the next page."""
+PRELOAD = (
+    "numpy", "pandas", "matplotlib.pyplot", "seaborn", "torch", "torchvision", "safetensors.torch", "papermill.execute",
+)  # fmt: skip
+"""What workers and pages import from other projects. Nothing of `lthlib`: an edited file must reach the next page."""
+
+KERNEL = "ipykernel_launcher"
+"""The main module that makes a fork a notebook kernel."""
 
 INLINE = "module://matplotlib_inline.backend_inline"
 PR_SET_PDEATHSIG = 1
@@ -63,7 +71,7 @@ def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory:
 
 
 class ForkedProcess:
-    """A kernel forked by the zygote, with the part of `subprocess.Popen` that a kernel provisioner uses."""
+    """A fork of the zygote, with the part of `subprocess.Popen` that a kernel provisioner uses."""
 
     stdin = stdout = stderr = None
 
@@ -74,7 +82,7 @@ class ForkedProcess:
         connection.setblocking(False)
 
     def poll(self) -> int | None:
-        """Return the exit status, None while the kernel runs. Without its zygote a kernel is dead."""
+        """Return the exit status, None while the fork runs. Without its zygote a fork is dead."""
         if self.returncode is None:
             try:
                 line = self._connection.recv(64)
@@ -87,13 +95,13 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self) -> int:
-        """Wait for the end of the kernel and return its exit status."""
+        """Wait for the end of the fork and return its exit status."""
         while self.poll() is None:
-            time.sleep(0.01)
+            select.select([self._connection], [], [])
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
-        """Send a signal to the kernel's process group, through the zygote: no other process can get it."""
+        """Send a signal to the fork's process group, through the zygote: no other process can get it."""
         if self.poll() is None:
             with contextlib.suppress(OSError):
                 self._connection.send(bytes([signum]))
@@ -107,14 +115,15 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def fork_kernel(address: str, argv: Sequence[str], env: dict[str, str], cwd: str) -> ForkedProcess:
-    """Ask the zygote at ``address`` for a kernel.
+def fork(address: str, main: str, argv: Sequence[str], env: dict[str, str], cwd: str) -> ForkedProcess:
+    """Ask the zygote at ``address`` for a fork.
 
     Args:
         address: The zygote's socket.
-        argv: The arguments of the kernel application (``-f``, the connection file, ...).
-        env: The kernel's whole environment.
-        cwd: The kernel's working directory.
+        main: What it runs: a module as in ``python -m``, or a file ``*.py``; `KERNEL` for a notebook kernel.
+        argv: Its arguments.
+        env: Its whole environment.
+        cwd: Its working directory.
 
     Raises:
         OSError: There is no zygote, it does not answer, or it runs on another interpreter.
@@ -123,7 +132,7 @@ def fork_kernel(address: str, argv: Sequence[str], env: dict[str, str], cwd: str
     try:
         connection.settimeout(REPLY_SECONDS)
         connection.connect(address)
-        request = {"executable": sys.executable, "argv": list(argv), "env": env, "cwd": cwd}
+        request = {"executable": sys.executable, "main": main, "argv": list(argv), "env": env, "cwd": cwd}
         line = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(connection, [line], [1, 2])
         connection.sendall(line[sent:])
@@ -145,11 +154,11 @@ def _read_line(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
-    """Keep a zygote running for the pages started inside the ``with`` block, here and in child processes.
+    """Keep a zygote running for what is started inside the ``with`` block, here and in child processes.
 
-    Returns at once: pages that ask while the zygote still imports wait for it. `VARIABLE` is set for the
-    block. Only on Linux: the system libraries of macOS forbid work after a fork, so there pages start plain
-    kernels and the context is None.
+    Returns at once: clients that ask while the zygote still imports wait for it. `VARIABLE` is set for the
+    block. Only on Linux: the system libraries of macOS forbid work after a fork, so there everything starts as a
+    plain process and the context is None.
 
     Args:
         modules: What to import before the first fork.
@@ -187,7 +196,7 @@ def _start(address: str, modules: Sequence[str]) -> subprocess.Popen:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             process.wait()
-            raise UserError(f"The process that forks kernels did not start: {' '.join(command)}.")
+            raise UserError(f"The process that forks workers did not start: {' '.join(command)}.")
         time.sleep(0.01)
     return process
 
@@ -196,12 +205,12 @@ def _start(address: str, modules: Sequence[str]) -> subprocess.Popen:
 
 
 class _Server:
-    """Forks kernels, passes signals on and reports exits, all in one thread."""
+    """Forks, passes signals on and reports exits, all in one thread."""
 
     def __init__(self, listener: socket.socket, parent: int):
         self.pid = os.getpid()
         self.parent = parent
-        self.kernels: dict[int, socket.socket] = {}
+        self.forks: dict[int, socket.socket] = {}
         self.listener = listener
         self.wake, self.woken = socket.socketpair()
         self.woken.setblocking(False)
@@ -212,7 +221,7 @@ class _Server:
         signal.set_wakeup_fd(self.woken.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> dict | None:
-        """Serve until the parent is gone. Returns a request in every forked kernel, None in the zygote."""
+        """Serve until the parent is gone. Returns a request in every fork, None in the zygote."""
         while os.getppid() == self.parent:
             for key, _ in self.selector.select(timeout=0.5):
                 request = key.data()
@@ -222,8 +231,8 @@ class _Server:
         return None
 
     def stop(self) -> None:
-        """Kill every kernel."""
-        for pid in self.kernels:
+        """Kill every fork."""
+        for pid in self.forks:
             _signal_group(pid, signal.SIGKILL)
 
     def _accept(self) -> dict | None:
@@ -248,38 +257,38 @@ class _Server:
             return request
         for stream in request["streams"]:
             os.close(stream)
-        self.kernels[pid] = connection
+        self.forks[pid] = connection
         _send(connection, {"pid": pid})
         self.selector.register(connection, selectors.EVENT_READ, lambda: self._obey(pid))
         return None
 
     def _obey(self, pid: int) -> None:
-        connection = self.kernels[pid]
+        connection = self.forks[pid]
         try:
             signals = connection.recv(64)
         except OSError:
             signals = b""
-        if not signals:  # the page is gone, and with it all interest in its kernel
+        if not signals:  # the client is gone, and with it all interest in its fork
             self.selector.unregister(connection)
             signals = bytes([signal.SIGKILL])
         for signum in signals:
             _signal_group(pid, signum)
 
     def _reap(self) -> None:
-        for pid, connection in list(self.kernels.items()):
+        for pid, connection in list(self.forks.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                del self.kernels[pid]
+                del self.forks[pid]
                 with contextlib.suppress(KeyError):
                     self.selector.unregister(connection)
                 _send(connection, os.waitstatus_to_exitcode(status))
                 connection.close()
 
     def _close(self) -> None:
-        """Let go, in a fork, of what is the zygote's: a kernel must not hold another page's line open."""
+        """Let go, in a fork, of what is the zygote's: it must not hold another client's line open."""
         signal.set_wakeup_fd(-1)
         self.selector.close()
-        for end in (self.listener, self.wake, self.woken, *self.kernels.values()):
+        for end in (self.listener, self.wake, self.woken, *self.forks.values()):
             end.close()
 
 
@@ -309,10 +318,8 @@ def _signal_group(pid: int, signum: int) -> None:
             os.kill(pid, signum)
 
 
-def _become_kernel(request: dict, zygote_pid: int, path: list[str]) -> None:
-    """Turn this fork into what ``python -m ipykernel_launcher`` would have been."""
-    from ipykernel.kernelapp import IPKernelApp
-
+def _become(request: dict, zygote_pid: int, path: list[str]) -> int:
+    """Turn this fork into what ``python -m main argv`` would have been; return its exit status."""
     os.setsid()
     _die_with(zygote_pid)
     for signum in (signal.SIGCHLD, signal.SIGTERM):
@@ -327,13 +334,43 @@ def _become_kernel(request: dict, zygote_pid: int, path: list[str]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
-    sys.argv = ["ipykernel_launcher", *request["argv"]]
+    sys.argv = [request["main"], *request["argv"]]
     _set_threads()
     _reseed()
     if "matplotlib" in sys.modules:
-        sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", INLINE)
-    # ipykernel reads the parent's id on import, which was in the zygote; it ends the kernel on any system.
-    IPKernelApp.launch_instance([*request["argv"], f"--IPKernelApp.parent_handle={zygote_pid}"])
+        default = INLINE if request["main"] == KERNEL else "agg"
+        sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", default)
+    status = _run(request["main"], zygote_pid)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    return status
+
+
+def _run(main: str, zygote_pid: int) -> int:
+    try:
+        if main == KERNEL:
+            from ipykernel.kernelapp import IPKernelApp
+
+            # ipykernel reads the parent's id on import, which was in the zygote; it ends the kernel on any system.
+            IPKernelApp.launch_instance([*sys.argv[1:], f"--IPKernelApp.parent_handle={zygote_pid}"])
+        elif main.endswith(".py"):
+            sys.path.insert(0, str(Path(main).resolve().parent))
+            runpy.run_path(main, run_name="__main__")
+        else:
+            runpy.run_module(main, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _die_with(zygote_pid: int) -> None:
@@ -382,7 +419,7 @@ def _preload(modules: Sequence[str]) -> None:
     for name in ("ipykernel.kernelapp", "ipykernel.zmqshell", "threadpoolctl", *modules):
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # collections in the kernels then leave the shared pages alone
+    gc.freeze()  # collections in the forks then leave the shared pages alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -415,11 +452,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.socket).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # whoever made the folder may have been killed
                 Path(options.socket).parent.rmdir()
-    if request is not None:
-        _become_kernel(request, server.pid, path)
-        atexit._run_exitfuncs()
-    return 0
+    return 0 if request is None else _become(request, server.pid, path)
 
 
 if __name__ == "__main__":
-    os._exit(main())  # taking down torch module by module costs every page half a second
+    os._exit(main())  # taking down torch module by module costs every fork half a second

@@ -24,7 +24,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from lthlib import execute as module
 from lthlib.errors import UserError
 from lthlib.execute import PageError, check, execute, main, parameters_of
-from lthlib.zygote import ROOT, VARIABLE, fork_kernel, zygote
+from lthlib.zygote import KERNEL, ROOT, VARIABLE, fork, zygote
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 
@@ -615,7 +615,7 @@ def test_a_zygote_of_another_interpreter_is_refused_and_rubbish_does_no_harm(lig
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/elsewhere/python")
         with pytest.raises(OSError, match="another interpreter"):
-            fork_kernel(light, [], {}, ".")
+            fork(light, KERNEL, [], {}, ".")
     assert parent_of_kernel(template) != os.getpid()
 
 

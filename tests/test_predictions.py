@@ -46,18 +46,18 @@ def test_the_folded_network_gives_the_same_logits(arch, pixels):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         expected = model(as_input(pixels))
-    folded = for_inference(model)
+    folded = for_inference(model, "float32")
     n_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert n_norms == 0
-    found = predict(folded, pixels, precision="float32", batch=16)
+    found = predict(folded, pixels, batch=16)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_low_precision_stays_near(pixels):
-    folded = for_inference(network("resnet20s"))
-    exact = predict(folded, pixels, precision="float32")
-    rough = predict(folded, pixels, precision="bfloat16")
+    model = network("resnet20s")
+    exact = predict(for_inference(model, "float32"), pixels)
+    rough = predict(for_inference(model, "bfloat16"), pixels)
     assert 0 < (rough - exact).abs().max() < 0.05 * exact.std() + 0.05 * exact.abs().max()
 
 
@@ -190,7 +190,7 @@ def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
     for i, name in enumerate(names):
         for severity in (1, 4):
             pixels = subject.images(f"corrupted:{name}:{severity}", 30)
-            expected = predict(for_inference(subject.trained.model), pixels, precision="float32")
+            expected = predict(for_inference(subject.trained.model, "float32"), pixels)
             np.testing.assert_allclose(found[i, severity - 1], expected.numpy(), rtol=1e-4, atol=1e-4)
     assert np.array_equal(subject.corrupted_logits(names[::-1], 30), found[::-1])
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
     "errors", "lifeline", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
-    "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "execute",
+    "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "fork", "execute",
     "pages", "methods_page", "report",
 ]  # fmt: skip
 

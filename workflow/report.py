@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from lthlib import lifeline
 from lthlib.errors import UserError, choose
-from lthlib.grid import Grid, read_grid
 from lthlib.store import ROOT, Store, say
 from lthlib.zygote import zygote
 
 DONE = re.compile(r"(\d+) of (\d+) steps")
 RULE = re.compile(r"^(?:local)?rule (\w+):")
 LOG = re.compile(r"^\s+log: (\S+)")
+REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
 
 
@@ -40,17 +40,16 @@ def main() -> int:
     os.chdir(ROOT)
     began = time.monotonic()
     try:
-        grid = read_grid(options.grid)
         choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
             raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
-        # On a cluster a page must run in its own job, not as a child of this process.
+        # On a cluster each job is a process of its own, not a child of this one.
         with only_run(), zygote() if options.profile == "local" else nullcontext():
             status, failed = run(options)
     except UserError as error:
         say(f"error: {error}")
         return 1
-    return finish(grid, status, failed, time.monotonic() - began)
+    return finish(options.grid, status, failed, time.monotonic() - began)
 
 
 @contextmanager
@@ -73,9 +72,8 @@ def only_run():
 def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     """Run Snakemake under a progress bar; return its exit status and the logs of the jobs that failed."""
     command = [
-        sys.executable, "workflow/snake.py", "--snakefile", "workflow/Snakefile", "--directory", str(ROOT),
-        "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
-        "--config", f"grid={options.grid}",
+        sys.executable, "-m", "lthlib.fork", "workflow/snake.py", options.grid, "--snakefile", "workflow/Snakefile",
+        "--directory", str(ROOT), "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
     ]  # fmt: skip
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
     if options.profile == "local":
@@ -104,20 +102,22 @@ def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
                 bar.total = int(found[2])
                 bar.update(int(found[1]) - bar.n)
     if process.returncode and not failed:
-        say("".join(tail))
+        say("".join(tail).rstrip())
     return process.returncode, list(dict.fromkeys(failed))
 
 
-def finish(grid: Grid, status: int, failed: list[Path], seconds: float) -> int:
+def finish(grid: str, status: int, failed: list[Path], seconds: float) -> int:
     """Say how it ended and where things lie."""
     for log in failed:
         lines = log.read_text().strip().splitlines()[-4:] if log.exists() else ["(no log)"]
         say(f"\nfailed: {log}\n  " + "\n  ".join(line.split("\r")[-1] for line in lines))
-    book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{grid.name}/rows.csv"
+    book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{Path(grid).stem}/rows.csv"
+    if status == REFUSED:
+        return 1
     if status:
         say(f"\n{len(failed)} jobs failed; what succeeded is kept. The workflow's log: _build/snakemake.log")
         return 1
-    print(f"{grid.title}: done in {seconds:.0f} s")
+    print(f"done in {seconds:.0f} s")
     print(f"book: {book}")
     print(f"rows: {rows}")
     print(f"store: {Store().root}")

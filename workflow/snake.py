@@ -1,11 +1,26 @@
-"""Snakemake, tied to the run that started it (`lthlib.lifeline`)."""
+"""Snakemake, after a look at the grid, tied to the run that started it (`lthlib.lifeline`).
+
+A grid that is refused ends with status `REFUSED` and one line that says why.
+"""
 
 import sys
 
 from snakemake.cli import main
 
 from lthlib import lifeline
+from lthlib.errors import UserError
+from lthlib.grid import read_grid
+from lthlib.store import say
+
+REFUSED = 3
 
 if __name__ == "__main__":
     lifeline.watch()
+    grid, *arguments = sys.argv[1:]
+    try:
+        read_grid(grid)
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(REFUSED)
+    sys.argv = ["snakemake", *arguments, "--config", f"grid={grid}"]
     sys.exit(main())
