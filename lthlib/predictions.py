@@ -30,8 +30,8 @@ from lthlib.corruptions import (
     stream_official,
 )
 from lthlib.errors import UserError, choose
+from lthlib.inference import inference_copy
 from lthlib.masks import Masks
-from lthlib.models import inference_copy
 from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, obtain
 from lthlib.train import as_input
@@ -44,7 +44,7 @@ OWN = ("train", "test", "validation")
 
 
 def for_inference(model: nn.Module, precision: str = "auto") -> nn.Module:
-    """Return a faster copy (`lthlib.models.inference_copy`) on this machine's device.
+    """Return a faster copy (`lthlib.inference.inference_copy`) on this machine's device.
 
     Args:
         model: Any network.

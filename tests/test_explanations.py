@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lthlib.errors import UserError
+from lthlib.inference import inference_copy
 from lthlib.metrics import METRICS
 from lthlib.metrics import explanations as ex
-from lthlib.models import inference_copy
 
 
 class Small(nn.Module):

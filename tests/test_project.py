@@ -19,7 +19,7 @@ from lthlib.report import TOPICS
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
-    "errors", "lifeline", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "masks", "pruners",
+    "errors", "lifeline", "code_version", "store", "compute", "corruptions", "concepts", "data", "models", "inference", "masks", "pruners",
     "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "fork", "execute",
     "pages", "methods_page", "report",
 ]  # fmt: skip

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lthlib.errors import UserError, choose
+from lthlib.inference import inference_copy
 from lthlib.metrics import describe
-from lthlib.models import inference_copy
 
 describe(
     "fidelity", "LIME fidelity", dimension="interpretability", higher_is_better=False, unit="probability²",
