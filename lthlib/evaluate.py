@@ -126,9 +126,7 @@ def evaluate(
     measure = DIMENSIONS[dimension].measure()
 
     def make(folder: Path) -> None:
-        values, arrays = measure(subject, **settings)
-        values = _with_accuracy(values, subject)
-        _check_values(values, ticket)
+        values, arrays = measured(subject, dimension, settings)
         content = {
             "values": [asdict(value) for value in values],
             "provenance": {
@@ -149,6 +147,16 @@ def evaluate(
     return Evaluation(
         ticket, facts(ticket, store), [Value(**v) for v in content["values"]], found, content["provenance"]
     )
+
+
+def measured(
+    subject: Subject, dimension: str, settings: Mapping
+) -> tuple[list[Value], Mapping[str, np.ndarray]]:
+    """Measure a subject in one dimension, with all parameters given; the values hold its test accuracy, too."""
+    values, arrays = DIMENSIONS[dimension].measure()(subject, **settings)
+    values = _with_accuracy(values, subject)
+    _check_values(values, subject.ticket)
+    return values, arrays
 
 
 def question(dimension: str, parameters: Mapping, precision: str) -> str:
@@ -245,11 +253,17 @@ def collect(
 
 def rows_of(evaluations: Iterable[Evaluation], dimension: str) -> pd.DataFrame:
     """Return the tidy table of some evaluations: one line a number."""
+    return table_of([(e.ticket, e.info["sparsity"], e.values) for e in evaluations], dimension)
+
+
+def table_of(found: Iterable[tuple[Ticket, float, Sequence[Value]]], dimension: str) -> pd.DataFrame:
+    """Return the tidy table of what one dimension found: tickets with their sparsity and values."""
     lines = []
-    for e in evaluations:
-        ticket, name = e.ticket, e.ticket.id
-        which = ticket.data, ticket.arch, ticket.method, e.info["sparsity"], ticket.seed, dimension
-        lines += [(*which, v.metric, v.shift, v.severity, v.n, v.value, name, ticket.round) for v in e.values]
+    for ticket, sparsity, values in found:
+        which = ticket.data, ticket.arch, ticket.method, sparsity, ticket.seed, dimension
+        lines += [
+            (*which, v.metric, v.shift, v.severity, v.n, v.value, ticket.id, ticket.round) for v in values
+        ]
     return pd.DataFrame(lines, columns=[*COLUMNS, "round"])
 
 
