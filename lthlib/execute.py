@@ -202,7 +202,7 @@ class PageKernelManager(AsyncKernelManager):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.folder = zygote.temporary_directory("lth-kernel-")
+        self.folder = zygote.TemporaryFolder("lth-kernel-")
         self.transport = "ipc"
         self.ip = str(Path(self.folder.name, "kernel"))
         self.connection_file = str(Path(self.folder.name, "kernel.json"))

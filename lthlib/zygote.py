@@ -21,6 +21,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -29,6 +30,7 @@ import random
 import runpy
 import select
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,10 +63,49 @@ REPLY_SECONDS = 60.0  # a zygote that is still importing answers when it is done
 REQUEST_SECONDS = 5.0  # a page sends its request in one go; one that stalls must not stall the others
 
 
-def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory:
-    """Make a private folder (0700) whose path is short enough for the address of a unix socket."""
-    folder = None if len(tempfile.gettempdir()) < 60 else "/tmp"
-    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
+class TemporaryFolder:
+    """A private folder (0700) whose path is short enough for the address of a unix socket.
+
+    It is locked for as long as its maker lives. A maker that is killed cannot remove it, so whoever makes the next one
+    removes those of the same prefix that nobody holds.
+    """
+
+    def __init__(self, prefix: str):
+        parent = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp")
+        for left in parent.glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):  # held, another person's, or just gone
+                os.close(_locked(left))
+                shutil.rmtree(left)
+        self._held = None
+        while self._held is None:
+            self.name = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            with contextlib.suppress(OSError):  # another maker took it for abandoned before it was locked
+                self._held = _locked(self.name)
+
+    def cleanup(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.name, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()
+
+
+def _locked(folder: str | Path) -> int:
+    """Lock a folder and return the descriptor that holds the lock; OSError where another holds it or it is gone."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
 
 
 # -------------------------------------------------------------------------------------------- the page's side
@@ -153,7 +194,7 @@ def _read_line(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
+def zygote(modules: Sequence[str] = PRELOAD, *, holding: int | None = None) -> Iterator[str | None]:
     """Keep a zygote running for what is started inside the ``with`` block, here and in child processes.
 
     Returns at once: clients that ask while the zygote still imports wait for it. `VARIABLE` is set for the
@@ -162,6 +203,7 @@ def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
 
     Args:
         modules: What to import before the first fork.
+        holding: A descriptor that the zygote and every fork keep open: a lock on it is free when all have ended.
 
     Raises:
         UserError: The zygote did not start.
@@ -169,9 +211,9 @@ def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
     if sys.platform != "linux":
         yield None
         return
-    with temporary_directory("lth-zygote-") as folder:
+    with TemporaryFolder("lth-zygote-") as folder:
         address = str(Path(folder, "socket"))
-        process = _start(address, modules)
+        process = _start(address, modules, () if holding is None else (holding,))
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = address
         try:
@@ -184,13 +226,13 @@ def zygote(modules: Sequence[str] = PRELOAD) -> Iterator[str | None]:
             process.wait()
 
 
-def _start(address: str, modules: Sequence[str]) -> subprocess.Popen:
+def _start(address: str, modules: Sequence[str], held: Sequence[int]) -> subprocess.Popen:
     # Thread counts are each page's own business; OpenBLAS alone would start its threads on import.
     env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     env |= {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": INLINE}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "lthlib.zygote", address, *modules]
-    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lthlib.zygote", "--parent", str(os.getpid()), address, *modules]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, pass_fds=held)
     deadline = time.monotonic() + REPLY_SECONDS
     while not os.path.exists(address):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -276,8 +318,10 @@ class _Server:
 
     def _reap(self) -> None:
         for pid, connection in list(self.forks.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                with contextlib.suppress(OSError):  # what it started does not outlive it either
+                    os.killpg(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
                 del self.forks[pid]
                 with contextlib.suppress(KeyError):
                     self.selector.unregister(connection)
@@ -321,7 +365,7 @@ def _signal_group(pid: int, signum: int) -> None:
 def _become(request: dict, zygote_pid: int, path: list[str]) -> int:
     """Turn this fork into what ``python -m main argv`` would have been; return its exit status."""
     os.setsid()
-    _die_with(zygote_pid)
+    _end_with(zygote_pid, signal.SIGKILL)
     for signum in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -373,11 +417,12 @@ def _run(main: str, zygote_pid: int) -> int:
     return 0
 
 
-def _die_with(zygote_pid: int) -> None:
+def _end_with(parent: int, signum: int) -> None:
+    """Let the system send this process a signal when its parent ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != zygote_pid:  # it died before the line above
-        os._exit(1)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signum)
 
 
 def _set_threads() -> None:
@@ -406,12 +451,13 @@ def _listen(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        listener.bind(address)
+        listener.bind(f"{address}.new")
+        listener.listen(128)
+        os.rename(f"{address}.new", address)  # whoever finds it is heard
     except OSError as problem:
         raise UserError(f"Cannot listen on {address}: {problem.strerror or problem}.") from None
     finally:
         os.umask(mask)
-    listener.listen(128)
     return listener
 
 
@@ -427,8 +473,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lthlib.zygote", description=__doc__.splitlines()[0])
     parser.add_argument("socket", help="where to listen, in a folder that is yours alone")
     parser.add_argument("modules", nargs="*", help=f"what to import first (default: {' '.join(PRELOAD)})")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="the process with which it ends")
     options = parser.parse_args(arguments)
-    parent = os.getppid()
+    parent = options.parent
     try:
         listener = _listen(options.socket)
     except UserError as problem:
@@ -440,6 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     request, server = None, None
     try:
+        _end_with(parent, signal.SIGTERM)
         _preload(options.modules or PRELOAD)
         server = _Server(listener, parent)
         request = server.run()

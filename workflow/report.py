@@ -44,7 +44,7 @@ def main() -> int:
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
             raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
         # On a cluster each job is a process of its own, not a child of this one.
-        with only_run(), zygote() if options.profile == "local" else nullcontext():
+        with only_run() as lock, zygote(holding=lock) if options.profile == "local" else nullcontext():
             status, failed = run(options)
     except UserError as error:
         say(f"error: {error}")
@@ -54,7 +54,11 @@ def main() -> int:
 
 @contextmanager
 def only_run():
-    """Let one run at a time steer this checkout; a lock whose holder is gone is free, whatever became of the holder."""
+    """Let one run at a time steer this checkout; yields the descriptor of the lock.
+
+    The system frees the lock when its last holder is gone, whatever became of it: the zygote and its forks hold it too,
+    so that nothing of a killed run still works when the next one begins.
+    """
     path = ROOT / ".snakemake" / "run.lock"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as handle:
@@ -63,10 +67,10 @@ def only_run():
         except BlockingIOError:
             say("another run is under way in this checkout: waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        # We are alone, so Snakemake's own locks are those of a run that was killed.
-        for stale in SNAKEMAKE_LOCKS.glob("*") if SNAKEMAKE_LOCKS.is_dir() else ():
+        # We are alone, so Snakemake's own locks and files half-written are those of a run that was killed.
+        for stale in (*SNAKEMAKE_LOCKS.glob("*"), *Path("book/_generated").rglob(".*.tmp")):
             stale.unlink()
-        yield
+        yield handle.fileno()
 
 
 def run(options: argparse.Namespace) -> tuple[int, list[Path]]:

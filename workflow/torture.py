@@ -1,0 +1,344 @@
+"""Kill a run again and again; say whether it ends with the same bits as one that was left alone.
+
+    make torture                             20 kills of a tiny grid, a quarter of an hour on two cores
+    .venv/bin/python workflow/torture.py --kills 50 --seed 1 --grid workflow/grids/quick.yml
+
+In copies of the checkout, each with a store of its own: one run undisturbed, as the reference; then runs that lose a
+random process to ``kill -9`` at a random moment (the driver, the zygote, Snakemake, a worker, a page, its kernel, the
+book's build, the client of one of them), each followed by the next, until one reaches the end. Then everything is
+compared, removed, and begun again, until the number of kills is reached.
+
+Compared bit for bit: ``rows.csv`` with every column (it holds no time), masks, weights, rewind points and logits, the
+numbers and arrays of every evaluation. Not compared: when and how long, which `provenance` and `cost` hold.
+And: nothing whole is made twice, no process outlives its run, no temporary file stays, no run waits for a dead one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import yaml
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = {
+    "title": "A tiny grid",
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth", "snip"],
+    "rounds": [1, 2],
+    "seeds": [0],
+    "recipe": {"epochs": 1, "batch_size": 100, "warmup": 0.0},
+    "train_size": 300,
+    "dimensions": {
+        "generalization": {"n_test": 200, "n_ood": 50, "n_corrupted": 10, "n_attack": 20, "n_pgd": 4},
+        "calibration": {"n_test": 200, "n_corrupted": 10, "n_bootstrap": 50},
+    },
+    "method_pages": [],
+}
+ROLES = ("driver", "zygote", "snakemake", "worker", "page", "kernel", "rows", "front", "book", "client")
+PATIENCE = 900.0  # seconds without an end after which a run counts as stuck
+GRACE = 5.0  # seconds within which a killed run's processes have to be gone
+UNTIMED = ("cost", "provenance", "history")  # of ticket.json
+
+
+def main() -> int:
+    """Torture a grid; return 0 if nothing was lost, wasted or left behind."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
+    parser.add_argument("--grid", type=Path, help="a grid file (default: a tiny grid of its own)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        outcome = torture(folder, options.grid, options.kills, random.Random(options.seed))
+    print(outcome.table())
+    for fault in outcome.faults:
+        print(f"FAULT: {fault}", file=sys.stderr)
+    print(
+        f"{outcome.n_kills} kills, {outcome.n_ends} ends compared with the reference, {len(outcome.faults)} faults"
+    )
+    return 1 if outcome.faults else 0
+
+
+@dataclass
+class Outcome:
+    """What was killed, what became of it, and what went wrong."""
+
+    lines: list[tuple[str, ...]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    killed: Counter[str] = field(default_factory=Counter)
+    n_ends: int = 0
+
+    @property
+    def n_kills(self) -> int:
+        """How many processes were killed."""
+        return sum(self.killed.values())
+
+    def table(self) -> str:
+        """Return one line a run: victim, moment, how the run ended, what it had finished by then."""
+        head = ("run", "killed", "after", "the run then", "whole artifacts")
+        lines = [head, *self.lines]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -> Outcome:
+    """Run a grid undisturbed, then kill it ``n_kills`` times; compare every end with the undisturbed one."""
+    reference, victim = Checkout(folder / "reference", grid), Checkout(folder / "tortured", grid)
+    outcome = Outcome()
+    began = time.monotonic()
+    run = reference.start()
+    if run.wait(PATIENCE) != 0:
+        raise SystemExit(f"The undisturbed run failed:\n{reference.last_words()}")
+    seconds = time.monotonic() - began
+    expected = contents(reference)
+    with tqdm(total=n_kills, desc="kills", unit="kill") as bar:
+        while outcome.n_kills < n_kills:
+            before = outcome.n_kills
+            one_run(victim, seconds, rng, outcome, may_kill=True)
+            bar.update(outcome.n_kills - before)
+            if victim.ended:
+                judge(victim, expected, outcome)
+    while not victim.ended:
+        one_run(victim, seconds, rng, outcome, may_kill=False)
+    if victim.folder.exists():
+        judge(victim, expected, outcome)
+    return outcome
+
+
+def one_run(
+    checkout: Checkout, seconds: float, rng: random.Random, outcome: Outcome, *, may_kill: bool
+) -> None:
+    """Start a run and kill one of its processes at a random moment, if it takes that long."""
+    whole = checkout.finished()
+    began = time.monotonic()
+    run = checkout.start()
+    moment = rng.uniform(0.0, seconds)
+    killed, after = "-", "-"
+    try:
+        run.wait(moment if may_kill else PATIENCE)
+    except subprocess.TimeoutExpired:
+        present = checkout.processes(run.pid)
+        role = min(sorted(present), key=lambda name: (outcome.killed[name], rng.random()))
+        pid = rng.choice(present[role])
+        os.kill(pid, signal.SIGKILL)
+        outcome.killed[role] += 1
+        killed, after = role, f"{time.monotonic() - began:.0f} s"
+    try:
+        status = run.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        outcome.faults.append(f"the run after the kill of {killed} did not end in {PATIENCE:.0f} s")
+        status = None
+        run.kill()
+    if rng.random() < 0.5 or status == 0 or not may_kill:  # else the next one starts beside what is dying
+        left = checkout.processes_left()
+        outcome.faults += [f"after the kill of {killed}, {name} lived on" for name in left]
+    again = checkout.made_again(whole)
+    outcome.faults += [f"made twice around the kill of {killed}: {name}" for name in again]
+    checkout.ended = status == 0
+    if status != 0 and killed == "-":
+        outcome.faults.append(f"a run that nobody disturbed ended with {status}: {checkout.last_words()}")
+    ending = "ended well" if status == 0 else "was dead" if killed == "driver" else f"ended with {status}"
+    outcome.lines.append((str(len(outcome.lines) + 1), killed, after, ending, str(len(checkout.finished()))))
+
+
+def judge(checkout: Checkout, expected: dict[str, object], outcome: Outcome) -> None:
+    """Compare a finished run with the reference, and look for what it should not have left; then remove it."""
+    found = contents(checkout)
+    outcome.n_ends += 1
+    outcome.faults += [f"missing: {name}" for name in expected.keys() - found.keys()]
+    outcome.faults += [f"not in the reference: {name}" for name in found.keys() - expected.keys()]
+    outcome.faults += [
+        f"different: {n}" for n in expected.keys() & found.keys() if not same(expected[n], found[n])
+    ]
+    outcome.faults += [f"left behind: {path}" for path in checkout.rubbish()]
+    checkout.clear()
+
+
+def contents(checkout: Checkout) -> dict[str, object]:
+    """Return everything that must not depend on what happened on the way, by name."""
+    store, found = checkout.folder / "store", {}
+    found["rows.csv"] = checkout.rows.read_bytes()
+    for path in sorted(store.rglob("*.safetensors")):
+        found[str(path.relative_to(store))] = path.read_bytes()
+    for path in sorted(store.glob("evaluations/*/*")):
+        values = json.loads((path / "values.json").read_text())
+        with np.load(path / "arrays.npz") as arrays:
+            found[str(path.relative_to(store))] = {"values": values["values"], **dict(arrays)}
+    for path in sorted(store.glob("tickets/*/ticket.json")):
+        info = json.loads(path.read_text())
+        found[str(path.relative_to(store))] = {k: v for k, v in info.items() if k not in UNTIMED}
+    return {name: value for name, value in found.items() if not name.startswith(("damaged/", "tmp/"))}
+
+
+def same(one: object, two: object) -> bool:
+    """Say whether two contents are the same, arrays bit for bit."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, np.ndarray) and isinstance(two, np.ndarray):
+        return (one.dtype, one.shape, one.tobytes()) == (two.dtype, two.shape, two.tobytes())
+    return one == two
+
+
+class Checkout:
+    """A copy of this checkout with a store and a folder for temporary files of its own."""
+
+    def __init__(self, folder: Path, grid: Path | None):
+        self.folder, self.grid = folder, Path("workflow/grids") / (grid.name if grid else "torture.yml")
+        self.temporary = folder.parent / f"{folder.name}-tmp"
+        self.log = folder.parent / f"{folder.name}.log"
+        self.rows = folder / "book/_generated" / self.grid.stem / "rows.csv"
+        self.ended = False
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for name in listed:
+            if (ROOT / name).is_file() and not name.startswith("book/results/"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        content = grid.read_text() if grid else yaml.safe_dump(GRID)
+        (folder / self.grid).write_text(content)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove all that runs have made."""
+        for name in ("store", "_build", ".snakemake", "book/_generated"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir()
+
+    def start(self) -> subprocess.Popen:
+        """Start a run."""
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(self.folder)}
+        environment["TMPDIR"] = str(self.temporary)
+        environment.pop("LTHLIB_STORE", None)
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "workflow/report.py", str(self.grid)],
+                cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def last_words(self) -> str:
+        """Return the last lines of the latest run."""
+        return "\n".join(self.log.read_text().replace("\r", "\n").splitlines()[-10:])
+
+    def processes(self, driver: int) -> dict[str, list[int]]:
+        """Return the process ids of a run by role."""
+        found: dict[str, list[int]] = {}
+        kernels_of: dict[str, list[psutil.Process]] = {}
+        for process in self._processes():
+            role, log = _role(process, driver)
+            if role == "page":
+                kernels_of.setdefault(log, []).append(process)
+            else:
+                found.setdefault(role, []).append(process.pid)
+        for group in kernels_of.values():  # a page's process starts its kernel, which writes to the same log
+            first, *kernels = sorted(group, key=lambda p: (p.create_time(), p.pid))
+            found.setdefault("page", []).append(first.pid)
+            found.setdefault("kernel", []).extend(kernel.pid for kernel in kernels)
+        return {role: pids for role, pids in found.items() if pids}
+
+    def processes_left(self) -> list[str]:
+        """Return what still runs here once everything has had the time to notice the end."""
+        deadline = time.monotonic() + GRACE
+        while (left := list(self._processes())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [_describe(process) for process in left]
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            try:
+                here = process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                continue
+            if here:
+                yield process
+
+    def finished(self) -> dict[str, tuple[int, int]]:
+        """Return what is whole by now and must not be made again: artifacts, and pages that the workflow has noted."""
+        whole = [path.parent for path in (self.folder / "store").rglob("manifest.json")]
+        unfinished = _unescaped(self.folder / ".snakemake/incomplete")
+        noted = _unescaped(self.folder / ".snakemake/metadata") - unfinished
+        pages = [self.folder / name for name in noted if name.endswith(".ipynb")]
+        found = {}
+        for path in [*whole, *pages]:
+            if path.exists() and not {"tmp", "damaged"} & set(path.relative_to(self.folder).parts):
+                stat = path.stat()
+                found[str(path.relative_to(self.folder))] = stat.st_ino, stat.st_mtime_ns
+        return found
+
+    def made_again(self, whole: dict[str, tuple[int, int]]) -> list[str]:
+        """Return what was whole before and has been made again since, or is gone."""
+        now = self.finished()
+        return [name for name, identity in whole.items() if now.get(name) != identity]
+
+    def rubbish(self) -> list[Path]:
+        """Return the temporary files that nobody needs any more."""
+        store = self.folder / "store"
+        left = [*self.temporary.iterdir(), *(store / "tmp").iterdir(), *(store / "damaged").glob("*")]
+        hidden = [p for p in self.folder.rglob(".*.tmp") if p.is_file()]
+        return left + hidden + list((self.folder / "book/_generated").rglob("*.failed.ipynb"))
+
+
+def _role(process: psutil.Process, driver: int) -> tuple[str, str]:
+    """Return what a process of a run does, and the log it writes to."""
+    if process.pid == driver:
+        return "driver", ""
+    try:
+        command, parent = " ".join(process.cmdline()), process.ppid()
+        log = os.readlink(f"/proc/{process.pid}/fd/1")
+    except (psutil.Error, OSError):
+        return "client", ""  # it is ending
+    if "lthlib.zygote" not in command:
+        return "client", log
+    if parent == driver:
+        return "zygote", log
+    if "/pages/" in log:
+        return "page", log
+    name = Path(log).stem
+    return (
+        name if name in ("rows", "front", "book") else "worker" if log.endswith(".log") else "snakemake"
+    ), log
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"process {process.pid} ({' '.join(process.cmdline()[:6])}, {_role(process, 0)[0]})"
+    except psutil.Error:
+        return f"process {process.pid}"
+
+
+def _unescaped(folder: Path) -> set[str]:
+    """Return the names of files in Snakemake's own notes, which are in base 64."""
+    import base64
+
+    names = [
+        p.relative_to(folder).as_posix().replace("@", "").replace("/", "")
+        for p in folder.rglob("*")
+        if p.is_file()
+    ]
+    return {base64.b64decode(name).decode() for name in names}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
