@@ -1,6 +1,7 @@
 # make report                          set up, run the default grid, build the book
 # make report GRID=workflow/grids/cifar10.yml
-# make report PROFILE=slurm            the same on a cluster (workflow/profiles/slurm)
+# make report PROFILE=slurm            the same on a cluster (workflow/profiles/slurm/config.yaml has its settings)
+# make report OPTIONS="--dry-run"      with further options of Snakemake
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
 # make lock                            resolve the dependencies anew
@@ -16,7 +17,7 @@ RUN     := $(ENV)/bin/python
 .DEFAULT_GOAL := report
 
 report: $(ENV)/ready
-	@$(RUN) workflow/report.py $(GRID) --profile $(PROFILE) --cores $(CORES)
+	@$(RUN) workflow/report.py $(GRID) --profile $(PROFILE) --cores $(CORES) $(if $(OPTIONS),-- $(OPTIONS))
 
 record: $(ENV)/ready
 	@$(RUN) -m lthlib record $(GRID)

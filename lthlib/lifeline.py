@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 VARIABLE = "LTHLIB_RUN"
-"""Names the process that started the run; unset on a cluster, where the scheduler owns the jobs."""
+"""Names the process that started the run; unset in a cluster's jobs, which the scheduler owns."""
 
 SECONDS = 0.5
 

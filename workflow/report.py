@@ -1,6 +1,6 @@
 """Run a grid to a book: check the grid, run the workflow, say what is running, what failed, and where the book lies.
 
-.venv/bin/python workflow/report.py workflow/grids/quick.yml [--profile local] [--cores all]
+.venv/bin/python workflow/report.py workflow/grids/quick.yml [--profile local] [--cores all] [-- OPTIONS OF SNAKEMAKE]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from lthlib.zygote import zygote
 
 DONE = re.compile(r"(\d+) of (\d+) steps")
 RULE = re.compile(r"^(?:local)?rule (\w+):")
+SLURM_RUN = re.compile(r"^SLURM run ID: (\S+)", re.MULTILINE)
 LOG = re.compile(r"^\s+log: (\S+)")
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
@@ -35,8 +37,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a grid to a book.")
     parser.add_argument("grid")
     parser.add_argument("--profile", default="local", help="a folder of workflow/profiles")
-    parser.add_argument("--cores", default="all")
-    options = parser.parse_args()
+    parser.add_argument("--cores", default="all", help="a number; on a cluster, of cores in use at once")
+    given, more = sys.argv[1:], []
+    if "--" in given:
+        given, more = given[: given.index("--")], given[given.index("--") + 1 :]
+    options = parser.parse_args(given)
+    options.more = more
     os.chdir(ROOT)
     began = time.monotonic()
     try:
@@ -73,19 +79,31 @@ def only_run():
         yield handle.fileno()
 
 
+def cancel_leftovers(log: Path) -> None:
+    """Cancel what a killed run left in Slurm's queue: nothing here would wait for it, and it would be done twice."""
+    named = SLURM_RUN.search(log.read_text()) if log.exists() else None
+    if named and shutil.which("scancel"):
+        subprocess.run(
+            ["scancel", "--quiet", "--me", "--name", named[1]], stderr=subprocess.DEVNULL, timeout=60
+        )
+
+
 def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     """Run Snakemake under a progress bar; return its exit status and the logs of the jobs that failed."""
     command = [
         sys.executable, "-m", "lthlib.fork", "workflow/snake.py", options.grid, "--snakefile", "workflow/Snakefile",
-        "--directory", str(ROOT), "--profile", f"workflow/profiles/{options.profile}", "--cores", options.cores,
+        "--directory", str(ROOT), "--profile", f"workflow/profiles/{options.profile}",
     ]  # fmt: skip
+    if options.profile == "local" or options.cores != "all":  # all: of this machine, which is not the cluster
+        command += ["--cores", options.cores]
+    command += options.more
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
-    if options.profile == "local":
-        environment[lifeline.VARIABLE] = str(os.getpid())
+    environment[lifeline.VARIABLE] = str(os.getpid())
     failed: list[Path] = []
     tail: deque[str] = deque(maxlen=30)
     log = ROOT / "_build" / "snakemake.log"
     log.parent.mkdir(exist_ok=True)
+    cancel_leftovers(log)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     shape = "{desc}: {n}/{total} jobs {bar} {elapsed}, {remaining} left"
     with (

@@ -3,6 +3,7 @@
 A grid that is refused ends with status `REFUSED` and one line that says why.
 """
 
+import os
 import sys
 
 from snakemake.cli import main
@@ -17,6 +18,8 @@ REFUSED = 3
 if __name__ == "__main__":
     lifeline.watch()
     grid, *arguments = sys.argv[1:]
+    if "workflow/profiles/local" not in arguments:
+        os.environ.pop(lifeline.VARIABLE)  # its jobs run elsewhere, where no process has that number
     try:
         read_grid(grid)
     except UserError as error:
