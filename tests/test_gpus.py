@@ -1,0 +1,119 @@
+"""GPUs are shared out without one: a list of names, and jobs that write down which name they got and when."""
+
+import collections
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lthlib import gpus
+from lthlib.zygote import ROOT, VARIABLE, zygote
+
+JOB = """
+import sys, time
+from pathlib import Path
+folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+from lthlib import gpus
+device = gpus.claim()
+import os
+torch = sys.modules.get("torch")
+assert torch is None or not torch.cuda.is_initialized()
+assert os.environ["CUDA_VISIBLE_DEVICES"] == device
+began = time.monotonic()
+(folder / f"{name}.begun").write_text(device)
+time.sleep(seconds)
+(folder / f"{name}.ended").write_text(f"{device} {began} {time.monotonic()}")
+"""
+LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aa-00)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aa-01)
+  MIG 3g.20gb     Device  1: (UUID: MIG-GPU-aa/7/0)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bb-00)
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "job.py").write_text(JOB)
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), gpus.VARIABLE: "GPU-a,GPU-b"}
+
+
+def start(folder, environment, name, seconds):
+    command = [sys.executable, "-m", "lthlib.fork", str(folder / "job.py"), str(folder), name, str(seconds)]
+    return subprocess.Popen(command, env=environment)
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("how", ["forked", "plain"])
+def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, how):
+    if how == "forked" and sys.platform != "linux":
+        pytest.skip("processes are forked on Linux only")
+    with zygote(["torch"]) as address:
+        environment = environment | ({VARIABLE: address} if how == "forked" else {})
+        if how == "plain":
+            environment.pop(VARIABLE, None)
+        jobs = [start(tmp_path, environment, str(n), 0.3) for n in range(6)]
+        assert [job.wait(timeout=60) for job in jobs] == [0] * 6
+    held = collections.defaultdict(list)
+    for n in range(6):
+        device, began, ended = (tmp_path / f"{n}.ended").read_text().split()
+        held[device].append((float(began), float(ended)))
+    assert set(held) == {"GPU-a", "GPU-b"}
+    for spans in held.values():
+        spans.sort()
+        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+
+
+def test_a_killed_job_frees_its_gpu(tmp_path, environment):
+    environment[gpus.VARIABLE] = "GPU-a"
+    environment.pop(VARIABLE, None)
+    killed = start(tmp_path, environment, "killed", 60)
+    assert wait_for(tmp_path / "killed.begun") == "GPU-a"
+    other = start(tmp_path, environment, "other", 0)
+    time.sleep(0.5)
+    assert not (tmp_path / "other.begun").exists()
+    killed.kill()
+    assert other.wait(timeout=30) == 0
+    killed.wait()
+
+
+def test_gpus_are_counted_without_cuda(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<X\n{LISTED}X\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(gpus.CUDA, raising=False)
+    assert gpus.visible() == ["MIG-aa-01", "MIG-GPU-aa/7/0", "GPU-bb-00"]
+    monkeypatch.setenv(gpus.CUDA, "3, 1")
+    assert gpus.visible() == ["3", "1"]
+    for none in ("", "-1"):
+        monkeypatch.setenv(gpus.CUDA, none)
+        assert gpus.visible() == []
+    monkeypatch.delenv(gpus.CUDA)
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
+    assert gpus.visible() == []
+
+
+def test_where_no_gpu_is_named_nothing_changes(monkeypatch):
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    monkeypatch.setenv(gpus.CUDA, "1")
+    assert gpus.claim() is None
+    assert os.environ[gpus.CUDA] == "1"
+
+
+def test_a_process_that_already_uses_cuda_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setenv(gpus.VARIABLE, "GPU-a")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="before a GPU was chosen"):
+        gpus.claim()
