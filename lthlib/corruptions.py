@@ -1052,6 +1052,7 @@ def stream_official(
     classes: Sequence[str] | None = None,
     num_classes: int = 1000,
     rows: int = 50_000,
+    positions: np.ndarray | None = None,
     batch_size: int = 64,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Read one severity from ImageNet-C, batch by batch, in the order of class folder and file name.
@@ -1064,6 +1065,7 @@ def stream_official(
             ``num_classes``.
         num_classes: Number of classes when ``classes`` is not given.
         rows: Number of images of the severity.
+        positions: Which of them to read, in this order; by default all.
         batch_size: Images held at a time.
 
     Returns:
@@ -1093,7 +1095,7 @@ def stream_official(
     ]
     if len(files) != rows:
         raise UserError(f"{root} has {len(files):,} JPEG files where {rows:,} are expected.")
-    return _read_batches(files, batch_size)
+    return _read_batches(files if positions is None else [files[i] for i in positions], batch_size)
 
 
 def _read_batches(files: list[tuple[Path, int]], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,10 +1,11 @@
-"""Named data sets, as uint8 pixels in memory (or memory-mapped), and out-of-distribution sets.
+"""Named data sets, as uint8 pixels in memory or read on demand, and out-of-distribution sets.
 
 ``load("mnist5k")`` gives the embedded set, ``load("cifar10")`` and ``load("cifar100")`` come through torchvision, and
 any other name is a folder or zip of class-named image folders in ``$LTHLIB_DATA`` (default ``data``):
 ``<name>/train/<class>/*`` and ``<name>/test/<class>/*`` (``val`` will do for ``test``), or ``<name>/<class>/*``, split
 80/20 by class. Images of many sizes need a size in the name: ``imagenet@224`` scales the shorter side to 8/7 of 224
-and takes the central square. Decoding happens once; the store keeps the arrays.
+and takes the central square. Decoding happens once and the store keeps the arrays, unless they are larger than
+`HELD_UP_TO`: such images (ImageNet) are decoded from their files whenever they are read, batch by batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +31,60 @@ from lthlib.errors import Registry, UserError, suggest
 from lthlib.store import ROOT, Store
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
+HELD_UP_TO = 2**30  # bytes of pixels; larger sets are read on demand
+MOMENTS_FROM = 10_000  # training images, where these are read on demand
+
+
+class OnDemand:
+    """The pixels of many images, read when they are asked for, so that memory does not grow with their number.
+
+    It stands where a uint8 tensor (N, H, W, C) stands for smaller sets: ``pixels[index]`` and ``pixels.split(count)``
+    give tensors.
+
+    Args:
+        read: ``read(positions) -> uint8 (m, H, W, C)`` for an array of m positions; kept as an attribute.
+        positions: Those of the N images.
+        image_shape: (H, W, C).
+    """
+
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        positions: np.ndarray,
+        image_shape: tuple[int, int, int],
+    ):
+        self.read, self._positions, self.shape = read, positions, (len(positions), *image_shape)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int | slice | torch.Tensor) -> torch.Tensor:
+        """Read the images at an index along the first axis."""
+        positions = self._positions[_numpy_index(index)]
+        images = torch.from_numpy(self.read(np.atleast_1d(positions)))
+        return images if np.ndim(positions) else images[0]
+
+    def at(self, index: slice | torch.Tensor) -> OnDemand:
+        """Return the images at an index along the first axis, unread."""
+        return OnDemand(self.read, self._positions[_numpy_index(index)], self.shape[1:])
+
+    def split(self, count: int) -> Iterator[torch.Tensor]:
+        """Read the images in batches; the next is on its way while one is used."""
+        starts = range(0, len(self), count)
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.__getitem__, slice(start, start + count)) for start in starts[:1]]
+            for start in starts:
+                batch = ahead.pop().result()
+                if start + count < len(self):
+                    ahead.append(reader.submit(self.__getitem__, slice(start + count, start + 2 * count)))
+                yield batch
+
+
+Pixels = torch.Tensor | OnDemand
+
+
+def _numpy_index(index: int | slice | torch.Tensor) -> int | slice | np.ndarray:
+    return index if isinstance(index, slice) else np.asarray(index)
 
 
 @dataclass(frozen=True)
@@ -36,11 +92,11 @@ class Images:
     """Labelled images.
 
     Attributes:
-        pixels: uint8 tensor (N, H, W, C); C is 1 or 3.
+        pixels: uint8 (N, H, W, C), C 1 or 3: a tensor, or `OnDemand` where there is too much to hold in memory.
         labels: int64 tensor (N,).
     """
 
-    pixels: torch.Tensor
+    pixels: Pixels
     labels: torch.Tensor
 
     def __len__(self) -> int:
@@ -48,7 +104,8 @@ class Images:
 
     def subset(self, index: torch.Tensor) -> Images:
         """Return the images at the given positions."""
-        return Images(self.pixels[index], self.labels[index])
+        on_demand = isinstance(self.pixels, OnDemand)
+        return Images(self.pixels.at(index) if on_demand else self.pixels[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -63,7 +120,8 @@ class DataSet:
         test: Test images; every accuracy and calibration number is measured on these.
         mean: Mean of the training pixels by channel, in [0, 1].
         std: Standard deviation of the training pixels by channel.
-        digest: Hash of the pixels and labels; part of the version of whatever is computed from them.
+        digest: Hash of the pixels (where they are read on demand: of the files' names, sizes and times) and labels;
+            part of the version of whatever is computed from them.
     """
 
     name: str
@@ -109,7 +167,7 @@ class Source:
 
 
 DATASETS: Registry[Source] = Registry("data set")
-OOD: Registry[Callable[[DataSet, int], np.ndarray]] = Registry("out-of-distribution set")
+OOD: Registry[Callable[[DataSet, int], Iterable[np.ndarray]]] = Registry("out-of-distribution set")
 
 
 def dataset(name: str, *, title: str, ood: tuple[str, ...], reference: str) -> Callable:
@@ -123,7 +181,7 @@ def dataset(name: str, *, title: str, ood: tuple[str, ...], reference: str) -> C
 
 
 def ood_set(name: str) -> Callable:
-    """Register the decorated maker ``(like, n) -> uint8 (n, H, W, C)`` as an out-of-distribution set."""
+    """Register the decorated maker ``(like, n) -> n`` images, uint8 (H, W, C), as an out-of-distribution set."""
 
     def register(make: Callable) -> Callable:
         OOD[name] = make
@@ -179,12 +237,7 @@ def load(name: str, store: Store, train_size: int | None = None) -> DataSet:
     found = source(name)
     folder = _decoded(name, found, store)
     info = json.loads((folder / "info.json").read_text())
-    parts = {
-        part: Images(
-            *(torch.from_numpy(_read(folder / f"{part}-{array}.npy")) for array in ("pixels", "labels"))
-        )
-        for part in info["parts"]
-    }
+    parts = {part: _kept_part(name, folder, part) for part in info["parts"]}
     if "train" not in parts:
         raise UserError(f"{name} has no training images; it can only serve as an out-of-distribution set.")
     train = parts["train"]
@@ -200,31 +253,47 @@ def load(name: str, store: Store, train_size: int | None = None) -> DataSet:
     )  # fmt: skip
 
 
-def ood_images(name: str, like: DataSet, n: int, store: Store) -> torch.Tensor:
-    """Return n out-of-distribution images of the same shape as a data set's, uint8 (n, H, W, C).
+def ood_images(name: str, like: DataSet, n: int, store: Store) -> Pixels:
+    """Return n out-of-distribution images of the same shape as a data set's, uint8 (n, H, W, C), made once and kept.
 
     Args:
         name: A name of `OOD`, of another data set, or of a folder or zip in ``$LTHLIB_DATA`` (its test images).
         like: The in-distribution data set, whose size and channels the images get.
         n: How many; a set that has fewer gives all it has.
-        store: Where decoded arrays are kept.
+        store: Where they are kept.
 
     Raises:
         UserError: For an unknown name, or a set without images.
     """
-    if name in OOD:
-        pixels = OOD[name](like, n)
-    elif name in DATASETS or _in_data_folder(name.split("@")[0]) is not None:
-        pixels = _test_pixels(name, store)  # spread over all of it: many sets are sorted by class
-        pixels = _resized(pixels[np.arange(min(n, len(pixels))) * len(pixels) // min(n, len(pixels))], like)
-    else:
+    if name not in OOD and name not in DATASETS and _in_data_folder(name.split("@")[0]) is None:
         known = [*OOD, *DATASETS, *_folder_names()]
         raise UserError(
             f"Unknown out-of-distribution set {name!r}.{suggest(name, known)} Allowed: {', '.join(known)}."
         )
-    if len(pixels) == 0:
-        raise UserError(f"The out-of-distribution set {name!r} has no images.")
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+    def make(folder: Path) -> None:
+        images = OOD[name](like, n) if name in OOD else _fitted(name, like, n, store)
+        with (folder / "pixels").open("wb") as file:
+            for image in images:
+                file.write(np.ascontiguousarray(image, np.uint8).data)
+            if file.tell() == 0:
+                raise UserError(f"The out-of-distribution set {name!r} has no images.")
+
+    key = f"ood/{like.name}-{n}/{name}".replace("@", "+").lower()
+    folder = store.get(key, f"{like.digest}-{ood_version(name)}", make)
+    return _rows(folder / "pixels", (like.size, like.size, like.channels))
+
+
+def _rows(path: Path, image_shape: tuple[int, int, int]) -> Pixels:
+    """Return the images whose bytes a file holds one after the other."""
+    shape = (path.stat().st_size // int(np.prod(image_shape)), *image_shape)
+    if path.stat().st_size <= HELD_UP_TO:
+        return torch.from_numpy(np.fromfile(path, np.uint8).reshape(shape))
+    return OnDemand(
+        lambda positions: np.memmap(path, np.uint8, "r", shape=shape)[positions],
+        np.arange(shape[0]),
+        image_shape,
+    )
 
 
 def ood_version(name: str) -> str:
@@ -321,38 +390,38 @@ def _through_torchvision(kind: str, root: Path, **which: object):
 
 
 @ood_set("gaussian")
-def _gaussian(like: DataSet, n: int) -> np.ndarray:
+def _gaussian(like: DataSet, n: int) -> Iterator[np.ndarray]:
     """Noise as in the paper's code, clip(N(0, 1/2), -1, 1) moved to [0, 1], with a fixed seed (theirs has none)."""
-    noise = np.random.default_rng(0).normal(0, 0.5, (n, like.size, like.size, like.channels))
-    return np.rint((noise.clip(-1, 1) * 0.5 + 0.5) * 255).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        noise = rng.normal(0, 0.5, (like.size, like.size, like.channels))
+        yield np.rint((noise.clip(-1, 1) * 0.5 + 0.5) * 255).astype(np.uint8)
 
 
 @ood_set("photos")
-def _photos(like: DataSet, n: int) -> np.ndarray:
+def _photos(like: DataSet, n: int) -> Iterator[np.ndarray]:
     """Square patches of scikit-learn's two sample photographs, at random places and scales, with a fixed seed."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     rng = np.random.default_rng(0)
-    patches = []
     for i in range(n):
         photo = photos[i % len(photos)]
         side = int(rng.integers(like.size, min(photo.size) // 2 + like.size))
         side = min(side, *photo.size)
         left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-        patches.append(_fit(photo, like, box=(left, top, left + side, top + side)))
-    return np.stack(patches) if patches else np.empty((0, like.size, like.size, like.channels), np.uint8)
+        yield _fit(photo, like, box=(left, top, left + side, top + side))
 
 
 @ood_set("digits")
-def _digits(like: DataSet, n: int) -> np.ndarray:
+def _digits(like: DataSet, n: int) -> Iterator[np.ndarray]:
     """scikit-learn's 8 x 8 digits, enlarged: for MNIST a *near* set, other scans of the same ten classes."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    scans = (load_digits().images[:n] * (255 / 16)).astype(np.uint8)
-    return np.stack([_fit(Image.fromarray(scan), like) for scan in scans])
+    for scan in (load_digits().images[:n] * (255 / 16)).astype(np.uint8):
+        yield _fit(Image.fromarray(scan), like)
 
 
 def _fit(image, like: DataSet, box=None) -> np.ndarray:
@@ -362,17 +431,50 @@ def _fit(image, like: DataSet, box=None) -> np.ndarray:
     return np.asarray(image).reshape(like.size, like.size, like.channels)
 
 
-def _resized(pixels: np.ndarray, like: DataSet) -> np.ndarray:
-    if pixels.shape[1:] == (like.size, like.size, like.channels):
-        return pixels
+def _fitted(name: str, like: DataSet, n: int, store: Store) -> Iterator[np.ndarray]:
+    """Yield n images of another set, spread over all of it (many sets are sorted by class), fitted to a data set."""
     from PIL import Image
 
-    return np.stack([_fit(Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p), like) for p in pixels])
+    if name in DATASETS:
+        part = _kept_part(name, _decoded(name, source(name), store), "test")
+    else:
+        base, _, size = name.partition("@")
+        files = _Files(_in_data_folder(base), _foreign_files(base)[0], name, int(size or 0))
+        part = Images(files.on_demand(), torch.zeros(len(files.names)))
+    n = min(n, len(part))
+    for batch in part.subset(torch.arange(n) * len(part) // n).pixels.split(64):
+        for image in batch.numpy():
+            same = image.shape == (like.size, like.size, like.channels)
+            plain = image.squeeze(-1) if image.shape[-1] == 1 else image
+            yield image if same else _fit(Image.fromarray(plain), like)
 
 
-def _test_pixels(name: str, store: Store) -> np.ndarray:
-    folder = _decoded(name, source(name), store)
-    return _read(folder / "test-pixels.npy")
+def _foreign_files(base: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the images of a folder or zip that serves as out-of-distribution set, and its class folders, if any.
+
+    All its images, wherever they lie, or those of its part ``test`` or ``val`` where it has one.
+    """
+    tree = _Tree(_in_data_folder(base))
+    tops = {PurePosixPath(name).parts[0] for name in tree.names}
+    top = next(([part] for part in ("test", "val") if part in tops), [])
+    places = [PurePosixPath(name).parts for name in tree.names]
+    inside = [parts for parts in places if list(parts[: len(top)]) == top]
+    if not inside:
+        raise UserError(f"The out-of-distribution set {base!r} has no images: {tree.path} holds none.")
+    classes = {parts[len(top)] for parts in inside if len(parts) > len(top) + 1}
+    return ["/".join(parts) for parts in inside], tuple(sorted(classes))
+
+
+def ood_classes(name: str, like: DataSet) -> tuple[str, ...]:
+    """Return the classes that an out-of-distribution set is foreign *to*, or none where it is foreign to all.
+
+    ImageNet-O sorts its images into folders named after 200 of ImageNet's classes: those that a network takes them
+    for. Likewise any folder whose class folders all bear names of some of the data set's classes.
+    """
+    if name in OOD or name in DATASETS:
+        return ()
+    classes = _foreign_files(name.split("@")[0])[1]
+    return classes if 2 <= len(classes) < len(like.classes) and set(classes) <= set(like.classes) else ()
 
 
 # --- folders and zips of images --------------------------------------------------------------------------------
@@ -397,46 +499,50 @@ def _folder(name: str, root: Path) -> tuple[dict, list[str]]:
     base, _, size = name.partition("@")
     if size and not (size.isdigit() and int(size) > 0):
         raise UserError(f"{name!r}: what follows @ is the size in pixels, for instance {base}@224.")
-    path = _in_data_folder(base)
-    with _Tree(path) as tree:
-        parts, classes = _parts(tree, name)
-        return {
-            part: (_decode(tree, [p for p, _ in items], name, int(size) if size else None),
-                   np.array([label for _, label in items]))
-            for part, items in parts.items()
-        }, classes  # fmt: skip
+    tree = _Tree(_in_data_folder(base))
+    parts, classes = _parts(tree, name)
+    read = {
+        part: _Files(tree.path, [p for p, _ in items], name, int(size or 0)) for part, items in parts.items()
+    }
+    return {
+        part: (
+            _decode(files) if files.n_bytes <= HELD_UP_TO else files.on_demand(),
+            np.array([label for _, label in parts[part]]),
+        )
+        for part, files in read.items()
+    }, classes
 
 
 class _Tree:
-    """The image files of a folder or zip: relative names, and their bytes."""
+    """The image files of a folder or zip: relative names of files and folders."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, folders = path, []
         if path.is_dir():
-            self.zip = None
-            found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+            found = []
+            for top, inner, files in os.walk(path, followlinks=True):
+                top = os.path.relpath(top, path)
+                found += [os.path.normpath(os.path.join(top, file)) for file in files]
+                folders += [os.path.normpath(os.path.join(top, folder)) for folder in inner]
         else:
-            try:
-                self.zip = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{path} is not a readable zip file ({error}). Copy it again.") from error
-            found = (info.filename for info in self.zip.infolist() if not info.is_dir())
+            found = (info.filename for info in _archive(path).infolist() if not info.is_dir())
         self.names = sorted(
             n for n in found if PurePosixPath(n).suffix.lower() in SUFFIXES and "__MACOSX" not in n
         )
-        self.folders = {p.as_posix() for n in self.names for p in PurePosixPath(n).parents}
-        if path.is_dir():
-            self.folders |= {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_dir()}
+        self.folders = {p.as_posix() for n in self.names for p in PurePosixPath(n).parents} | set(folders)
 
-    def read(self, name: str) -> bytes:
-        return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
 
-    def __enter__(self) -> _Tree:
-        return self
+def _archive(path: Path) -> zipfile.ZipFile:
+    return _open_archive(path, path.stat().st_mtime_ns, os.getpid())
 
-    def __exit__(self, *error: object) -> None:
-        if self.zip:
-            self.zip.close()
+
+@functools.lru_cache(maxsize=4)
+def _open_archive(path: Path, time: int, process: int) -> zipfile.ZipFile:
+    """Open a zip; each process for itself, since forks would move one another's place in the file."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a readable zip file ({error}). Copy it again.") from error
 
 
 def _parts(tree: _Tree, name: str) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
@@ -487,49 +593,86 @@ def _by_class(tree: _Tree, top: str, classes: list[str] | None, name: str) -> di
     return groups
 
 
-def _decode(tree: _Tree, files: list[str], name: str, size: int | None) -> np.ndarray:
-    """Decode image files to one uint8 array (N, H, W, 3), or (N, H, W, 1) where the first one is grayscale."""
-    first = _image(tree, files[0], name, size, mode=None)
-    pixels = np.empty((len(files), *first.shape), np.uint8)
-    for i, file in enumerate(_progress(files, f"reading {name}")):
-        image = _image(tree, file, name, size, mode="L" if first.shape[2] == 1 else "RGB")
-        if image.shape != first.shape:
+class _Files:
+    """Image files of a folder or zip, which it reads as uint8 arrays of one shape.
+
+    Args:
+        path: The folder or zip.
+        names: Files in it.
+        name: What the data set was asked for by.
+        size: Side to scale and crop to, 0 for images that have one already.
+    """
+
+    def __init__(self, path: Path, names: list[str], name: str, size: int):
+        self.path, self.names, self.name, self.size = path, names, name, size
+        self.mode = None
+        self.shape = self._image(names[0]).shape
+        self.mode = "L" if self.shape[2] == 1 else "RGB"
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all images together, decoded."""
+        return len(self.names) * int(np.prod(self.shape))
+
+    def on_demand(self) -> OnDemand:
+        """Return the images, unread."""
+        return OnDemand(self, np.arange(len(self.names)), self.shape)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Decode the images at some positions, in as many threads as PyTorch has."""
+        pixels = np.empty((len(positions), *self.shape), np.uint8)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            names = (self.names[position] for position in positions)
+            for row, image in zip(pixels, pool.map(self._alike, names), strict=True):
+                row[:] = image
+        return pixels
+
+    def _alike(self, file: str) -> np.ndarray:
+        image = self._image(file)
+        if image.shape != self.shape:
             raise UserError(
-                f"{tree.path}/{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is "
-                f"{first.shape[1]} x {first.shape[0]}. All must be alike and square: ask for "
-                f"{name.split('@')[0]}@{min(first.shape[:2])} to have them scaled and cropped."
+                f"{self.path}/{file} is {image.shape[1]} x {image.shape[0]} pixels, {self.names[0]} is "
+                f"{self.shape[1]} x {self.shape[0]}. All must be alike and square: ask for "
+                f"{self.name.split('@')[0]}@{min(self.shape[:2])} to have them scaled and cropped."
             )
-        pixels[i] = image
+        return image
+
+    def _image(self, file: str) -> np.ndarray:
+        from PIL import Image
+
+        where, size = f"{self.path}/{file}", self.size
+        try:
+            content = (
+                (self.path / file).read_bytes() if self.path.is_dir() else _archive(self.path).read(file)
+            )
+            image = Image.open(io.BytesIO(content))
+            image.load()
+        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+            raise UserError(f"{where} is not a readable image ({error}). Replace or remove it.") from error
+        image = image.convert(self.mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+        if size and image.size != (size, size):
+            scale = size * 8 / 7 / min(image.size)
+            image = image.resize([max(size, round(extent * scale)) for extent in image.size], resample=2)
+            left, top = ((extent - size) // 2 for extent in image.size)
+            image = image.crop((left, top, left + size, top + size))
+        if image.size[0] != image.size[1]:
+            raise UserError(
+                f"{where} is {image.size[0]} x {image.size[1]} pixels. Images must be square: ask for "
+                f"{self.name.split('@')[0]}@{min(image.size)} to have them scaled and cropped."
+            )
+        array = np.asarray(image)
+        return array[:, :, None] if array.ndim == 2 else array
+
+
+def _decode(files: _Files) -> np.ndarray:
+    """Decode all files to one uint8 array (N, H, W, C)."""
+    pixels = np.empty((len(files.names), *files.shape), np.uint8)
+    with tqdm(total=len(pixels), desc=f"reading {files.name}", unit="image", delay=2, leave=False) as bar:
+        for start in range(0, len(pixels), 256):
+            part = np.arange(start, min(start + 256, len(pixels)))
+            pixels[part] = files(part)
+            bar.update(len(part))
     return pixels
-
-
-def _image(tree: _Tree, file: str, name: str, size: int | None, mode: str | None) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        image = Image.open(io.BytesIO(tree.read(file)))
-        image.load()
-    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{tree.path}/{file} is not a readable image ({error}). Replace or remove it."
-        ) from error
-    image = image.convert(mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB"))
-    if size is not None and image.size != (size, size):
-        scale = size * 8 / 7 / min(image.size)
-        image = image.resize([max(size, round(extent * scale)) for extent in image.size], resample=2)
-        left, top = ((extent - size) // 2 for extent in image.size)
-        image = image.crop((left, top, left + size, top + size))
-    if image.size[0] != image.size[1]:
-        raise UserError(
-            f"{tree.path}/{file} is {image.size[0]} x {image.size[1]} pixels. Images must be square: ask for "
-            f"{name.split('@')[0]}@{min(image.size)} to have them scaled and cropped."
-        )
-    array = np.asarray(image)
-    return array[:, :, None] if array.ndim == 2 else array
-
-
-def _progress(items: list, what: str) -> Iterator:
-    return tqdm(items, desc=what, unit="image", delay=2, leave=False)
 
 
 # --- the decoded copy in the store -----------------------------------------------------------------------------
@@ -547,14 +690,17 @@ def _decoded(name: str, found: Source, store: Store) -> Path:
             raise UserError(f"{name} has no test images (a folder called test or val).")
         digest = hashlib.sha256()
         for part, (pixels, labels) in parts.items():
-            arrays = {
-                "pixels": np.ascontiguousarray(pixels, np.uint8),
-                "labels": np.asarray(labels, np.int64),
-            }
-            for array, values in arrays.items():
-                np.save(folder / f"{part}-{array}.npy", values)
-                digest.update(values.data)
-        mean, std = _moments(parts.get("train", parts["test"])[0])
+            if isinstance(pixels, OnDemand):
+                (folder / f"{part}-files.json").write_text(json.dumps(pixels.read.names))
+                digest.update(f"{name} {stamp} {code_version(_Files)}".encode())
+            else:
+                pixels = np.ascontiguousarray(pixels, np.uint8)
+                np.save(folder / f"{part}-pixels.npy", pixels)
+                digest.update(pixels.data)
+            labels = np.asarray(labels, np.int64)
+            np.save(folder / f"{part}-labels.npy", labels)
+            digest.update(labels.data)
+        mean, std = _moments(_sampled(parts.get("train", parts["test"])[0]))
         info = {
             "classes": classes,
             "parts": list(parts),
@@ -567,10 +713,34 @@ def _decoded(name: str, found: Source, store: Store) -> Path:
     return store.get(key, f"{code_version(function, _moments)}-{stamp}", make)
 
 
-def _moments(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+def _kept_part(name: str, folder: Path, part: str) -> Images:
+    """Return a part of a data set from its folder in the store."""
+    labels = torch.from_numpy(np.load(folder / f"{part}-labels.npy"))
+    listing = folder / f"{part}-files.json"
+    if not listing.exists():
+        return Images(torch.from_numpy(np.load(folder / f"{part}-pixels.npy")), labels)
+    base, _, size = name.partition("@")
+    files = _Files(_in_data_folder(base), json.loads(listing.read_text()), name, int(size or 0))
+    return Images(files.on_demand(), labels)
+
+
+def _sampled(pixels: np.ndarray | OnDemand) -> Iterator[np.ndarray]:
+    """Yield all images, or where they are read on demand `MOMENTS_FROM` of them, evenly spread."""
+    if not isinstance(pixels, OnDemand):
+        yield pixels
+        return
+    n = min(MOMENTS_FROM, len(pixels))
+    for batch in pixels.at(torch.arange(n) * len(pixels) // n).split(256):
+        yield batch.numpy()
+
+
+def _moments(batches: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation by channel, in [0, 1], from exact integer histograms."""
     values = np.arange(256) / 255
-    counts = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(pixels.shape[3])])
+    counts = sum(
+        np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(part.shape[3])])
+        for part in batches
+    )
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ values
     return mean.tolist(), np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-8)).tolist()
@@ -581,8 +751,3 @@ def _stamp(path: Path) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*"))
     facts = [f"{p.relative_to(path.parent)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-
-
-def _read(path: Path) -> np.ndarray:
-    """Read an array; a large one is mapped copy-on-write, so that memory does not grow with the data set."""
-    return np.load(path, mmap_mode="c" if path.stat().st_size > 2**30 else None)

@@ -36,9 +36,9 @@ from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, obtain
 from lthlib.train import as_input
 
-BATCH = {"cpu": 125, "cuda": 1000}  # on a CPU larger ones fall out of the cache
+BATCH = {"cpu": 125, "cuda": 1000}  # images of up to 64 pixels; on a CPU larger batches fall out of the cache
 PIECE = 250  # corrupted images made at a time
-KEPT_UP_TO = 2**30  # bytes of one corruption's images; more are made again for each ticket, batch by batch
+KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
 OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
 OWN = ("train", "test", "validation")
 
@@ -54,20 +54,26 @@ def for_inference(model: nn.Module, precision: str = "auto") -> nn.Module:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, pixels: torch.Tensor, *, batch: int | None = None) -> torch.Tensor:
+def predict(model: nn.Module, pixels: data.Pixels, *, batch: int | None = None) -> torch.Tensor:
     """Compute logits.
 
     Args:
         model: As `for_inference` returns it, which decides the precision.
-        pixels: uint8 (N, H, W, C).
-        batch: Images a forward pass; by default what suits the device (`BATCH`).
+        pixels: uint8 (N, H, W, C), a tensor or read on demand.
+        batch: Images a forward pass; by default what suits the device and the size of the images (`BATCH`).
 
     Returns:
         float32 tensor (N, classes) on the CPU.
     """
     device = next(model.parameters()).device
-    parts = [model(as_input(part.to(device))).cpu() for part in pixels.split(batch or BATCH[device.type])]
+    batch = batch or scaled_to(pixels.shape[1:3], BATCH[device.type])
+    parts = [model(as_input(part.to(device))).cpu() for part in pixels.split(batch)]
     return torch.cat(parts) if parts else torch.empty(0)
+
+
+def scaled_to(size: tuple[int, int], count: int) -> int:
+    """Return how many images of a size take the memory of ``count`` images of 64 x 64 pixels; at most ``count``."""
+    return max(1, count * 64**2 // max(64**2, size[0] * size[1]))
 
 
 @dataclass
@@ -111,22 +117,27 @@ class Subject:
         return for_inference(self.trained.model, self.precision)
 
     def images(self, name: str, n: int) -> torch.Tensor:
-        """Return up to n uint8 images (n, H, W, C) of an image set.
+        """Return up to n uint8 images (n, H, W, C) of an image set, in memory.
 
         ``"test"``, ``"train"`` and ``"validation"`` are the data set's own, spread evenly over the classes (`sample`);
         ``"ood:<name>"`` is an out-of-distribution set (`lthlib.data.ood_images`); ``"corrupted:<name>:<severity>"``
         are the test images of `sample` under a corruption.
         """
         kind, _, which = name.partition(":")
+        if kind != "corrupted":
+            return self._pixels(name, n)[:]
+        corruption, _, severity = which.partition(":")
+        choose(severity, [str(s) for s in SEVERITIES], "severity")
+        parts = corrupted_parts(self.data, corruption, n, self.store, severities=(int(severity),))
+        return torch.cat([pixels for _, _, pixels in parts])
+
+    def _pixels(self, name: str, n: int) -> data.Pixels:
+        """As `images`, for sets that are not corrupted; read on demand where there is too much to hold in memory."""
+        kind, _, which = name.partition(":")
         if kind in OWN:
-            return self._part(name).pixels[self.sample(name, n)]
+            return self._part(name).subset(self.sample(name, n)).pixels
         if kind == "ood":
-            return _foreign(self.data, which, n, self.store)
-        if kind == "corrupted":
-            corruption, _, severity = which.partition(":")
-            choose(severity, [str(s) for s in SEVERITIES], "severity")
-            parts = corrupted_parts(self.data, corruption, n, self.store, severities=(int(severity),))
-            return torch.cat([pixels for _, _, pixels in parts])
+            return data.ood_images(which, self.data, n, self.store)
         raise UserError(
             f"Unknown image set {name!r}. Allowed: {', '.join(OWN)}, ood:<name>, corrupted:<name>:<severity>."
         )
@@ -149,39 +160,51 @@ class Subject:
     def logits(self, name: str, n: int) -> np.ndarray:
         """Return the logits (n, classes) of an image set, computed once and kept."""
 
-        def make() -> dict[str, torch.Tensor]:
-            tensors = {"logits": predict(self.fast_model, self.images(name, n))}
+        def make(folder: Path) -> None:
+            tensors = {"logits": predict(self.fast_model, self._pixels(name, n))}
             if name in OWN:
                 tensors["labels"] = self.labels(name, n)
-            return tensors
+            (folder / "logits.safetensors").write_bytes(safetensors.torch.save(tensors))
 
-        return self._kept(f"{name}-{n}", self.input_version(name), make)
+        folder = self._kept(f"{name}-{n}", self.input_version(name), make)
+        if folder not in self._cache:
+            self._cache[folder] = safetensors.torch.load_file(folder / "logits.safetensors")["logits"].numpy()
+        return self._cache[folder]
 
-    def corrupted_logits(self, names: Sequence[str], n: int) -> np.ndarray:
-        """Return the logits (corruptions, 5 severities, n, classes) of corrupted test images, one array for all.
+    def corrupted_logits(self, names: Sequence[str], n: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yield (corruption, severity, logits (n, classes)), all kept in one file and read one after the other.
 
         Args:
             names: Names in `lthlib.corruptions.CORRUPTIONS`.
             n: Images under each, those of ``sample("test", n)``, whose labels they have.
         """
+        labels = self.labels("test", n).numpy()
+        shape = (len(names), len(SEVERITIES), len(labels), len(self.data.classes))
+
+        def make(folder: Path) -> None:
+            np.save(folder / "labels.npy", labels)
+            np.lib.format.open_memmap(folder / "logits.npy", "w+", np.float32, shape)
+            for row, name in enumerate(names):
+                self._predict_corrupted(name, n, folder / "logits.npy", row)
+
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:6]
-        versions = [self.input_version(f"corrupted:{name}") for name in names]
+        versions = " ".join(self.input_version(f"corrupted:{name}") for name in names)
+        version = hashlib.sha256(versions.encode()).hexdigest()[:12]
+        folder = self._kept(f"corrupted-{len(names)}-{digest}-{n}", version, make)
+        for row, name in enumerate(names):
+            for severity in SEVERITIES:
+                # mapped anew each time: what has been read counts as memory as long as it is mapped
+                yield name, severity, np.array(np.load(folder / "logits.npy", "r")[row, severity - 1])
 
-        def make() -> dict[str, torch.Tensor]:
-            rows = [self._predict_corrupted(name, n) for name in names]
-            return {"logits": torch.stack(rows), "labels": self.labels("test", n)}
-
-        version = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
-        return self._kept(f"corrupted-{len(names)}-{digest}-{n}", version, make)
-
-    def _predict_corrupted(self, name: str, n: int) -> torch.Tensor:
-        """Logits (5, n, classes); all severities share batches where the images lie in the store."""
-        parts: dict[int, list[torch.Tensor]] = {}
+    def _predict_corrupted(self, name: str, n: int, path: Path, row: int) -> None:
+        """Write logits into a row of a file; all severities share batches where the images lie in the store."""
+        done = dict.fromkeys(SEVERITIES, 0)
         for severity, count, pixels in corrupted_parts(self.data, name, n, self.store):
-            found = predict(self.fast_model, pixels)
-            for i, logits in enumerate(found.split(count)):
-                parts.setdefault(severity + i, []).append(logits)
-        return torch.stack([torch.cat(parts[severity]) for severity in SEVERITIES])
+            logits = predict(self.fast_model, pixels)
+            logits = logits.reshape(-1, count, logits.shape[1]).numpy()
+            first, start = severity - 1, done[severity]
+            np.load(path, "r+")[row, first : first + len(logits), start : start + count] = logits
+            done[severity] += count
 
     def input_version(self, name: str) -> str:
         """Return what identifies the images of a set beside the ticket's data: the code and files they come from."""
@@ -192,18 +215,10 @@ class Subject:
             return _corrupted_version(self.data, which.partition(":")[0])
         return code_version(sample)
 
-    def _kept(self, name: str, input_version: str, make: Callable[[], dict[str, torch.Tensor]]) -> np.ndarray:
+    def _kept(self, name: str, input_version: str, make: Callable[[Path], None]) -> Path:
         name = name.replace(":", "-").replace("@", "+").lower()
-        key = f"predictions/{self.ticket.id}/{name}-{self.precision}"
-
-        def write(folder: Path) -> None:
-            safetensors.torch.save_file(make(), folder / "logits.safetensors")
-
-        if key not in self._cache:
-            version = f"{self.trained.version}-{code_version(predict, for_inference)}-{input_version}"
-            folder = self.store.get(key, version, write)
-            self._cache[key] = safetensors.torch.load_file(folder / "logits.safetensors")["logits"].numpy()
-        return self._cache[key]
+        version = f"{self.trained.version}-{code_version(predict, for_inference)}-{input_version}"
+        return self.store.get(f"predictions/{self.ticket.id}/{name}-{self.precision}", version, make)
 
 
 def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
@@ -218,17 +233,6 @@ def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
         raise UserError(f"{n} images are asked for; at least 1 is needed.")
     n = min(n, len(labels))
     return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n].sort().values
-
-
-def _foreign(like: data.DataSet, name: str, n: int, store: Store) -> torch.Tensor:
-    """Out-of-distribution images, cut to size once and kept."""
-
-    def make(folder: Path) -> None:
-        np.save(folder / "pixels.npy", data.ood_images(name, like, n, store).numpy())
-
-    key = f"ood/{like.name}-{n}/{name}".replace("@", "+").lower()
-    folder = store.get(key, f"{like.digest}-{data.ood_version(name)}", make)
-    return torch.from_numpy(np.load(folder / "pixels.npy"))
 
 
 # --- corrupted test images -------------------------------------------------------------------------------------
@@ -275,18 +279,16 @@ def corrupted_parts(
     positions = sample(like.test.labels, n).numpy()
     shape = (len(SEVERITIES), len(positions), *like.test.pixels.shape[1:])
     if np.prod(shape) > KEPT_UP_TO:
-        for severity in severities:
-            for pixels in _corrupted_batches(like, name, severity, positions):
-                yield severity, len(pixels), torch.from_numpy(pixels)
+        for severity, pixels in _corrupted_batches(like, name, severities, positions):
+            yield severity, len(pixels), torch.from_numpy(pixels)
         return
 
     def make(folder: Path) -> None:
         kept = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for row, severity in zip(kept, SEVERITIES, strict=True):
-            start = 0
-            for pixels in _corrupted_batches(like, name, severity, positions):
-                row[start : start + len(pixels)] = pixels
-                start += len(pixels)
+        done = dict.fromkeys(SEVERITIES, 0)
+        for severity, pixels in _corrupted_batches(like, name, SEVERITIES, positions):
+            kept[severity - 1, done[severity] : done[severity] + len(pixels)] = pixels
+            done[severity] += len(pixels)
         kept.flush()
 
     key = f"corrupted/{like.name.replace('@', '+').lower()}-{len(positions)}/{name}"
@@ -305,35 +307,42 @@ def _corrupted_version(like: data.DataSet, name: str) -> str:
 
 
 def _corrupted_batches(
-    like: data.DataSet, name: str, severity: int, positions: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Yield uint8 (m, H, W, C), together the test images at the positions under a corruption."""
+    like: data.DataSet, name: str, severities: Sequence[int], positions: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (severity, uint8 (m, H, W, C)), for each severity the test images at the positions, in their order."""
     folder = official_folder(like, name)
     if folder is not None:
-        yield from _official_batches(like, folder, name, severity, positions)
+        for severity in severities:
+            yield from (
+                (severity, part) for part in _official_batches(like, folder, name, severity, positions)
+            )
         return
-    pixels = like.test.pixels.numpy()
-    for start in range(0, len(positions), PIECE):
-        yield corrupt(pixels[positions[start : start + PIECE]], name, severity, start=start)
+    start = 0
+    for batch in like.test.subset(torch.from_numpy(positions)).pixels.split(PIECE):
+        for severity in severities:
+            yield severity, corrupt(batch.numpy(), name, severity, start=start)
+        start += len(batch)
 
 
 def _official_batches(
     like: data.DataSet, folder: Path, name: str, severity: int, positions: np.ndarray
 ) -> Iterator[np.ndarray]:
     """Pick the positions out of the published files, and see that these belong to the data set."""
-    test = like.test
+    expected = like.test.labels.numpy()
     if (folder / f"{name}.npy").is_file():
-        whole = load_official(folder, name, severity, rows=5 * len(test), num_classes=len(like.classes))
-        batches = iter([whole])
+        pixels, labels = load_official(
+            folder, name, severity, rows=5 * len(expected), num_classes=len(like.classes)
+        )
+        batches = iter([(pixels[positions], labels)])
     else:
-        batches = stream_official(folder, name, severity, classes=like.classes, rows=len(test))
-    start = 0
+        expected = expected[positions]
+        batches = stream_official(
+            folder, name, severity, classes=like.classes, rows=len(like.test), positions=positions
+        )
     for pixels, labels in batches:
-        stop = start + len(labels)
-        same = np.array_equal(labels, test.labels[start:stop].numpy())
-        if not same or pixels.shape[1:] != tuple(test.pixels.shape[1:]):
+        same, expected = np.array_equal(labels, expected[: len(labels)]), expected[len(labels) :]
+        if not same or pixels.shape[1:] != tuple(like.test.pixels.shape[1:]):
             raise UserError(
                 f"{folder} does not belong to {like.name}: labels or image size of {name} differ from the test set's."
             )
-        yield pixels[positions[(positions >= start) & (positions < stop)] - start]
-        start = stop
+        yield pixels

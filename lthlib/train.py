@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lthlib import compute
-from lthlib.data import Images
+from lthlib.data import Images, OnDemand
 from lthlib.errors import UserError, choose
 from lthlib.masks import Masks, prunable
 
@@ -248,22 +248,29 @@ def _gates(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Parameter, to
 
 
 class _Batches:
-    """Seeded, augmented batches from uint8 images in memory, as [0, 1] floats in channels_last layout."""
+    """Seeded, augmented batches from uint8 images, as [0, 1] floats in channels_last layout.
+
+    Images in memory are padded once; those read on demand batch by batch.
+    """
 
     def __init__(self, images: Images, recipe: Recipe, seed: int, device: torch.device):
         self.recipe, self.seed, self.device = recipe, seed, device
         self.steps = recipe.steps_per_epoch(len(images))
         self.size = images.pixels.shape[1]
         self.margin = 0 if recipe.augment == "none" else max(1, self.size // 8)
-        pad = (0, 0, *[self.margin] * 4)
-        self.pixels = F.pad(images.pixels, pad) if self.margin else images.pixels
-        self.labels = images.labels
-        if device.type == "cuda":
-            self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+        self.pixels, self.labels = images.pixels, images.labels
+        self.on_demand = isinstance(images.pixels, OnDemand)
+        if not self.on_demand:
+            self.pixels = self._padded(self.pixels)
+            if device.type == "cuda":
+                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+
+    def _padded(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.pad(pixels, (0, 0, *[self.margin] * 4)) if self.margin else pixels
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(len(self.labels), generator=generator).to(self.pixels.device)
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         for i in range(self.steps):
             index = order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]
             pixels = self._augmented(index, generator) if self.margin else self.pixels[index]
@@ -278,7 +285,10 @@ class _Batches:
             mirrored = torch.rand(n, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, self.size - 1 - columns, columns)
         rows, columns = (span + down).to(index.device), (columns + right).to(index.device)
-        return self.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pixels = self.pixels
+        if self.on_demand:
+            pixels, index = self._padded(pixels[index]), torch.arange(n)
+        return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def as_input(pixels: torch.Tensor) -> torch.Tensor:

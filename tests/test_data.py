@@ -1,5 +1,6 @@
 import io
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -90,6 +91,59 @@ def test_odd_sizes_can_be_scaled_and_cropped(folder, empty_store):
     with pytest.raises(UserError, match="wide@10"):
         data.load("wide", empty_store)
     assert data.load("wide@16", empty_store).train.pixels.shape[1:] == (16, 16, 3)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_set_too_large_to_hold_is_read_on_demand_and_is_the_same(folder, empty_store, monkeypatch, zipped):
+    split(folder / "pets", n=5, size=(11, 9))
+    if zipped:
+        with zipfile.ZipFile(folder / "pets.zip", "w") as archive:
+            for path in (folder / "pets").rglob("*.png"):
+                archive.write(path, path.relative_to(folder / "pets"))
+        shutil.rmtree(folder / "pets")
+    held = data.load("pets@8", Store(folder.parent / "held"))
+    data.load.cache_clear()
+    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    found = data.load("pets@8", empty_store)
+    pixels = found.test.pixels
+    assert isinstance(pixels, data.OnDemand)
+    assert pixels.shape == (10, 8, 8, 3)
+    assert torch.equal(pixels[:], held.test.pixels)
+    assert torch.equal(pixels[3], held.test.pixels[3])
+    some = torch.tensor([7, 0, 7])
+    assert torch.equal(found.test.subset(some).pixels[:], held.test.pixels[some])
+    batches = list(pixels.split(4))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat(batches), held.test.pixels)
+    assert (found.mean, found.std) == (held.mean, held.std)
+    assert not list((empty_store.root / "data").rglob("*pixels*"))
+
+
+def test_reading_on_demand_is_one_batch_ahead():
+    read = []
+
+    def rows(positions):
+        read.append(len(positions))
+        return np.zeros((len(positions), 2, 2, 1), np.uint8)
+
+    batches = data.OnDemand(rows, np.arange(100), (2, 2, 1)).split(10)
+    for seen, _ in zip(range(1, 6), batches, strict=False):
+        assert sum(read) <= 10 * (seen + 1)
+
+
+def test_what_is_read_on_demand_changes_with_its_files(folder, empty_store, monkeypatch):
+    split(folder / "pets")
+    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    first = data.load("pets", empty_store).digest
+    data.load.cache_clear()
+    assert data.load("pets", empty_store).digest == first
+    picture(folder / "pets" / "train" / "cat" / "0.png", seed=77)
+    data.load.cache_clear()
+    assert data.load("pets", empty_store).digest != first
+    (folder / "pets" / "test" / "cat" / "2.png").write_bytes(b"no image")
+    data.load.cache_clear()
+    with pytest.raises(UserError, match=r"2.png is not a readable image"):
+        data.load("pets", empty_store).test.pixels[:]
 
 
 def break_one_class(root):
@@ -212,6 +266,40 @@ def test_a_folder_can_be_an_ood_set_of_another_size(folder, empty_store):
         data.load("foreign", empty_store)
     with pytest.raises(UserError, match="Did you mean 'gaussian'"):
         data.ood_images("gausian", like, 10, empty_store)
+
+
+def test_any_folder_of_images_can_be_an_ood_set(folder, empty_store, monkeypatch):
+    """Without parts and without classes too; all its images count, also where they are read on demand."""
+    arrays = [picture(folder / "loose" / f"{i}.png", size=(28, 28), mode="L", seed=i) for i in range(6)]
+    like = data.load("mnist5k", empty_store)
+    found = data.ood_images("loose", like, 100, empty_store)
+    assert np.array_equal(found[..., 0].numpy(), arrays)
+    every_other = data.ood_images("loose", like, 3, empty_store)
+    assert torch.equal(every_other, found[::2])
+    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    again = data.ood_images("loose", like, 100, empty_store)
+    assert isinstance(again, data.OnDemand)
+    assert torch.equal(again[:], found)
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="'empty' has no images"):
+        data.ood_images("empty", like, 10, empty_store)
+
+
+def test_a_set_may_be_foreign_to_some_classes_only(folder, empty_store):
+    """As ImageNet-O, in its published layout, is to 200 of ImageNet's."""
+    for part in ("train", "val"):
+        for wnid in ("n01", "n02", "n03", "n04"):
+            picture(folder / "imagenet" / part / wnid / "a.png", size=(16, 16))
+    for wnid in ("n04", "n02"):
+        picture(folder / "imagenet-o" / wnid / "x.png", size=(20, 16))
+    picture(folder / "others" / "n02" / "x.png", size=(16, 16))
+    picture(folder / "others" / "dog" / "x.png", size=(16, 16))
+    like = data.load("imagenet", empty_store)
+    assert data.ood_classes("imagenet-o@16", like) == ("n02", "n04")
+    assert data.ood_images("imagenet-o@16", like, 9, empty_store).shape == (2, 16, 16, 3)
+    assert data.ood_classes("others", like) == ()  # not all are classes of the data set
+    assert data.ood_classes("imagenet", like) == ()  # all of them: nothing to leave out
+    assert data.ood_classes("gaussian", like) == ()
 
 
 def test_a_jpeg_is_decoded_as_pillow_does(folder, empty_store):

@@ -1,6 +1,7 @@
 """Accuracy, OoD detection, corruption errors and attacks: closed forms, laws, independent libraries."""
 
 import copy
+from types import SimpleNamespace
 
 import foolbox
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 
 from lthlib.corruptions import corrupt
 from lthlib.errors import UserError
-from lthlib.metrics import METRICS
+from lthlib.metrics import METRICS, generalization
 from lthlib.metrics.generalization import (
+    ALEXNET_CLEAN_ERROR,
     ALEXNET_ERROR,
     ALL_CORRUPTIONS,
     COMMON_CORRUPTIONS,
@@ -39,6 +41,7 @@ from lthlib.metrics.generalization import (
     ood_summary,
     pgd,
     relative_corruption_error,
+    relative_corruption_error_alexnet,
     softmax,
     true_class_margin,
 )
@@ -194,6 +197,14 @@ def test_alexnet_has_an_error_of_one_against_itself():
     errors = {name: mean + spread for name, mean in ALEXNET_ERROR.items()}
     assert corruption_error_alexnet(errors) == pytest.approx(1)
     assert corruption_error(errors) == pytest.approx(sum(ALEXNET_ERROR.values()) / 15)
+    assert relative_corruption_error_alexnet(errors, ALEXNET_CLEAN_ERROR) == pytest.approx(1)
+
+
+def test_the_clean_error_of_alexnet_is_torchvisions():
+    from torchvision.models import AlexNet_Weights
+
+    accuracy = AlexNet_Weights.IMAGENET1K_V1.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert pytest.approx(1 - accuracy / 100) == ALEXNET_CLEAN_ERROR
 
 
 def test_the_three_meanings_differ():
@@ -202,6 +213,11 @@ def test_the_three_meanings_differ():
     assert relative_corruption_error(errors, 0.1) == pytest.approx((14 * 0.3 + 0.4) / 15 - 0.1)
     others = [0.3 / e for name, e in ALEXNET_ERROR.items() if name != "fog"]
     assert corruption_error_alexnet(errors) == pytest.approx((sum(others) + 0.4 / ALEXNET_ERROR["fog"]) / 15)
+    added = [(0.3, 0.4)[c == "fog"] - 0.1 for c in ALEXNET_ERROR]
+    to_alexnet = [error - ALEXNET_CLEAN_ERROR for error in ALEXNET_ERROR.values()]
+    ratios = np.divide(added, to_alexnet)  # a mean of ratios, not a ratio of means
+    assert relative_corruption_error_alexnet(errors, 0.1) == pytest.approx(ratios.mean())
+    assert abs(ratios.mean() - np.mean(added) / np.mean(to_alexnet)) > 0.01
 
 
 def test_fifteen_or_nineteen_is_a_parameter():
@@ -210,6 +226,36 @@ def test_fifteen_or_nineteen_is_a_parameter():
     assert corruption_error(errors) == pytest.approx(0.2)
     assert corruption_error(errors, ALL_CORRUPTIONS) == pytest.approx((15 * 0.2 + 4 * 0.6) / 19)
     assert relative_corruption_error(errors, 0.2, ALL_CORRUPTIONS) == pytest.approx(4 * 0.4 / 19)
+
+
+def test_images_foreign_to_some_classes_are_scored_among_these(monkeypatch):
+    """By hand, four classes of which two are kept: the scores are those of a network that knows only these two."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=80)
+    known, foreign = rng.normal(size=(80, 4)) + 3 * np.eye(4)[labels], rng.normal(size=(50, 4))
+
+    class Given:
+        data = SimpleNamespace(classes=("n01", "n02", "n03", "n04"), size=32)
+        ticket = SimpleNamespace(data="imagenet", method="lth")
+
+        def labels(self, name, n):
+            return torch.from_numpy(labels)
+
+        def logits(self, name, n):
+            return known if name == "test" else foreign
+
+    monkeypatch.setattr(generalization, "ood_classes", lambda name, like: ("n02", "n04"))
+    monkeypatch.setattr(generalization, "_under_corruption", lambda *a: [])
+    monkeypatch.setattr(generalization, "_attacks", lambda *a: [])
+    values, arrays = measure(Given(), ood=("imagenet-o",))
+    mine = (labels == 1) | (labels == 3)
+    expected = ood_summary(known[mine][:, [1, 3]], foreign[:, [1, 3]])
+    value = table(values)
+    assert value["ood_auroc", "imagenet-o", 0] == expected["auroc"]
+    assert value["ood_aupr", "imagenet-o", 0] == expected["aupr"]
+    assert value["test_accuracy", "none", 0] == accuracy(known, labels)
+    assert {v.n for v in values if v.shift == "imagenet-o"} == {mine.sum() + 50}
+    assert arrays["roc_imagenet-o"][-1] == 1
 
 
 # -------------------------------------------------------------------------------------------------- attacks

@@ -9,7 +9,7 @@ from lthlib.errors import UserError
 from lthlib.predictions import Subject, for_inference, predict, sample
 from lthlib.store import Store
 from lthlib.tickets import Ticket
-from lthlib.train import as_input
+from lthlib.train import Recipe, as_input
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,11 @@ def test_a_folder_of_imagenet_c_is_streamed(tmp_path, empty_store, monkeypatch):
             Image.new("RGB", (224, 224), (40 * severity, 60 * i, 9)).save(path)
             written[severity, i] = np.asarray(Image.open(path))
     monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
-    found = together(like, "fog", 2, empty_store)
     which = sample(like.test.labels, 2).tolist()
+    for i in set(range(3)) - set(which):
+        for path in (tmp_path / "ImageNet-C/fog").glob(f"*/{'abc'[i]}/x.JPEG"):
+            path.write_bytes(b"not asked for, hence not read")
+    found = together(like, "fog", 2, empty_store)
     for severity in (1, 2, 3, 4, 5):
         for k, i in enumerate(which):
             assert np.array_equal(found[severity - 1, k], written[severity, i])
@@ -185,14 +188,49 @@ def test_a_folder_of_imagenet_c_is_streamed(tmp_path, empty_store, monkeypatch):
 def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
     subject = Subject(Ticket(**tiny), store, "float32")
     names = ("fog", "shot_noise")
-    found = subject.corrupted_logits(names, 30)
-    assert found.shape == (2, 5, 30, 10)
-    for i, name in enumerate(names):
-        for severity in (1, 4):
-            pixels = subject.images(f"corrupted:{name}:{severity}", 30)
-            expected = predict(for_inference(subject.trained.model, "float32"), pixels)
-            np.testing.assert_allclose(found[i, severity - 1], expected.numpy(), rtol=1e-4, atol=1e-4)
-    assert np.array_equal(subject.corrupted_logits(names[::-1], 30), found[::-1])
+    found = {(name, severity): logits for name, severity, logits in subject.corrupted_logits(names, 30)}
+    assert list(found) == [(name, severity) for name in names for severity in (1, 2, 3, 4, 5)]
+    for (name, severity), logits in found.items():
+        pixels = subject.images(f"corrupted:{name}:{severity}", 30)
+        expected = predict(for_inference(subject.trained.model, "float32"), pixels)
+        assert logits.shape == (30, 10)
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
+    for name, severity, logits in subject.corrupted_logits(names[::-1], 30):
+        assert np.array_equal(logits, found[name, severity])
+
+
+def test_a_set_too_large_to_hold_is_trained_on_and_evaluated_batch_by_batch(tmp_path, tiny, monkeypatch):
+    """The same images held in memory and read on demand give the same network and the same logits."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("test", 9)):
+        for group in ("a", "b"):
+            for i in range(n):
+                path = tmp_path / "blobs" / part / group / f"{i:02}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = rng.integers(0, 256, (16, 16, 3)) * (0.5 if group == "a" else 1)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
+    recipe = Recipe(epochs=1, batch_size=20, augment="crop-flip", precision="float32")
+    ticket = Ticket(**{**tiny, "data": "blobs", "train_size": None, "recipe": recipe})
+    found = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr(data, "HELD_UP_TO", limit)
+        monkeypatch.setattr(predictions, "KEPT_UP_TO", limit)
+        data.load.cache_clear()
+        subject = Subject(ticket, Store(tmp_path / f"store-{limit}"), "float32")
+        assert isinstance(subject.data.train.pixels, data.OnDemand if limit == 0 else torch.Tensor)
+        corrupted = np.stack([logits for _, _, logits in subject.corrupted_logits(("fog", "pixelate"), 12)])
+        found.append([subject.logits("test", 12), subject.logits("ood:gaussian", 7), corrupted])
+    for held, streamed in zip(*found, strict=True):
+        np.testing.assert_allclose(streamed, held, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_shrink_as_images_grow():
+    assert predictions.scaled_to((32, 32), 125) == predictions.scaled_to((64, 64), 125) == 125
+    assert predictions.scaled_to((128, 128), 120) == 30
+    assert predictions.scaled_to((4000, 4000), 125) == 1
 
 
 @pytest.mark.parametrize(

@@ -748,13 +748,12 @@ def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:
 
 def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: int) -> list[Value]:
     labels, values = subject.labels("test", n).numpy(), []
-    for name, rows in zip(names, subject.corrupted_logits(names, n), strict=True):
-        for severity, logits in enumerate(rows, start=1):
-            found = calibration_summary(logits, labels, n_bins)
-            values += [
-                Value(f"corrupted_{metric}", found[metric], len(labels), name, severity)
-                for metric in ("ece", "sce", "nll")
-            ]
+    for name, severity, logits in subject.corrupted_logits(names, n):
+        found = calibration_summary(logits, labels, n_bins)
+        values += [
+            Value(f"corrupted_{metric}", found[metric], len(labels), name, severity)
+            for metric in ("ece", "sce", "nll")
+        ]
     return values
 
 

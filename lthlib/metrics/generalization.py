@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lthlib import corruptions
-from lthlib.data import source
+from lthlib.data import ood_classes, source
 from lthlib.errors import Registry, UserError, choose
 from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import as_array, check_labels, check_logits, softmax
-from lthlib.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample
-from lthlib.train import as_input
+from lthlib.predictions import (
+    Subject,
+    corrupted_parts,
+    corruption_names,
+    corruption_source,
+    sample,
+    scaled_to,
+)
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
@@ -47,14 +53,8 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
 def true_class_margin(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Probability of the true class minus the largest other probability, (N,), in [-1, 1].
 
-    Positive where the network is right. In probabilities, so that networks of different logit scale compare.
-
-    Args:
-        logits: Network outputs, (N, C).
-        labels: True classes, (N,).
-
-    Raises:
-        UserError: For NaN or infinite logits, labels out of range, or an empty set.
+    Positive where the network is right. In probabilities, so that networks of different logit scale compare. The
+    arguments and errors are those of `accuracy`.
     """
     probs = softmax(logits)
     rows, labels = np.arange(len(probs)), check_labels(labels, *probs.shape)
@@ -309,6 +309,8 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
+# Top-1 error of the same network on the clean images: torchvision's AlexNet, whose accuracy is 56.522 %.
+ALEXNET_CLEAN_ERROR = 0.43478
 COMMON_CORRUPTIONS = corruptions.common()
 ALL_CORRUPTIONS = tuple(corruptions.CORRUPTIONS)
 EXTRA_CORRUPTIONS = tuple(name for name in ALL_CORRUPTIONS if name not in COMMON_CORRUPTIONS)
@@ -348,13 +350,19 @@ def corruption_error_alexnet(errors: Errors, corruptions: Sequence[str] = COMMON
     Raises:
         UserError: As `corruption_error`, for other than five severities, or a corruption without a constant.
     """
+    means, alexnet = _beside_alexnet(errors, corruptions)
+    return float((means / alexnet).mean())
+
+
+def _beside_alexnet(errors: Errors, corruptions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean errors by corruption, ours and AlexNet's."""
     for name in corruptions:
         choose(name, ALEXNET_ERROR, "corruption with a published AlexNet error")
     means = _mean_errors(errors, corruptions)
     n_severities = len(errors[corruptions[0]])
     if n_severities != 5:
         raise UserError(f"AlexNet's errors are means over five severities; {n_severities} are given.")
-    return float((means / [ALEXNET_ERROR[name] for name in corruptions]).mean())
+    return means, np.array([ALEXNET_ERROR[name] for name in corruptions])
 
 
 def relative_corruption_error(
@@ -363,8 +371,8 @@ def relative_corruption_error(
     """Mean error over corruptions and severities minus the clean error: what corruption adds. Lower is
     better.
 
-    It rewards a network that is bad on clean images too, so read it beside the clean error. Not the "relative
-    mCE" of Hendrycks and Dietterich, which divides this difference by AlexNet's.
+    It rewards a network that is bad on clean images too, so read it beside the clean error. The "relative mCE" of
+    Hendrycks and Dietterich divides this difference by AlexNet's: `relative_corruption_error_alexnet`.
 
     Args:
         errors: Corruption -> error rate at each severity; all with the same number of severities.
@@ -377,9 +385,33 @@ def relative_corruption_error(
     Raises:
         UserError: As `corruption_error`, and for a clean error outside [0, 1].
     """
+    return corruption_error(errors, corruptions) - _checked_error(clean_error)
+
+
+def relative_corruption_error_alexnet(
+    errors: Errors, clean_error: float, corruptions: Sequence[str] = COMMON_CORRUPTIONS
+) -> float:
+    """Mean over corruptions of what corruption adds, relative to what it adds to AlexNet's error. Lower is better.
+
+    mean_c (sum_s (E_sc - E_clean) / sum_s (E_sc - E_clean of AlexNet)), the relative mCE of Hendrycks and Dietterich
+    (2019), for ImageNet-C as `corruption_error_alexnet`. It may be negative.
+
+    Args:
+        errors: Corruption -> error rate at the severities 1 to 5.
+        clean_error: Error rate on the same images before corruption.
+        corruptions: As `corruption_error_alexnet`.
+
+    Raises:
+        UserError: As `corruption_error_alexnet`, and for a clean error outside [0, 1].
+    """
+    means, alexnet = _beside_alexnet(errors, corruptions)
+    return float(((means - _checked_error(clean_error)) / (alexnet - ALEXNET_CLEAN_ERROR)).mean())
+
+
+def _checked_error(clean_error: float) -> float:
     if not 0 <= clean_error <= 1:
         raise UserError(f"The clean error is {clean_error!r}; a fraction in [0, 1] is needed.")
-    return corruption_error(errors, corruptions) - float(clean_error)
+    return float(clean_error)
 
 
 def _mean_errors(errors: Errors, corruptions: Sequence[str]) -> np.ndarray:
@@ -408,7 +440,7 @@ def _mean_errors(errors: Errors, corruptions: Sequence[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- attacks
 
 EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
-CHUNK = 250
+CHUNK = 250  # images of up to 64 pixels
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, chunk: int = CHUNK) -> Tensor:
@@ -423,7 +455,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, chunk
         images: (N, C, H, W), floats in [0, 1] or uint8.
         labels: True classes, (N,).
         epsilon: Largest change of a pixel, in [0, 1]; the paper uses 8 / 255.
-        chunk: Images per pass; bounds the memory, changes nothing else.
+        chunk: Images per pass (fewer where they exceed 64 pixels); bounds the memory, changes nothing else.
 
     Returns:
         Float images in [0, 1], on the device of ``images``.
@@ -465,7 +497,7 @@ def pgd(
         step_size: Length of a step; epsilon / 4 by default (2 / 255 for 8 / 255, as Madry et al. on
             CIFAR-10).
         seed: Seed of the random start; None starts at the image itself.
-        chunk: Images per pass; bounds the memory, changes nothing else.
+        chunk: Images per pass (fewer where they exceed 64 pixels); bounds the memory, changes nothing else.
 
     Returns:
         Float images in [0, 1], on the device of ``images``.
@@ -480,8 +512,10 @@ def pgd(
     start = torch.zeros(images.shape) if seed is None else _uniform(images.shape, epsilon, seed)
     parts = []
     with _evaluating(model):
-        for (x, y), shift in zip(_batches(model, images, labels, chunk), start.split(chunk), strict=True):
-            adversarial = (x + shift.to(x)).clamp(0, 1)
+        done = 0
+        for x, y in _batches(model, images, labels, chunk):
+            adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
+            done += len(x)
             for _ in range(steps):
                 moved = adversarial + step_size * _sign(model, adversarial, y)
                 adversarial = torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
@@ -600,6 +634,7 @@ def _batches(model: nn.Module, images: Tensor, labels: Tensor, chunk: int) -> It
     if labels.shape != images.shape[:1]:
         raise UserError(f"The labels have the shape {tuple(labels.shape)}; one per image is needed.")
     device = next((p.device for p in model.parameters()), images.device)
+    chunk = scaled_to(images.shape[2:], chunk)
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
         x = x.to(device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -721,6 +756,12 @@ _row(
     "hendrycks2019benchmarking", higher_is_better=False, unit="",
 )  # fmt: skip
 _row(
+    "relative_corruption_error_alexnet", "Relative mCE (AlexNet-normalised, 15)",
+    r"$\frac1{15}\sum_c \sum_s (E_{sc} - E_0) / \sum_s (E^\mathrm{AlexNet}_{sc} - E^\mathrm{AlexNet}_0)$, "
+    "with AlexNet's errors on ImageNet-C and on the clean images.",
+    "hendrycks2019benchmarking", higher_is_better=False, unit="",
+)  # fmt: skip
+_row(
     "pgd_accuracy", "PGD-20 accuracy",
     r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$.",
     "madry2018towards",
@@ -783,9 +824,12 @@ def measure(
     values = [Value("test_accuracy", accuracy(known, labels), len(labels))]
     arrays = {}
     for name in _ood_sets(subject, ood):
-        foreign = subject.logits(f"ood:{name}", n_ood)
-        values += _detection(known, foreign, name)
-        arrays[f"roc_{name}"] = _roc(known, foreign)
+        pair = known, subject.logits(f"ood:{name}", n_ood)
+        classes = ood_classes(name, subject.data)
+        if classes:
+            pair = _among(class_indices(classes, subject.data.classes), labels, *pair)
+        values += _detection(*pair, name)
+        arrays[f"roc_{name}"] = _roc(*pair)
     names = corruption_names(extra)
     values += _under_corruption(subject, names, n_corrupted)
     if subject.ticket.method == "dense":
@@ -804,10 +848,20 @@ def _ood_sets(subject: Subject, ood: Sequence[str]) -> tuple[str, ...]:
     return tuple(ood) or source(subject.ticket.data).ood
 
 
+def _among(kept: np.ndarray, labels: np.ndarray, known: np.ndarray, foreign: np.ndarray) -> tuple:
+    """Logits of some classes: of the test images that belong to them, and of images foreign to them."""
+    mine = known[np.isin(labels, kept)]
+    if len(mine) == 0:
+        raise UserError("No test image has a class that the foreign images are named after; raise n_test.")
+    return keep_classes(mine, kept), keep_classes(foreign, kept)
+
+
 def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Value]:
     labels = subject.labels("test", n).numpy()
-    n, logits = len(labels), subject.corrupted_logits(names, n)
-    errors = dict(zip(names, np.mean(logits.argmax(axis=3) != labels, axis=2), strict=True))
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    for name, _, logits in subject.corrupted_logits(names, n):
+        errors[name].append(1 - accuracy(logits, labels))
+    n = len(labels)
     values = [
         Value("corrupted_accuracy", float(1 - error), n, name, severity)
         for name, row in errors.items()
@@ -820,6 +874,7 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Va
     }
     if corruptions.default_constants(subject.data.size, subject.data.size) == "imagenet":
         numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
+        numbers["relative_corruption_error_alexnet"] = relative_corruption_error_alexnet(errors, clean)
     values += [
         Value(metric, value, n * 5 * len(COMMON_CORRUPTIONS), "common") for metric, value in numbers.items()
     ]
@@ -839,7 +894,8 @@ def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
         _, _, pixels = next(corrupted_parts(subject.data, name, n, subject.store, severities=(severity,)))
         return pixels[0]
 
-    rows = [torch.stack([subject.images("test", n)[0]] * 3)]
+    clean = subject.data.test.pixels[int(subject.sample("test", n)[0])]
+    rows = [torch.stack([clean] * 3)]
     rows += [torch.stack([first(name, severity) for severity in (1, 3, 5)]) for name in names]
     return torch.stack(rows)[:, :, ::step, ::step].numpy()
 
@@ -860,7 +916,7 @@ def _roc(known: np.ndarray, foreign: np.ndarray) -> np.ndarray:
 
 
 def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) -> list[Value]:
-    images, labels = as_input(subject.images("test", n)), subject.labels("test", n)
+    images, labels = subject.images("test", n).permute(0, 3, 1, 2), subject.labels("test", n)
     logits = adversarial_logits(subject.model, images, labels, [e / 255 for e in epsilons])
     values = [
         Value("adversarial_accuracy", accuracy(attacked, labels), len(labels), "fgsm", epsilon)
