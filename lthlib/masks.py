@@ -103,7 +103,7 @@ def _is_percent(value: object) -> bool:
 # ---------------------------------------------------------------------------- exact selection
 
 _CHUNK = 1 << 17
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+_KINDS = {torch.float32: (np.float32, np.int32), torch.float64: (np.float64, np.int64)}
 
 
 def keep_top(scores: Mapping[str, Tensor], n_keep: int, within: Masks | None = None) -> Masks:
@@ -141,64 +141,71 @@ def keep_top(scores: Mapping[str, Tensor], n_keep: int, within: Masks | None = N
 
 def _select(scores: Mapping[str, Tensor], n_keep: int, within: Masks | None) -> tuple[float, int]:
     """Return the ``n_keep``-th highest score, and how many of the scores equal to it are among the kept."""
-    kind = next(iter(scores.values())).dtype
+    real, kind = _KINDS[next(iter(scores.values())).dtype]
     prefix, left = None, n_keep
-    for shift in range(torch.finfo(kind).bits - 16, -1, -16):
-        counts = _histogram(scores, within, shift, prefix)
-        from_above = counts.flip(0).cumsum(0)
-        digit = 0xFFFF - int(torch.searchsorted(from_above, left))
+    for shift in range(np.iinfo(kind).bits - 16, -1, -16):
+        counts = _histogram(scores, within, kind, shift, prefix)
+        from_above = counts[::-1].cumsum()
+        digit = 0xFFFF - int(np.searchsorted(from_above, left))
         left -= int(counts[digit + 1 :].sum())
         prefix = digit - 0x8000 if prefix is None else prefix << 16 | digit
-    return _flip(torch.tensor([prefix], dtype=_INTEGER[kind])).view(kind).item(), left
+    return _flip(np.array(prefix, dtype=kind)).view(real).item(), left
 
 
-def _histogram(scores: Mapping[str, Tensor], within: Masks | None, shift: int, prefix: int | None) -> Tensor:
+def _histogram(
+    scores: Mapping[str, Tensor], within: Masks | None, kind: type, shift: int, prefix: int | None
+) -> np.ndarray:
     """Count the 16-bit digits at ``shift`` of all keys whose higher digits are ``prefix``."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    counts = np.zeros(1 << 16, dtype=np.int64)
     for name, score in scores.items():
         for part, inside in _chunks(score, None if within is None else within[name]):
-            keys = _flip((part + 0.0).view(_INTEGER[part.dtype]))  # + 0.0 makes -0.0 and 0.0 one key
+            keys = _flip((part + 0.0).view(kind))  # + 0.0 makes -0.0 and 0.0 one key
             if inside is not None:
                 keys = keys[inside]
             if prefix is None:  # the leading digit carries the sign
                 digits = (keys >> shift) + 0x8000
             else:
                 digits = (keys[keys >> (shift + 16) == prefix] >> shift) & 0xFFFF
-            counts += torch.bincount(digits, minlength=1 << 16).cpu()
+            counts += np.bincount(digits, minlength=1 << 16)
     return counts
 
 
-def _flip(bits: Tensor) -> Tensor:
+def _flip(bits: np.ndarray) -> np.ndarray:
     """Map the bits of floats to integers of the same order, and back."""
-    info = torch.iinfo(bits.dtype)
+    info = np.iinfo(bits.dtype)
     return bits ^ ((bits >> (info.bits - 1)) & info.max)
 
 
 def _above(score: Tensor, threshold: float, ties: int, inside: Tensor | None) -> tuple[Tensor, int]:
     """Keep scores above the threshold and the first ``ties`` equal to it; return the ties still to keep."""
-    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    mask = torch.empty(score.shape, dtype=torch.bool)
     for (part, within), out in zip(_chunks(score, inside), mask.view(-1).split(_CHUNK), strict=True):
-        torch.gt(part, threshold, out=out)
-        equal = part == threshold
+        keep, equal = part > threshold, part == threshold
         if within is not None:
-            out &= within
+            keep &= within
             equal &= within
         if ties:
-            places = equal.nonzero().view(-1)[:ties]
-            out[places] = True
+            places = np.flatnonzero(equal)[:ties]
+            keep[places] = True
             ties -= len(places)
-    return mask, ties
+        out.copy_(torch.from_numpy(keep))
+    return mask.to(score.device), ties
 
 
 def _chunks(tensor: Tensor, other: Tensor | None):
-    """Yield both tensors in views of at most ``_CHUNK`` entries, in the order of the flat index."""
+    """Yield both tensors as arrays of at most ``_CHUNK`` entries, in the order of the flat index.
+
+    NumPy's work is that of one thread: threads that meet after each of so many small steps cost more than they bring.
+    """
     flat = tensor.detach().reshape(-1).split(_CHUNK)
-    return zip(flat, [None] * len(flat) if other is None else other.reshape(-1).split(_CHUNK), strict=True)
+    second = [None] * len(flat) if other is None else other.reshape(-1).split(_CHUNK)
+    for part, inside in zip(flat, second, strict=True):
+        yield part.cpu().numpy(), None if inside is None else inside.cpu().numpy()
 
 
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
     kinds = {s.dtype for s in scores.values()}
-    if len(kinds) != 1 or not kinds <= set(_INTEGER):
+    if len(kinds) != 1 or not kinds <= set(_KINDS):
         got = ", ".join(sorted(map(str, kinds))) or "no scores"
         raise UserError(f"Scores have to be all float32 or all float64, got {got}.")
     for name, score in scores.items():
@@ -453,7 +460,10 @@ def check_no_empty_layer(masks: Masks, *, allow: bool = False) -> list[str]:
 
 def save(masks: Masks, path: str | Path) -> None:
     """Write masks to a safetensors file."""
-    safetensors.torch.save_file({name: mask.contiguous().cpu() for name, mask in masks.items()}, path)
+    tensors = {name: mask.contiguous().cpu() for name, mask in masks.items()}
+    Path(path).write_bytes(
+        safetensors.torch.save(tensors)
+    )  # unlike save_file, says OSError where the disk is full
 
 
 def load(path: str | Path) -> Masks:

@@ -413,7 +413,8 @@ def test_grasp_iterations_cut_a_class_sorted_batch():
 
 def test_synflow_is_conserved_in_layers_and_units():
     model = synflow.linearize_(chain())
-    total, scores = synflow.flow(model, (1, 12, 12))
+    total, gradients = synflow.flow(model, (1, 12, 12))
+    scores = {k: w.detach() * gradients[k] for k, w in masks.prunable(model).items()}
     first, second, third = scores.values()
     for score in scores.values():
         assert score.sum().item() == pytest.approx(total.item(), rel=1e-12)
@@ -433,11 +434,12 @@ def test_synflow_ones_enter_the_first_convolution_and_everything_is_absolute():
     gradients = torch.autograd.grad(total, list(weights.values()))
     prepared = synflow.linearize_(model)
     prepared.conv1.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-    found, scores = synflow.flow(prepared, (1, 12, 12))
+    found, slopes = synflow.flow(prepared, (1, 12, 12))
     assert seen[0].eq(1).all()
     assert found.item() == pytest.approx(total.item(), rel=1e-12)
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        torch.testing.assert_close(scores[name], (weight * gradient).detach())
+        torch.testing.assert_close(slopes[name], gradient)
+        torch.testing.assert_close(masks.prunable(prepared)[name], weight)
 
 
 def test_synflow_overflows_in_float32_where_float64_is_finite():
@@ -447,9 +449,9 @@ def test_synflow_overflows_in_float32_where_float64_is_finite():
     wide = copy.deepcopy(model)
     with pytest.raises(UserError, match=r"not finite in torch\.float32: use float64"):
         synflow.flow(synflow.linearize_(wide, torch.float32), (3, 8, 8))
-    total, scores = synflow.flow(synflow.linearize_(model), (3, 8, 8))
+    total, gradients = synflow.flow(synflow.linearize_(model), (3, 8, 8))
     assert torch.finfo(torch.float32).max < total.item() < math.inf
-    assert all(s.isfinite().all() for s in scores.values())
+    assert all(g.isfinite().all() for g in gradients.values())
 
 
 def plain_vgg():
@@ -479,7 +481,8 @@ def test_synflow_agrees_with_the_loop_written_plainly():
     for k in range(1, 8):
         copied = copy.deepcopy(model)
         masks.apply_(copied, plain)
-        _, scores = synflow.flow(synflow.linearize_(copied), (1, 12, 12))
+        _, gradients = synflow.flow(synflow.linearize_(copied), (1, 12, 12))
+        scores = {n: w.detach() * gradients[n] for n, w in masks.prunable(copied).items()}
         plain = masks.keep_top(scores, round(total * (n_keep / total) ** (k / 7)), within=plain)
     found = find("synflow", Moment(model, masks.dense(model), n_keep, 14, 0, batch, options)).masks
     assert same(found, plain)
@@ -498,23 +501,36 @@ def test_synflow_schedules_fall_to_the_count_asked_for(kind):
 
 
 @pytest.mark.parametrize("levels", [2, 1000])
-def test_dropping_the_lowest_is_keeping_the_top(levels):
+def test_dropping_the_lowest_is_keeping_the_top(levels, monkeypatch):
+    monkeypatch.setattr(synflow, "PIECE", 1000)
     generator = torch.Generator().manual_seed(levels)
     shapes = {"a": (40, 5, 3, 3), "b": (7, 3, 1, 1), "c": (50, 40, 3, 3)}
-    scores = {k: torch.randint(levels, s, generator=generator).double() for k, s in shapes.items()}
+    weights, gradients = (
+        {k: torch.randint(levels, s, generator=generator).double() for k, s in shapes.items()} for _ in "wg"
+    )
+    scores = {k: weights[k] * gradients[k] for k in shapes}
     start = {k: torch.rand(s, generator=generator) < 0.6 for k, s in shapes.items()}
     for n_drop in (0, 1, 300, masks.n_kept(start)):
         found = {k: m.clone() for k, m in start.items()}
-        places = synflow.drop_lowest_(scores, found, masks.n_kept(start), n_drop)
+        places = synflow.drop_lowest_(weights, gradients, found, masks.n_kept(start), n_drop)
         assert same(found, masks.keep_top(scores, masks.n_kept(start) - n_drop, within=start))
         assert sum(map(len, places.values())) == n_drop
 
 
 def test_dropping_recovers_from_a_bound_guessed_too_low(monkeypatch):
     monkeypatch.setattr(synflow, "_guess_bound", lambda *a: -1.0)
-    scores, found = {"a": torch.arange(10.0)}, {"a": torch.ones(10).bool()}
-    synflow.drop_lowest_(scores, found, 10, 4)
+    weights, ones, found = {"a": torch.arange(10.0)}, {"a": torch.ones(10)}, {"a": torch.ones(10).bool()}
+    synflow.drop_lowest_(weights, ones, found, 10, 4)
     assert found["a"].tolist() == [False] * 4 + [True] * 6
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_score_that_overflows_names_its_layer(value):
+    weights = {"a": torch.ones(10), "b": torch.ones(10)}
+    gradients = {"a": torch.ones(10), "b": torch.ones(10)}
+    gradients["b"][7] = value
+    with pytest.raises(UserError, match=r"layer 'b' is not finite in float32: use float64"):
+        synflow.drop_lowest_(weights, gradients, {k: w.bool() for k, w in weights.items()}, 20, 3)
 
 
 # ----------------------------------------------------------------------------- RigL and SET

@@ -14,7 +14,8 @@ nothing. One round is another method, with layer collapse; so are linear steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from lthlib import masks as masking
 from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
 from lthlib.pruners import Found, Moment, method
+
+SAMPLE = 1 << 14  # scores from which a round's bound is guessed
+PIECE = 1 << 16  # scores multiplied out at a time: they fit in a core's cache
 
 
 def linearize_(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -37,7 +41,7 @@ def linearize_(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modul
 
 
 def flow(model: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return R and the score w dR/dw of every prunable weight of a network made by `linearize_`.
+    """Return R and dR/dw of every prunable weight of a network made by `linearize_`; w dR/dw is the score.
 
     Raises:
         UserError: Where R is not finite in the network's precision.
@@ -48,8 +52,7 @@ def flow(model: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor, dict[str
     if not total.isfinite():
         raise UserError(f"The synaptic flow through this network is not finite in {some.dtype}: use float64.")
     gradients = autograd.grad(total, list(weights.values()))
-    scores = {n: g.mul_(w.detach()) for (n, w), g in zip(weights.items(), gradients, strict=True)}
-    return total.detach(), scores
+    return total.detach(), dict(zip(weights, gradients, strict=True))
 
 
 def schedule(n_weights: int, n_keep: int, rounds: int, kind: str) -> list[int]:
@@ -61,57 +64,92 @@ def schedule(n_weights: int, n_keep: int, rounds: int, kind: str) -> list[int]:
     return [max(n_keep, round(n_weights * share)) for share in shares] + [n_keep]
 
 
-def drop_lowest_(scores: dict[str, Tensor], masks: Masks, n_kept: int, n_drop: int) -> dict[str, Tensor]:
+def drop_lowest_(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], masks: Masks, n_kept: int, n_drop: int
+) -> dict[str, Tensor]:
     """Take the ``n_drop`` lowest of the scores kept out of ``masks``; return their flat indices by layer.
 
-    As exact as `masks.keep_top`, and with its rule for ties, but it looks closely only at the scores below a
-    bound guessed from a sample: a round drops few, and has to cost little beside the pass before it.
+    As exact as `masks.keep_top` on weights * gradients, and with its rule for ties. But a round drops few, and has
+    to cost little beside the pass before it: scores are multiplied out piece by piece in the cache, never as a
+    whole, and only those below a bound guessed from a sample are looked at closely.
 
     Args:
-        scores: Not negative, by layer.
+        weights: Not negative, by layer.
+        gradients: Not negative, by layer.
         masks: Changed in place.
         n_kept: How many they keep.
         n_drop: How many to drop.
+
+    Raises:
+        UserError: For a score that is not finite (names the layer).
     """
-    places = _below(scores, masks, _guess_bound(scores, masks, n_drop / n_kept))
-    if sum(map(len, places.values())) < n_drop:
-        places = _below(scores, masks, float("inf"))
-    low = torch.cat([scores[name].reshape(-1)[indices] for name, indices in places.items()])
-    goes = _lowest(low, n_drop).split([len(indices) for indices in places.values()])
-    dropped = {name: indices[part] for (name, indices), part in zip(places.items(), goes, strict=True)}
-    for name, indices in dropped.items():
-        masks[name].view(-1)[indices] = False
+    found = _all_below(weights, gradients, masks, _guess_bound(weights, gradients, masks, n_drop / n_kept))
+    if sum(len(places) for places, _ in found.values()) < n_drop:
+        found = _all_below(weights, gradients, masks, np.inf)
+    goes = _lowest(np.concatenate([low for _, low in found.values()]), n_drop)
+    ends = np.cumsum([len(places) for places, _ in found.values()])[:-1]
+    dropped = {
+        name: torch.from_numpy(places[part]).to(masks[name].device)
+        for (name, (places, _)), part in zip(found.items(), np.split(goes, ends), strict=True)
+    }
+    for name, places in dropped.items():
+        masks[name].view(-1)[places] = False
     return dropped
 
 
-def _lowest(scores: Tensor, n: int) -> Tensor:
-    """Mark the ``n`` lowest of a flat tensor; among equals the last."""
+def _lowest(scores: np.ndarray, n: int) -> np.ndarray:
+    """Mark the ``n`` lowest of a flat array; among equals the last."""
     if n == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = float(np.partition(scores.cpu().numpy(), n - 1)[n - 1])
+        return np.zeros(len(scores), dtype=bool)
+    threshold = np.partition(scores, n - 1)[n - 1]
     goes = scores < threshold
-    ties = n - int(goes.sum())
-    goes[(scores == threshold).nonzero().view(-1)[-ties:]] = True
+    goes[np.flatnonzero(scores == threshold)[goes.sum() - n :]] = True
     return goes
 
 
-def _guess_bound(scores: dict[str, Tensor], masks: Masks, fraction: float, sample: int = 1 << 14) -> float:
-    stride = max(1, sum(s.numel() for s in scores.values()) // sample)
-    seen = torch.cat([s.reshape(-1)[::stride][masks[n].view(-1)[::stride]] for n, s in scores.items()])
+def _guess_bound(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], masks: Masks, fraction: float
+) -> float:
+    """Return a bound above about ``fraction`` of the scores kept and a margin, from a sample of them."""
+    stride = max(1, sum(mask.numel() for mask in masks.values()) // SAMPLE)
+    sampled = (
+        [t[name].detach().reshape(-1)[::stride] for t in (weights, gradients, masks)] for name in masks
+    )
+    seen = torch.cat([(weight * gradient)[mask] for weight, gradient, mask in sampled])
     rank = len(seen) * fraction
     rank = int(
         rank + 8 * rank**0.5 + 8
-    )  # a generous margin: low scores come in clusters; too low is only slow
-    return seen.kthvalue(rank).values.item() if rank <= len(seen) else float("inf")
+    )  # generous: low scores come in clusters; a bound too low is only slow
+    return seen.kthvalue(rank).values.item() if rank <= len(seen) else np.inf
 
 
-def _below(scores: dict[str, Tensor], masks: Masks, bound: float) -> dict[str, Tensor]:
-    """Return the flat indices of the kept scores up to ``bound``; NumPy is quick where few of many are true."""
-    places = {}
-    for name, score in scores.items():
-        low = (score <= bound).logical_and_(masks[name]).reshape(-1)
-        places[name] = torch.from_numpy(np.flatnonzero(low.cpu().numpy())).to(low.device)
-    return places
+def _all_below(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], masks: Masks, bound: float
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return what `_below` returns, by layer; layers are shared out among as many threads as torch uses."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = pool.map(lambda name: _below(name, weights[name], gradients[name], masks[name], bound), masks)
+        return dict(zip(masks, found, strict=True))
+
+
+def _below(
+    name: str, weight: Tensor, gradient: Tensor, mask: Tensor, bound: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat indices of a layer's kept scores up to ``bound``, and these scores."""
+    w, g, kept = (t.detach().reshape(-1).cpu().numpy() for t in (weight, gradient, mask))
+    places, scores = [], []
+    piece = np.empty(min(len(w), PIECE), dtype=w.dtype)
+    for start in range(0, len(w), PIECE):
+        part = slice(start, start + PIECE)
+        score = np.multiply(w[part], g[part], out=piece[: len(w) - start])
+        if not score.max() < np.inf:
+            raise UserError(
+                f"The synaptic flow through layer {name!r} is not finite in {w.dtype}: use float64."
+            )
+        low = np.flatnonzero((score <= bound) & kept[part])
+        places.append(low + start)
+        scores.append(score[low])
+    return np.concatenate(places), np.concatenate(scores)
 
 
 @method(
@@ -138,8 +176,9 @@ def find(moment: Moment) -> Found:
     weights = masking.prunable(model)
     left = masking.n_kept(masks)
     for n in schedule(left, moment.n_keep, options["rounds"], options["schedule"]):
-        _, scores = flow(model, images.shape[1:])
-        for name, places in drop_lowest_(scores, masks, left, left - n).items():
+        _, gradients = flow(model, images.shape[1:])
+        for name, places in drop_lowest_(weights, gradients, masks, left, left - n).items():
             weights[name].data.view(-1)[places] = 0
         left = n
+        del gradients  # as large as the network: to be used again by the next pass
     return Found(masks)
