@@ -1,0 +1,133 @@
+"""Memory of evaluating a network on ImageNet-sized images: does it grow with their number?
+
+    python benchmarks/streaming.py [--images 2000 20000] [--classes 1000] [--width 0.125] [--corruption contrast]
+
+Makes a folder in ImageNet's layout (train/<class>, val/<class>, JPEG files somewhat larger than 224 pixels, a few
+photographs hard-linked many times) and evaluates a ResNet-50 of a fraction of the width, so that it takes minutes and
+not hours: logits of the test images, then those of the same images under a corruption, accuracy and calibration from
+both. Each number of images has a process of its own; its peak memory is what the operating system says. What may grow
+is the logits (4 bytes an image and class) and what a metric makes of a set's logits at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+SIDES = ((341, 256), (256, 384), (300, 300), (400, 267))  # width, height
+
+
+def make_folder(root: Path, n_images: int, n_classes: int) -> None:
+    """Fill ``root/imagenet``: n test images, one training image a class."""
+    from sklearn.datasets import load_sample_images
+
+    rng, photos = np.random.default_rng(0), [Image.fromarray(photo) for photo in load_sample_images().images]
+    files = []
+    for i in range(32):
+        photo, (width, height) = photos[i % 2], SIDES[i % len(SIDES)]
+        left, top = (
+            int(rng.integers(0, extent - side + 1))
+            for extent, side in zip(photo.size, (width, height), strict=True)
+        )
+        files.append(root / f"{i}.JPEG")
+        photo.crop((left, top, left + width, top + height)).save(files[-1], quality=90)
+    places = [("train", c) for c in range(n_classes)] + [("val", i % n_classes) for i in range(n_images)]
+    for i, (part, c) in enumerate(tqdm(places, desc="making the folder", unit="image")):
+        folder = root / "imagenet" / part / f"n{c:08}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(files[i % len(files)], folder / f"{i:08}.JPEG")
+
+
+def peak() -> float:
+    """Peak resident memory of this process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def measure(n: int, width: float, corruption: str) -> dict[str, float]:
+    """Evaluate n images in this process."""
+    import torch
+
+    from lthlib import data, models
+    from lthlib.metrics.calibration import calibration_summary
+    from lthlib.predictions import Subject, corrupted_parts, predict
+    from lthlib.store import Store
+    from lthlib.tickets import Ticket
+
+    store, began = Store(), time.perf_counter()
+    subject = Subject(Ticket(data="imagenet@224", arch="resnet50"), store)
+    like = subject.data
+    options = {
+        "in_channels": 3,
+        "num_classes": len(like.classes),
+        "image_size": 224,
+        "mean": like.mean,
+        "std": like.std,
+    }
+    whole = models.all_groups(models.build("resnet50", **options))
+    narrow = {group: max(4, int(count * width)) for group, count in whole.items()}
+    model = models.build("resnet50", **options, channels=narrow)
+    subject.trained = SimpleNamespace(model=model.eval(), version="untrained")
+    found = {"read on demand": isinstance(like.test.pixels, data.OnDemand), "before": peak()}
+    labels = subject.labels("test", n).numpy()
+    found["clean"] = calibration_summary(subject.logits("test", n), labels)["accuracy"]
+    found["after test"] = peak()
+    parts = corrupted_parts(like, corruption, n, store, severities=(3,))
+    logits = torch.cat([predict(subject.fast_model, pixels) for _, _, pixels in parts])
+    found["corrupted"] = calibration_summary(logits, labels)["accuracy"]
+    found |= {"after corruption": peak(), "seconds": time.perf_counter() - began}
+    return {**found, "images": len(labels), "logits": logits.nbytes / 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, nargs="+", default=[2_000, 20_000])
+    parser.add_argument("--classes", type=int, default=1_000)
+    parser.add_argument("--width", type=float, default=0.125)
+    parser.add_argument("--corruption", default="contrast")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.width, options.corruption)))
+        return
+    with tempfile.TemporaryDirectory() as root:
+        make_folder(Path(root), max(options.images), options.classes)
+        environment = {**os.environ, "LTHLIB_DATA": root, "LTHLIB_STORE": str(Path(root) / "store")}
+        command = [
+            sys.executable,
+            __file__,
+            "--width",
+            str(options.width),
+            "--corruption",
+            options.corruption,
+        ]
+        print("\npeak memory in MiB\n")
+        names = ("before", "after test", "after corruption", "logits", "seconds")
+        print(f"{'images':>8}" + "".join(f"{name:>18}" for name in names))
+        for n in options.images:
+            run = subprocess.run(
+                [*command, "--measure", str(n)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+            )
+            found = json.loads(run.stdout.splitlines()[-1])
+            if not found["read on demand"]:
+                print("(so few images that they are held in memory)")
+            print(f"{found['images']:>8,}" + "".join(f"{found[name]:>18,.0f}" for name in names), flush=True)
+
+
+if __name__ == "__main__":
+    main()
