@@ -11,7 +11,6 @@ expect no gain from it. `--record` writes the table to book/results/latency.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -21,11 +20,11 @@ import torch
 from torch import nn
 
 from lthlib import compute, masks, models
-from lthlib.methods_page import LATENCY
+from lthlib.evaluate import LATENCY
 from lthlib.predictions import for_inference
 from lthlib.pruners import METHODS, Moment, find
 from lthlib.pruners.structured import shrink
-from lthlib.store import ROOT, write_atomically
+from lthlib.store import ROOT, seal, write_atomically
 
 ROUND = 10  # 89.3 %
 SHAPE = (3, 32, 32)
@@ -117,7 +116,7 @@ def main() -> None:
     if options.record:
         made = {k: v for k, v in compute.provenance("float32").items() if k != "threads"}
         content = {"title": TITLE, "repeats": options.repeats, "provenance": made, "rows": rows}
-        write_atomically(LATENCY, json.dumps(content, indent=1) + "\n")
+        write_atomically(LATENCY, seal(content))
         print(f"recorded in {LATENCY.relative_to(ROOT)}")
 
 

@@ -24,9 +24,11 @@ from lthlib.code_version import code_version
 from lthlib.errors import Registry, UserError, choose
 from lthlib.metrics import METRICS, Value
 from lthlib.predictions import Subject
-from lthlib.store import MANIFEST, Store, sha256, write_atomically
+from lthlib.store import MANIFEST, ROOT, Store, check_files, sha256, unseal, write_atomically
 from lthlib.study import Study
 from lthlib.tickets import Ticket, facts, version_of
+
+LATENCY = ROOT / "book" / "results" / "latency.json"  # of a machine, not of a grid
 
 COLUMNS = (
     "dataset", "arch", "method", "sparsity", "seed", "dimension", "metric", "shift", "severity", "n", "value", "ticket",
@@ -297,6 +299,23 @@ class Record:
         return Evaluation(ticket, self.entry["info"], values, arrays, self.entry["provenance"])
 
 
+def damaged(path: Path, what: object) -> UserError:
+    """Return the error for damage to something recorded, which cannot be made again but lies in git."""
+    name = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
+    return UserError(
+        f"The recorded results in {name} are damaged ({what}): restore them with `git checkout -- {name}`, or record "
+        "them again."
+    )
+
+
+def recorded_json(path: Path) -> Mapping:
+    """Read a recorded file that `lthlib.store.seal` wrote; UserError where it is damaged."""
+    try:
+        return unseal(path)
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
 class Archive:
     """Recorded results: ``<root>/<grid>/{dimension}.json.gz``, ``{dimension}.npz`` and a manifest, small, committed."""
 
@@ -308,23 +327,30 @@ class Archive:
             UserError: Where a recorded file is damaged.
         """
         found = {}
-        for manifest in sorted(Path(root).glob(f"*/{MANIFEST}")):
-            folder = manifest.parent
-            try:
-                files = json.loads(manifest.read_text())["files"]
-                for name, (size, digest) in files.items():
-                    if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
-                        raise ValueError(f"{name} is not what was recorded")
-                for name in (name for name in files if name.endswith(".json.gz")):
-                    for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
-                        arrays = name.replace(".json.gz", ".npz")
-                        found[entry["ticket"], entry["question"]] = Record(folder, entry, arrays)
-            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"The recorded results in {folder} are damaged ({error}): restore them with "
-                    f"`git checkout -- {folder}` or record them again."
-                ) from error
+        for folder in sorted(Path(root).glob("[!.]*/")):
+            for name in (name for name in Archive.check(folder) if name.endswith(".json.gz")):
+                for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
+                    arrays = name.replace(".json.gz", ".npz")
+                    found[entry["ticket"], entry["question"]] = Record(folder, entry, arrays)
         return found
+
+    @staticmethod
+    def check(folder: Path) -> list[str]:
+        """Verify the recorded results of one grid, and return the names of their files.
+
+        Raises:
+            UserError: Where one is damaged or missing; says which, and how to get it back.
+        """
+        try:
+            try:
+                files = json.loads((folder / MANIFEST).read_bytes())["files"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"{MANIFEST} cannot be read") from None
+            check_files(folder, files)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            damage = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) else error
+            raise damaged(folder, damage) from error
+        return list(files)
 
     @staticmethod
     def write(

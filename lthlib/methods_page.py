@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 from collections.abc import Sequence
 
 import pandas as pd
@@ -12,12 +11,11 @@ from IPython.display import HTML, Markdown
 
 from lthlib import overlaps, verdict
 from lthlib.errors import choose
+from lthlib.evaluate import LATENCY, recorded_json
 from lthlib.masks import sparsity_of
 from lthlib.pages import Page, html_table, show
 from lthlib.pruners import METHODS
-from lthlib.store import ROOT
 
-LATENCY = ROOT / "book" / "results" / "latency.json"  # of a machine, not of a grid
 LOOKS_AT = {
     "init": "the initial weights",
     "dense": "the trained dense network",
@@ -182,7 +180,7 @@ def latency() -> None:
         command = "python benchmarks/latency.py --record"
         show(Markdown(f"No latency has been recorded. `{command}` measures and records it."))
         return
-    content = json.loads(LATENCY.read_text())
+    content = recorded_json(LATENCY)
     made = content["provenance"]
     source = (
         f"{content['title']}. Forward passes in float32, median of {content['repeats']}, on {made['processor']}, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from lthlib.errors import UserError
+from lthlib.evaluate import Archive
 from lthlib.masks import Masks, chance_jaccard, jaccard
 from lthlib.pruners import METHODS
 from lthlib.store import Store
@@ -86,4 +87,5 @@ def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:
 
 def _lines(root: Path) -> Iterator[tuple[str, str, float, float]]:
     for file in sorted(root.glob(f"*/{FILE}")):
+        Archive.check(file.parent)
         yield from pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None)

@@ -18,13 +18,22 @@ from lthlib import compute, data, overlaps, verdict
 from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
-from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive, evaluate, question, rows_of
+from lthlib.evaluate import (
+    COLUMNS,
+    DIMENSIONS,
+    LATENCY,
+    Archive,
+    evaluate,
+    question,
+    recorded_json,
+    rows_of,
+)
 from lthlib.grid import ON_METHODS, Grid, read_grid, study_name
 from lthlib.models import ARCHITECTURES
 from lthlib.pruners import METHODS
 from lthlib.store import ROOT, Store, say, write_atomically
 from lthlib.study import Study
-from lthlib.tickets import obtain
+from lthlib.tickets import TICKET_ID, Ticket, obtain
 
 RESULTS = "book/results"
 COMPARISON = "comparison"
@@ -90,10 +99,67 @@ def job_settings(grid: Grid, job: Job) -> str:
     return json.dumps([study, grid.dimensions, grid.precision], sort_keys=True, default=list)
 
 
+def done_file(grid: Grid, job: Job) -> Path:
+    """Return the file that says, in this checkout, that a job is done."""
+    return ROOT / "_build" / "jobs" / grid.name / f"{job.name}.json"
+
+
+def verify(grid: Grid, store: Store) -> None:
+    """Check what a grid's rows and pages stand on, for the workflow sees only whether files are newer than others.
+
+    Damaged results are set aside, and the jobs that made them lose the file that says they are done: they run again,
+    and whatever is made of them. What the store holds beside them of these tickets and data sets is checked, too, and
+    made again when something needs it.
+
+    Raises:
+        UserError: Where recorded results are damaged: these cannot be made again.
+    """
+    for folder in sorted((ROOT / RESULTS).glob("[!.]*/")):
+        Archive.check(folder)
+    if LATENCY.exists():
+        recorded_json(LATENCY)
+    needed = {job: _artifacts(grid, job) for job in jobs(grid) if done_file(grid, job).exists()}
+    lost = store.check({key for keys in needed.values() for key in keys} | _kept(grid, store))
+    for job, keys in needed.items():
+        if not lost.isdisjoint(keys):
+            done_file(grid, job).unlink(missing_ok=True)
+
+
+def _artifacts(grid: Grid, job: Job) -> list[str]:
+    """Return the keys of what a job leaves in the store for rows and pages."""
+    questions = [
+        question(name, DIMENSIONS[name].parameters(parameters), grid.precision)
+        for name, parameters in grid.dimensions.items()
+    ]
+    return [
+        key
+        for ticket in _tickets_of(grid, job)
+        for key in (f"tickets/{ticket.id}", *(f"evaluations/{ticket.id}/{name}" for name in questions))
+    ]
+
+
+def _kept(grid: Grid, store: Store) -> set[str]:
+    """Return the keys of what the store holds of a grid's tickets and data sets: logits, images, rewind points."""
+    mine = {ticket.id for study in grid.studies for ticket in study.tickets()}
+    shared = tuple(study.data.replace("@", "+").lower() for study in grid.studies)
+    found = set()
+    for key in store.list():
+        name = key.split("/")[1]
+        ticket = TICKET_ID.match(name)
+        if ticket[0] in mine if ticket else name.startswith(shared):
+            found.add(key)
+    return found
+
+
+def _tickets_of(grid: Grid, job: Job) -> list[Ticket]:
+    every = grid.study(job.study).tickets()
+    return [ticket for ticket in every if ticket.method == job.method and ticket.seed == job.seed]
+
+
 def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
     """Train and measure one method with one seed at every round of a study, then write ``done``."""
     plan, store = read_grid(grid), Store()
-    mine = [t for t in plan.study(study).tickets() if t.method == method and t.seed == seed]
+    mine = _tickets_of(plan, Job(study, method, seed))
     if not mine:
         raise UserError(f"{method} with seed {seed} is not part of {study} in {grid}.")
     for ticket in tqdm(mine, desc=f"{method}, seed {seed}", unit="ticket"):

@@ -18,7 +18,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lthlib.errors import UserError
@@ -46,6 +47,58 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def seal(content: Mapping[str, object]) -> str:
+    """Return a mapping as JSON that carries its own SHA-256, so that `unseal` sees any damage."""
+    return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
+
+
+def unseal(path: Path) -> dict[str, object]:
+    """Read what `seal` returned.
+
+    Raises:
+        ValueError: The file is not what was written.
+        OSError: It cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        whole = content.pop("sha256") == _digest(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path.name} is not what was written")
+    return content
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, Sequence]) -> None:
+    """Raise ValueError where a file of a folder differs from the size and SHA-256 that a manifest tells of it."""
+    for name, (size, digest) in files.items():
+        if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+
+
+def why(error: OSError) -> str | None:
+    """Return what stands in the way of a file, and what to do about it, as a clause; None where that is not known."""
+    where = f" ({error.filename})" if error.filename else ""
+    reasons = {
+        errno.ENOSPC: "no space is left on its disk; free some",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EFBIG: "a file would be larger than this account or its disk allows",
+        errno.EIO: f"its disk fails{where}",
+        errno.EROFS: "it is read-only",
+        errno.EACCES: f"permission is denied{where}",
+        errno.EPERM: f"permission is denied{where}",
+        errno.EEXIST: f"a file is where a folder should be{where}",
+        errno.ENOTDIR: f"a file is where a folder should be{where}",
+    }
+    if error.errno is None and "requested and" in str(error):  # how numpy tells that it could not write all
+        return reasons[errno.ENOSPC]
+    return reasons.get(error.errno or 0)
 
 
 def say(message: str) -> None:
@@ -77,7 +130,8 @@ class Store:
 
     def has(self, key: str, version: str) -> bool:
         """Say whether a whole artifact of this version lies under the key (damage counts as absence)."""
-        return self._checked.get(key) == version or self._fault(key, version) is None
+        with self._guard():
+            return self._checked.get(key) == version or self._fault(key, version) is None
 
     def get(self, key: str, version: str, make: Callable[[Path], None]) -> Path:
         """Return the folder of an artifact, making it first where it is absent, outdated or damaged.
@@ -105,23 +159,51 @@ class Store:
         self._checked[key] = version
         return path
 
-    def _fault(self, key: str, version: str) -> str | None:
-        """Return None for a whole artifact, "absent", "outdated", or a sentence about the damage."""
+    def list(self) -> Iterator[str]:
+        """Yield the key of every artifact, whole or not."""
+        for folder, below, files in os.walk(self.root):
+            parts = Path(folder).relative_to(self.root).parts
+            if not parts:
+                below[:] = sorted(set(below) - {"tmp", "damaged", "locks"})
+            elif len(parts) > 1 and files:
+                below.clear()
+                yield "/".join(parts)
+
+    def check(self, keys: Iterable[str]) -> set[str]:
+        """Verify artifacts of whatever version; set the damaged aside, and return the keys that are not there whole.
+
+        Raises:
+            UserError: Where the store cannot be read, or what is damaged cannot be set aside.
+        """
+        keys = [*keys]
+        with self._guard():
+            with ThreadPoolExecutor() as threads:  # hashing lets others run
+                faults = dict(zip(keys, threads.map(self._fault, keys), strict=True))
+            faulty = {key for key, fault in faults.items() if fault is not None}
+            for key in faulty:
+                with self._lock(key):
+                    fault = self._fault(key)  # another process may have mended it while we waited
+                    if fault is not None:
+                        self._clear(key, fault)
+        return faulty
+
+    def _fault(self, key: str, version: str | None = None) -> str | None:
+        """Return None for a whole artifact (of a version), "absent", "outdated", or a sentence about the damage."""
         path = self.path(key)
-        if not path.exists():
+        if not os.path.lexists(path):
             return "absent"
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            found, files = manifest["version"], manifest["files"]
-            for name, (size, digest) in files.items():
-                file = path / name
-                if file.stat().st_size != size or sha256(file) != digest:
-                    return f"{name} is not what was written"
+            manifest = unseal(path / MANIFEST)
+            check_files(path, manifest["files"])
         except FileNotFoundError as error:
             return f"{Path(error.filename).name} is missing"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{MANIFEST} cannot be read"
-        return None if found == version else "outdated"
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+                raise
+            return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+        return None if version in (None, manifest["version"]) else "outdated"
 
     def _clear(self, key: str, fault: str) -> None:
         path = self.path(key)
@@ -146,7 +228,7 @@ class Store:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
                 files[file.relative_to(temporary).as_posix()] = [file.stat().st_size, sha256(file)]
-            write_atomically(temporary / MANIFEST, json.dumps({"version": version, "files": files}, indent=1))
+            write_atomically(temporary / MANIFEST, seal({"version": version, "files": files}))
             path = self.path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, path)
@@ -176,15 +258,10 @@ class Store:
         try:
             yield
         except OSError as error:
-            reason = {
-                errno.ENOSPC: "no space is left on its disk: free some",
-                errno.EDQUOT: "the disk quota is used up: free some space",
-                errno.EROFS: "it is read-only: choose another place with LTHLIB_STORE",
-                errno.EACCES: "it may not be written: check its permissions or choose another with LTHLIB_STORE",
-                errno.EPERM: "it may not be written: check its permissions or choose another with LTHLIB_STORE",
-            }.get(error.errno or 0)
+            reason = why(error)
             if reason is None:
                 raise
             raise UserError(
-                f"The store {self.root} cannot take a new result: {reason}. Nothing was half-written."
+                f"The store {self.root} cannot be used: {reason}. Nothing was half-written. LTHLIB_STORE names "
+                "another place."
             ) from error

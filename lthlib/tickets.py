@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -141,6 +142,10 @@ class Ticket:
         return f"{name}-{self.arch}-{self.method}-r{self.round:02d}-s{self.seed}-{digest}"
 
 
+TICKET_ID = re.compile(r".+-r\d+-s\d+-[0-9a-f]{12}")
+"""What every `Ticket.id` looks like."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A finished ticket.
@@ -272,7 +277,7 @@ def _make(
     if source is not None:
         trainings += source.info["cost"]["trainings"]
     weights = {name: value.contiguous() for name, value in end.model.items()}
-    safetensors.torch.save_file(weights, folder / "weights.safetensors")
+    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(weights))
     if found.masks is not None:
         masks.save(found.masks, folder / "masks.safetensors")
     info = {
@@ -353,7 +358,7 @@ def _rewind_point(ticket: Ticket, images: data.DataSet, store: Store) -> State:
         tensors = {
             f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()
         }
-        safetensors.torch.save_file(tensors, folder / "state.safetensors")
+        (folder / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
 
     folder = store.get(f"rewind-points/{dense.id}-e{epoch}", version_of(dense, images), make)
     tensors = safetensors.torch.load_file(folder / "state.safetensors")

@@ -170,7 +170,7 @@ def test_a_killed_run_leaves_no_worker_and_the_next_one_finishes(checkout, done)
         cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.time() + 120
-    while not list((checkout / "store/jobs/killed").rglob("rp-*.log")) and time.time() < deadline:
+    while not list((checkout / "_build/jobs/killed").rglob("rp-*.log")) and time.time() < deadline:
         time.sleep(0.2)
     run.kill()
     run.wait()

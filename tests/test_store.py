@@ -1,14 +1,17 @@
 import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lthlib.errors import UserError
-from lthlib.store import MANIFEST, Store, write_atomically
+from lthlib.store import MANIFEST, Store, seal, unseal, write_atomically
 
 
 def writer(text, calls=None):
@@ -35,29 +38,86 @@ def test_another_version_is_made_again(tmp_path):
     assert not (tmp_path / "damaged").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "delete", "manifest", "manifest-gone"])
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+def file_in_its_folders_place(path):
+    shutil.rmtree(path.parent)
+    path.parent.write_text("no folder")
+
+
+def another_owns_sum(path):
+    """A manifest that agrees with the file, and with itself no longer."""
+    manifest = json.loads((path.parent / MANIFEST).read_text())
+    path.write_text("other")
+    manifest["files"]["value.txt"] = [5, hashlib.sha256(b"other").hexdigest()]
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "a folder": folder_in_its_place,
+    "no folder": file_in_its_folders_place,
+    "manifest truncated": lambda path: (path.parent / MANIFEST).write_text("{"),
+    "manifest flipped": lambda path: flip(path.parent / MANIFEST),
+    "manifest empty": lambda path: (path.parent / MANIFEST).write_bytes(b""),
+    "manifest missing": lambda path: (path.parent / MANIFEST).unlink(),
+    "manifest deep": lambda path: (path.parent / MANIFEST).write_text("[" * 100_000),
+    "manifest binary": lambda path: (path.parent / MANIFEST).write_bytes(bytes(range(256))),
+    "manifest of other things": lambda path: (path.parent / MANIFEST).write_text("[1, 2]"),
+    "manifest rewritten": another_owns_sum,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_seen_set_aside_and_mended(tmp_path, damage, capsys):
-    path = Store(tmp_path).get("a", "1", writer("hello world")) / "value.txt"
-    manifest = path.parent / MANIFEST
-    if damage == "truncate":
-        path.write_text("hello")
-    elif damage == "flip":
-        content = bytearray(path.read_bytes())
-        content[3] ^= 1
-        path.write_bytes(content)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "delete":
-        path.unlink()
-    elif damage == "manifest":
-        manifest.write_text(manifest.read_text()[:20])
-    else:
-        manifest.unlink()
+    DAMAGES[damage](Store(tmp_path).get("a", "1", writer("hello world")) / "value.txt")
     fresh = Store(tmp_path)  # another process would not have verified it yet
     assert not fresh.has("a", "1")
     assert (fresh.get("a", "1", writer("hello world")) / "value.txt").read_text() == "hello world"
     assert len(list((tmp_path / "damaged").iterdir())) == 1
     assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_check_sets_aside_what_is_damaged_and_that_alone(tmp_path, damage, capsys):
+    store = Store(tmp_path)
+    for key in ("k/a", "k/b", "k/c/d"):
+        path = store.get(key, "1", writer("hello world"))
+    DAMAGES[damage](path / "value.txt")
+    assert store.check(["k/a", "k/b", "k/c/d", "k/absent"]) == {"k/c/d", "k/absent"}
+    assert not path.exists()
+    assert capsys.readouterr().err.count("damaged") >= 1
+    assert sorted(store.list()) == ["k/a", "k/b"]
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def test_no_flipped_bit_of_a_sealed_file_goes_unseen(tmp_path):
+    path = tmp_path / "sealed"
+    content = {"version": "1-a2", "files": {"x.npz": [12, "0af3"]}, "n": 1.5}
+    text = seal(content).encode()
+    path.write_bytes(text)
+    assert unseal(path) == content
+    for place in range(len(text)):
+        for bit in range(8):
+            path.write_bytes(text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :])
+            with pytest.raises(ValueError, match="not what was written"):
+                unseal(path)
+    for length in range(len(text) - 1):
+        path.write_bytes(text[:length])
+        with pytest.raises(ValueError, match="not what was written"):
+            unseal(path)
 
 
 def test_a_maker_that_fails_leaves_nothing(tmp_path):
@@ -74,7 +134,7 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "word"), [(errno.ENOSPC, "space"), (errno.EROFS, "read-only"), (errno.EACCES, "permissions")]
+    ("code", "word"), [(errno.ENOSPC, "space"), (errno.EROFS, "read-only"), (errno.EACCES, "permission")]
 )
 def test_a_store_that_cannot_be_written_is_said_in_a_sentence(tmp_path, code, word):
     def full(folder):
@@ -83,6 +143,73 @@ def test_a_store_that_cannot_be_written_is_said_in_a_sentence(tmp_path, code, wo
     with pytest.raises(UserError, match=word):
         Store(tmp_path).get("a", "1", full)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_store_that_is_a_file_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="a file is where a folder should be"):
+            Store(root).get("a", "1", writer("x"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_makers_own_error_is_not_laid_on_the_store(tmp_path):
+    def fails(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "data.zip")
+
+    with pytest.raises(FileNotFoundError):
+        Store(tmp_path).get("a", "1", fails)
+
+
+FILLER = """
+import sys
+import numpy as np, torch, safetensors.torch
+from lthlib import masks
+from lthlib.errors import UserError
+from lthlib.store import Store
+big = np.arange(2**20, dtype=np.int32)
+ways = {
+    "bytes": lambda f: (f / "x").write_bytes(big.tobytes()),
+    "array": lambda f: np.save(f / "x.npy", big),
+    "arrays": lambda f: np.savez(f / "x.npz", big=big),
+    "masks": lambda f: masks.save({"w": torch.ones(2**22, dtype=torch.bool)}, f / "masks.safetensors"),
+}
+for name, way in ways.items():
+    try:
+        Store(sys.argv[1]).get("k/" + name, "1", way)
+    except UserError as error:
+        print(error)
+"""
+
+
+def check_that_nothing_fits(output, root):
+    lines = output.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"The store {root} cannot be used: ") for line in lines)
+    return lines
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare"), reason="no `unshare` to mount a small disk of the test's own"
+)
+def test_a_full_disk_is_said_in_a_sentence_and_nothing_is_half_written(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    script = f"mount -t tmpfs -o size=1m small {small} || exit 77; {sys.executable} -c '{FILLER}' {small}; find {small} -type f ! -name '*.lock' >&2"
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip(f"a small disk cannot be mounted here: {result.stderr.strip()}")
+    assert all("no space is left" in line for line in check_that_nothing_fits(result.stdout, small))
+    assert result.stderr == ""
+
+
+def test_a_limit_on_file_size_is_said_in_a_sentence_and_nothing_is_half_written(tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n" + FILLER
+    result = subprocess.run(
+        [sys.executable, "-c", limited, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    check_that_nothing_fits(result.stdout, tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize("key", ["../a", "/a", "a/../b", "", "a//b", ".a", "a/.b", "a b"])
@@ -128,7 +255,7 @@ def test_a_killed_maker_leaves_neither_lock_nor_rubbish(tmp_path):
 
 def test_a_manifest_tells_sizes_and_hashes(tmp_path):
     path = Store(tmp_path).get("a", "7", writer("abc"))
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = unseal(path / MANIFEST)
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, appendix B.1
     assert manifest == {"version": "7", "files": {"value.txt": [3, abc]}}
 

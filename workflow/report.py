@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from lthlib import lifeline
 from lthlib.errors import UserError, choose
-from lthlib.store import ROOT, Store, say
-from lthlib.zygote import zygote
+from lthlib.store import ROOT, Store, say, why
+from lthlib.zygote import TemporaryFolder, zygote
 
 DONE = re.compile(r"(\d+) of (\d+) steps")
 RULE = re.compile(r"^(?:local)?rule (\w+):")
@@ -44,18 +44,45 @@ def main() -> int:
     options = parser.parse_args(given)
     options.more = more
     os.chdir(ROOT)
-    began = time.monotonic()
+    began, before = time.monotonic(), set_aside()
     try:
         choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
             raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
         # On a cluster each job is a process of its own, not a child of this one.
-        with only_run() as lock, zygote(holding=lock) if options.profile == "local" else nullcontext():
+        with (
+            only_run() as lock,
+            scratch(options.profile),
+            zygote(holding=lock) if options.profile == "local" else nullcontext(),
+        ):
             status, failed = run(options)
     except UserError as error:
         say(f"error: {error}")
         return 1
+    except OSError as error:
+        if why(error) is None:
+            raise
+        say(f"error: this checkout or the folder for temporary files cannot be used: {why(error)}.")
+        return 1
+    for name in sorted(set_aside() - before):
+        say(f"damaged: {Store().root / 'damaged' / name} was set aside; what needs it makes it again")
     return finish(options.grid, status, failed, time.monotonic() - began)
+
+
+def set_aside() -> set[str]:
+    """Return the names of the damaged results that the store has set aside so far."""
+    return {path.name for path in (Store().root / "damaged").glob("*")}
+
+
+@contextmanager
+def scratch(profile: str):
+    """Let what runs on this machine keep its temporary files in one folder, which the next run removes if need be."""
+    if profile != "local":  # other machines do not see it
+        yield
+        return
+    with TemporaryFolder("lth-run-") as folder:
+        os.environ["TMPDIR"] = folder
+        yield
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import sys
 
 from snakemake.cli import main
 
-from lthlib import lifeline
+from lthlib import lifeline, report
 from lthlib.errors import UserError
 from lthlib.grid import read_grid
-from lthlib.store import say
+from lthlib.store import Store, say
 
 REFUSED = 3
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     if "workflow/profiles/local" not in arguments:
         os.environ.pop(lifeline.VARIABLE)  # its jobs run elsewhere, where no process has that number
     try:
-        read_grid(grid)
+        report.verify(read_grid(grid), Store())
     except UserError as error:
         say(f"error: {error}")
         sys.exit(REFUSED)
