@@ -4,6 +4,7 @@ python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure 
 python -m lthlib rows GRID FILE                               write the tidy table of a finished grid
 python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
 python -m lthlib record GRID                                  put its results into book/results
+python -m lthlib estimate GRID                                say what training it costs, before it is run
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lthlib import lifeline
+from lthlib import gpus, lifeline
 from lthlib.errors import UserError
 
 
@@ -35,12 +36,21 @@ def main(arguments: list[str] | None = None) -> int:
     front.add_argument("folder", type=Path)
     record = commands.add_parser("record", help="put a grid's results into book/results")
     record.add_argument("grid")
+    cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")
+    cost.add_argument("grid")
+    cost.add_argument(
+        "--throughput", type=float, help="multiply-accumulates a second (default: measured here, on one core or GPU)"
+    )
+    cost.add_argument("--record", action="store_true", help="put what is measured into book/results")
     options = vars(parser.parse_args(arguments))
     lifeline.watch()
-    from lthlib import report  # late: it imports torch, and --help should not
+    if options["command"] == "tickets":
+        gpus.claim()
+    from lthlib import estimate, report  # late: they import torch, and --help should not
 
+    command = options.pop("command")
     try:
-        getattr(report, options.pop("command"))(**options)
+        getattr(estimate if command == "estimate" else report, command)(**options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
