@@ -1,6 +1,7 @@
 """GPUs are shared out without one: a list of names, and jobs that write down which name they got and when."""
 
 import collections
+import itertools
 import os
 import subprocess
 import sys
@@ -37,7 +38,12 @@ GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bb-00)
 def environment(tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "job.py").write_text(JOB)
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), gpus.VARIABLE: "GPU-a,GPU-b"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(tmp_path / "tmp"),
+        gpus.VARIABLE: "GPU-a,GPU-b",
+    }
 
 
 def start(folder, environment, name, seconds):
@@ -70,7 +76,7 @@ def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, how):
     assert set(held) == {"GPU-a", "GPU-b"}
     for spans in held.values():
         spans.sort()
-        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
 def test_a_killed_job_frees_its_gpu(tmp_path, environment):

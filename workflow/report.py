@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lthlib import lifeline
+from lthlib import gpus, lifeline
 from lthlib.errors import UserError, choose
 from lthlib.store import ROOT, Store, say, why
 from lthlib.zygote import TemporaryFolder, zygote
@@ -123,9 +123,12 @@ def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     ]  # fmt: skip
     if options.profile == "local" or options.cores != "all":  # all: of this machine, which is not the cluster
         command += ["--cores", options.cores]
+    devices = gpus.visible() if options.profile == "local" else []
+    if devices:
+        command += ["--resources", f"gpu={len(devices)}", "--set-resources", "tickets:gpu=1", "chains:gpu=1"]
     command += options.more
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
-    environment[lifeline.VARIABLE] = str(os.getpid())
+    environment |= {lifeline.VARIABLE: str(os.getpid()), gpus.VARIABLE: ",".join(devices)}
     failed: list[Path] = []
     tail: deque[str] = deque(maxlen=30)
     log = ROOT / "_build" / "snakemake.log"
