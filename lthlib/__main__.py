@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")
     cost.add_argument("grid")
     cost.add_argument(
-        "--throughput", type=float, help="multiply-accumulates a second (default: measured here, on one core or GPU)"
+        "--throughput",
+        type=float,
+        help="multiply-accumulates a second (default: measured here, on one core or GPU)",
     )
     cost.add_argument("--record", action="store_true", help="put what is measured into book/results")
     options = vars(parser.parse_args(arguments))
