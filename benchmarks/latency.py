@@ -2,10 +2,11 @@
 
     python benchmarks/latency.py [--batches 1 64] [--threads 1 2] [--repeats 30] [--record]
 
-The dense network, an unstructured mask that removes 90 %, channels removed down to as many weights and down to the same
-fraction of multiply-accumulates, and the small dense network. All run in turns, so that a busy moment hits all alike;
-the median is reported. A mask leaves the arrays as large as they were, and a dense kernel multiplies by its zeros:
-expect no gain from it. `--record` writes the table to book/results/latency.json, where the book finds it.
+The dense network, an unstructured mask (one-shot magnitude) that removes 90 %, channels removed down to as many weights
+and down to as many multiply-accumulates as that mask keeps, and the small dense network. All run in turns, so that a
+busy moment hits all alike; the median is reported. A mask leaves the arrays as large as they were, and a dense kernel
+multiplies by its zeros: expect no gain from it. `--record` writes the table to book/results/latency.json, where the
+book finds it.
 """
 
 from __future__ import annotations

@@ -480,14 +480,16 @@ def convolution_cost(
 
     Args:
         model: Made by `build`.
-        per_weight: Layer name -> what one weight of it costs, such as its output pixels for
-            multiply-accumulates; 1 if None.
+        per_weight: Count these layers instead: name -> what one weight of it costs, such as its output pixels
+            for multiply-accumulates.
     """
-    now = all_groups(model) | {"input": spec_of(model).in_channels}
+    spec, layers = spec_of(model), dict(model.named_modules())
+    if per_weight is None:
+        per_weight = {name: 1 for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    now = all_groups(model) | {"input": spec.in_channels, "classes": spec.num_classes}
     terms = [
-        (m.in_group, m.out_group, math.prod(m.kernel_size) * (per_weight[name] if per_weight else 1))
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d)
+        (layers[name].in_group, layers[name].out_group, layers[name].weight[0, 0].numel() * each)
+        for name, each in per_weight.items()
     ]
 
     def cost(channels: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -104,11 +104,14 @@ class Ticket:
     @property
     def source(self) -> Ticket | None:
         """The finished ticket at whose weights and masks the method looks; None for initial weights."""
-        kind = METHODS[self.method].source
+        method = METHODS[self.method]
+        kind = method.source
         if kind == "init":
             return None
         if kind == "dense" or (kind == "previous" and self.round == 1):
-            return self.dense
+            options = {**method.options, **dict(self.options)}
+            settings = {name: options[name] for name in method.source_recipe}
+            return replace(self.dense, recipe=replace(self.recipe, **settings))
         return (
             self._relative(self.method, self.round - 1)
             if kind == "previous"

@@ -35,6 +35,7 @@ class Recipe:
         lr: Peak learning rate.
         momentum: Of SGD, without Nesterov's look-ahead.
         weight_decay: L2 penalty on every parameter.
+        bn_l1: L1 penalty on the scales of batch normalisations, for methods that look at these.
         schedule: ``"cosine"`` to zero, ``"steps"`` (x 0.1 at 1/2 and 3/4 of the run), or ``"constant"``.
         warmup: Epochs over which the learning rate rises linearly from zero.
         augment: ``"none"``, ``"crop"`` (pad by 1/8, crop at random), ``"crop-flip"`` (and mirror half of them).
@@ -46,6 +47,7 @@ class Recipe:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    bn_l1: float = 0.0
     schedule: str = "cosine"
     warmup: float = 1.0
     augment: str = "none"
@@ -70,6 +72,7 @@ class Recipe:
             ("lr", 0),
             ("momentum", 0),
             ("weight_decay", 0),
+            ("bn_l1", 0),
             ("warmup", 0),
         ):
             if getattr(self, name) < low:
@@ -183,6 +186,7 @@ def train(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=_is_low(recipe.precision))
     history = []
     gates = _gates(model, masks)
+    scales = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and recipe.bn_l1 > 0]
     for epoch in range(start, recipe.epochs if until is None else until):
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, (x, y) in enumerate(stream.epoch(epoch)):
@@ -195,6 +199,8 @@ def train(
             loss.backward()
             total += loss.detach()
             correct += (logits.detach().argmax(1) == y).sum()
+            for scale in scales:
+                scale.grad.add_(scale.detach().sign(), alpha=recipe.bn_l1)
             if dynamics is not None:
                 skip = dynamics.update(step, model, masks, optimizer)
                 gates = _gates(model, masks)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,25 @@ def test_a_run_taken_up_again_ends_bit_for_bit_the_same(images):
     forgetful = State(part.model, {}, part.epoch)  # the nearest wrong cousin: momentum not rewound
     other, _ = train(network(images), images.train, RECIPE, seed=3, state=forgetful)
     assert not same(whole.model, other.model)
+
+
+def test_the_l1_penalty_pulls_on_the_scales_of_normalisations_alone(images):
+    """After one step, gamma has moved by lr * penalty * sign(gamma) more than without it, and nothing else has."""
+    recipe = Recipe(
+        epochs=1, batch_size=300, lr=0.1, momentum=0.0, warmup=0.0, schedule="constant", precision="float32"
+    )
+    ends, start = {}, network(images)
+    with torch.no_grad():
+        start.bn1.weight[::2] *= -1
+    for penalty in (0.0, 0.01):
+        model = network(images)
+        model.load_state_dict(start.state_dict())
+        train(model, images.train, replace(recipe, bn_l1=penalty), seed=0)
+        ends[penalty] = dict(model.named_parameters())
+    scales = {f"{n}.weight" for n, m in start.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for name, value in start.named_parameters():
+        pull = 0.1 * 0.01 * value.detach().sign() if name in scales else torch.zeros_like(value)
+        torch.testing.assert_close(ends[0.0][name] - ends[0.01][name], pull, atol=1e-7, rtol=1e-4)
 
 
 def test_pruned_weights_stay_exactly_zero_and_kept_ones_train_as_if_alone(images):

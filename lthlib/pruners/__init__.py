@@ -99,6 +99,7 @@ class Method:
         during: Makes the `Dynamics` from options, number of steps, masks and seed; None where masks stand
             still.
         options: Name -> default.
+        source_recipe: Names of options that are settings of the recipe by which the dense source is trained.
         reference: BibTeX key.
         family: One of `FAMILIES`.
         paper: Whether it is one of the paper's seven.
@@ -111,6 +112,7 @@ class Method:
     start: str
     during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None
     options: Mapping[str, object]
+    source_recipe: tuple[str, ...]
     reference: str
     family: str
     paper: bool
@@ -129,6 +131,7 @@ def method(
     family: str,
     during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None = None,
     options: Mapping[str, object] | None = None,
+    source_recipe: tuple[str, ...] = (),
     paper: bool = False,
 ):
     """Register the function below as the method ``name``; the fields are those of `Method`."""
@@ -137,7 +140,17 @@ def method(
 
     def register(find: Callable[[Moment], Found]) -> Callable[[Moment], Found]:
         METHODS[name] = Method(
-            name, title, find, source, start, during, dict(options or {}), reference, family, paper
+            name,
+            title,
+            find,
+            source,
+            start,
+            during,
+            dict(options or {}),
+            source_recipe,
+            reference,
+            family,
+            paper,
         )
         return find
 

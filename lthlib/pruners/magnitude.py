@@ -11,8 +11,17 @@ retrains; here the ticket starts from the shared rewind point, as that of LTH do
 the mask alone.
 """
 
+from torch import nn
+
 from lthlib import masks as masking
+from lthlib.masks import Masks
 from lthlib.pruners import Found, Moment, method
+
+
+def largest(model: nn.Module, n_keep: int) -> Masks:
+    """Return the masks that keep the ``n_keep`` largest weights of a network."""
+    scores = {name: weight.detach().abs() for name, weight in masking.prunable(model).items()}
+    return masking.keep_top(scores, n_keep)
 
 
 @method(
@@ -26,5 +35,4 @@ from lthlib.pruners import Found, Moment, method
 )
 def find(moment: Moment) -> Found:
     """Keep the largest weights of the trained dense network."""
-    scores = {name: weight.detach().abs() for name, weight in masking.prunable(moment.model).items()}
-    return Found(masking.keep_top(scores, moment.n_keep))
+    return Found(largest(moment.model, moment.n_keep))

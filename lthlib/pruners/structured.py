@@ -6,15 +6,15 @@ networks (Fang et al. 2023). The score of a channel is the mean over the layers 
 
 * ``filter-l1`` (Li et al. 2017): the sum of |w| of the filter, divided by the layer's mean, so that layers
   with many inputs do not win for being wide.
-* ``slimming`` (Liu et al. 2017): |gamma| of the batch normalisation. The published method trains the dense
-  network with an L1 penalty on gamma first; here gamma is taken from the common dense run, *without* that
-  penalty, so that all methods share it. That is a handicap to be remembered when reading its results.
+* ``slimming`` (Liu et al. 2017): |gamma| of the batch normalisation, in a dense run of its own that has an L1
+  penalty on gamma (option ``bn_l1``). That run chooses the channels and nothing else: the smaller network starts
+  from the rewind point that all methods share, and is trained without the penalty, as published.
 
 The rule: channels are ranked over all groups together and the lowest go, until the prunable weights are
 ``n_keep`` or fewer; then those gone are put back, best first, where the budget allows. The best channel of a
-group never goes. ``filter-l1-macs`` and ``slimming-macs`` count the budget in multiply-accumulates instead: as
-large a fraction of these stays as the other methods keep of the weights. The remaining *weights* fall as the
-square of the channels.
+group never goes. ``filter-l1-macs`` and ``slimming-macs`` count in multiply-accumulates instead, and may keep as
+many as OMP's mask of the same round keeps. That is a larger share than it keeps of the weights: those of early
+layers are used at more positions, and more of them stay. Weights fall as the square of the channels.
 
 Known pitfalls: gamma = 0 with beta != 0 still passes a constant, so a channel is masked by both; networks
 with padding shortcuts keep their streams whole, which bounds the sparsity they can reach (the error says
@@ -34,6 +34,7 @@ from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
 from lthlib.models import channel_groups, convolution_cost, macs, rebuild, spec_of
 from lthlib.pruners import Found, Moment, method
+from lthlib.pruners.magnitude import largest
 
 Channels = dict[str, Tensor]
 
@@ -231,73 +232,59 @@ def _check_channels(model: nn.Module, kept_channels: Channels) -> None:
             )
 
 
-def _find(moment: Moment, scores: Channels) -> Found:
-    """Select by scores, with the budget that option ``budget`` names."""
-    choose(moment.options["budget"], ("parameters", "macs"), "budget")
-    model, budget, cost = moment.model, moment.n_keep, convolution_cost(moment.model)
-    if moment.options["budget"] == "macs":
-        density = budget / cost({})
-        cost = convolution_cost(model, _output_pixels(model))
-        budget = int(density * cost({}))
-    return Found(kept_channels=select(scores, cost, budget))
+def macs_budget(moment: Moment) -> tuple[Callable[[Mapping[str, int]], int], int]:
+    """Return the cost of channel counts in multiply-accumulates of one image, and the cost allowed.
 
-
-def _output_pixels(model: nn.Module) -> dict[str, int]:
-    """Return how often each convolution uses each of its weights for one image."""
+    Allowed is what the one-shot magnitude mask of as many weights (`magnitude.largest`) keeps of them.
+    """
+    model = moment.model
     spec = spec_of(model)
-    by_layer = macs(model, (spec.in_channels, spec.image_size, spec.image_size))
-    sizes = {name.removesuffix(".weight"): w.numel() for name, w in masking.prunable(model).items()}
-    return {name: by_layer[name] // size for name, size in sizes.items()}
+    shape = (spec.in_channels, spec.image_size, spec.image_size)
+    sizes = {
+        name: layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "out_group")
+    }
+    uses = {name: total // sizes[name] for name, total in macs(model, shape).items()}
+    allowed = masking.sparse_macs(model, shape, largest(model, moment.n_keep))
+    return convolution_cost(model, uses), round(allowed)
 
 
-@method(
-    "filter-l1-macs",
-    title="Filter L1, by MACs",
-    source="dense",
-    start="rewind",
-    options={"budget": "macs"},
-    reference="li2017pruning",
-    family="structured",
-)
-@method(
-    "filter-l1",
-    title="Filter L1",
-    source="dense",
-    start="rewind",
-    options={"budget": "parameters"},
-    reference="li2017pruning",
-    family="structured",
-)
+STRUCTURED = {"start": "rewind", "source": "dense", "family": "structured"}
+SLIMMING = {
+    **STRUCTURED,
+    "reference": "liu2017learning",
+    "options": {"bn_l1": 1e-4},
+    "source_recipe": ("bn_l1",),
+}
+
+
+@method("filter-l1", title="Filter L1", reference="li2017pruning", **STRUCTURED)
 def find_filter_l1(moment: Moment) -> Found:
-    """Keep the channels whose filters have the largest L1 norms.
-
-    Options: ``budget``, "parameters" (as many prunable weights as the unstructured methods keep) or "macs"
-    (the same fraction of the multiply-accumulates of the convolutions).
-    """
-    return _find(moment, filter_l1(moment.model))
+    """Keep the channels whose filters have the largest L1 norms, as many weights as the sparse networks."""
+    model = moment.model
+    return Found(kept_channels=select(filter_l1(model), convolution_cost(model), moment.n_keep))
 
 
-@method(
-    "slimming-macs",
-    title="BN scale (slimming), by MACs",
-    source="dense",
-    start="rewind",
-    options={"budget": "macs"},
-    reference="liu2017learning",
-    family="structured",
-)
-@method(
-    "slimming",
-    title="BN scale (slimming)",
-    source="dense",
-    start="rewind",
-    options={"budget": "parameters"},
-    reference="liu2017learning",
-    family="structured",
-)
+@method("filter-l1-macs", title="Filter L1, by MACs", reference="li2017pruning", **STRUCTURED)
+def find_filter_l1_macs(moment: Moment) -> Found:
+    """Keep the channels whose filters have the largest L1 norms, as many multiply-accumulates as OMP's mask."""
+    return Found(kept_channels=select(filter_l1(moment.model), *macs_budget(moment)))
+
+
+@method("slimming", title="Slimming", **SLIMMING)
 def find_slimming(moment: Moment) -> Found:
-    """Keep the channels with the largest |gamma|.
+    """Keep the channels with the largest |gamma|, as many weights as the sparse networks.
 
-    Options: ``budget`` as in ``filter-l1``.
+    Options: ``bn_l1``, the L1 penalty on gamma in the dense run that is looked at (published: 1e-4 for VGG, 1e-5
+    for others); 0 is the common dense run.
     """
-    return _find(moment, bn_scale(moment.model))
+    model = moment.model
+    return Found(kept_channels=select(bn_scale(model), convolution_cost(model), moment.n_keep))
+
+
+@method("slimming-macs", title="Slimming, by MACs", **SLIMMING)
+def find_slimming_macs(moment: Moment) -> Found:
+    """Keep the channels with the largest |gamma|, as many multiply-accumulates as OMP's mask.
+
+    Options: ``bn_l1`` as in ``slimming``.
+    """
+    return Found(kept_channels=select(bn_scale(moment.model), *macs_budget(moment)))
