@@ -8,6 +8,7 @@ made once per data set and shared by all tickets; where the published files lie 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -183,7 +184,7 @@ class Subject:
 
         def make(folder: Path) -> None:
             np.save(folder / "labels.npy", labels)
-            np.lib.format.open_memmap(folder / "logits.npy", "w+", np.float32, shape)
+            _reserve(folder / "logits.npy", np.float32, shape)
             for row, name in enumerate(names):
                 self._predict_corrupted(name, n, folder / "logits.npy", row)
 
@@ -219,6 +220,16 @@ class Subject:
         name = name.replace(":", "-").replace("@", "+").lower()
         version = f"{self.trained.version}-{code_version(predict, for_inference)}-{input_version}"
         return self.store.get(f"predictions/{self.ticket.id}/{name}-{self.precision}", version, make)
+
+
+def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    """Write an array of zeros, to be mapped and filled: writing to a mapping that the disk cannot take is fatal."""
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        row = bytes(math.prod(shape[1:]) * np.dtype(dtype).itemsize)
+        for _ in range(shape[0]):
+            file.write(row)
 
 
 def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
@@ -284,7 +295,8 @@ def corrupted_parts(
         return
 
     def make(folder: Path) -> None:
-        kept = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(folder / "pixels.npy", np.uint8, shape)
+        kept = np.load(folder / "pixels.npy", "r+")
         done = dict.fromkeys(SEVERITIES, 0)
         for severity, pixels in _corrupted_batches(like, name, SEVERITIES, positions):
             kept[severity - 1, done[severity] : done[severity] + len(pixels)] = pixels

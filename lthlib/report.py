@@ -119,6 +119,7 @@ def verify(grid: Grid, store: Store) -> None:
     if LATENCY.exists():
         recorded_json(LATENCY)
     needed = {job: _artifacts(grid, job) for job in jobs(grid) if done_file(grid, job).exists()}
+    store.tidy()
     lost = store.check({key for keys in needed.values() for key in keys} | _kept(grid, store))
     for job, keys in needed.items():
         if not lost.isdisjoint(keys):

@@ -187,6 +187,19 @@ class Store:
                         self._clear(key, fault)
         return faulty
 
+    def tidy(self) -> None:
+        """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
+        for left in (self.root / "tmp").glob("*"):
+            with (
+                contextlib.suppress(OSError),
+                self._lock_file(left.name).open("a+") as handle,
+            ):  # being made, or not ours
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+
+    def _lock_file(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"
+
     def _fault(self, key: str, version: str | None = None) -> str | None:
         """Return None for a whole artifact (of a version), "absent", "outdated", or a sentence about the damage."""
         path = self.path(key)
@@ -238,7 +251,7 @@ class Store:
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
         """Hold the key's lock. The system frees it with the process, however that ends: no lock goes stale."""
-        file = self.root / "locks" / f"{key.replace('/', '--')}.lock"
+        file = self._lock_file(key.replace("/", "--"))
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a+") as handle:
             try:

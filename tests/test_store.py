@@ -253,6 +253,17 @@ def test_a_killed_maker_leaves_neither_lock_nor_rubbish(tmp_path):
     assert list((tmp_path / "s" / "tmp").iterdir()) == []
 
 
+def test_tidying_spares_what_is_being_made(tmp_path):
+    alive = start(tmp_path, 2)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    (tmp_path / "s/tmp/b--c").mkdir()
+    Store(tmp_path / "s").tidy()
+    assert [p.name for p in (tmp_path / "s/tmp").iterdir()] == ["a"]
+    assert alive.wait() == 0
+    assert (tmp_path / "s/a/value.txt").read_text() == "x"
+
+
 def test_a_manifest_tells_sizes_and_hashes(tmp_path):
     path = Store(tmp_path).get("a", "7", writer("abc"))
     manifest = unseal(path / MANIFEST)
