@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def claim() -> str | None:
 
 
 def _lock(device: str) -> int | None:
-    folder = Path(tempfile.gettempdir(), f"lthlib-gpus-{os.getuid()}")
+    folder = Path("/tmp", f"lthlib-gpus-{os.getuid()}")  # not TMPDIR: it is another one in each run
     folder.mkdir(mode=0o700, exist_ok=True)
     lock = os.open(folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device)}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import uuid
+from pathlib import Path
 
 import pytest
 
@@ -35,8 +37,16 @@ GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bb-00)
 
 
 @pytest.fixture
-def environment(tmp_path):
-    (tmp_path / "tmp").mkdir()
+def devices():
+    """Two names that nobody else on this machine uses; their lock files go with the test."""
+    names = [f"GPU-{uuid.uuid4()}" for _ in range(2)]
+    yield names
+    for name in names:
+        Path(f"/tmp/lthlib-gpus-{os.getuid()}/{name}.lock").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def environment(tmp_path, devices):
     (tmp_path / "job.py").write_text(JOB)
     return {
         **os.environ,
@@ -60,7 +70,7 @@ def wait_for(path):
 
 
 @pytest.mark.parametrize("how", ["forked", "plain"])
-def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, how):
+def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, devices, how):
     if how == "forked" and sys.platform != "linux":
         pytest.skip("processes are forked on Linux only")
     with zygote(["torch"]) as address:
@@ -73,17 +83,17 @@ def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, how):
     for n in range(6):
         device, began, ended = (tmp_path / f"{n}.ended").read_text().split()
         held[device].append((float(began), float(ended)))
-    assert set(held) == {"GPU-a", "GPU-b"}
+    assert set(held) == set(devices)
     for spans in held.values():
         spans.sort()
         assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
-def test_a_killed_job_frees_its_gpu(tmp_path, environment):
-    environment[gpus.VARIABLE] = "GPU-a"
+def test_a_killed_job_frees_its_gpu(tmp_path, environment, devices):
+    environment[gpus.VARIABLE] = devices[0]
     environment.pop(VARIABLE, None)
     killed = start(tmp_path, environment, "killed", 60)
-    assert wait_for(tmp_path / "killed.begun") == "GPU-a"
+    assert wait_for(tmp_path / "killed.begun") == devices[0]
     other = start(tmp_path, environment, "other", 0)
     time.sleep(0.5)
     assert not (tmp_path / "other.begun").exists()
