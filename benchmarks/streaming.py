@@ -115,7 +115,10 @@ def main() -> None:
         print("\npeak memory in MiB\n")
         names = ("before", "after test", "after corruption", "logits", "seconds")
         print(f"{'images':>8}" + "".join(f"{name:>18}" for name in names))
-        for n in options.images:
+        for n in (
+            1,
+            *options.images,
+        ):  # the first lists the files and measures the mean colours, once for all
             run = subprocess.run(
                 [*command, "--measure", str(n)],
                 env=environment,
@@ -123,6 +126,8 @@ def main() -> None:
                 check=True,
                 text=True,
             )
+            if n == 1:
+                continue
             found = json.loads(run.stdout.splitlines()[-1])
             if not found["read on demand"]:
                 print("(so few images that they are held in memory)")

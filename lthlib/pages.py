@@ -149,10 +149,13 @@ def verdict_table(page: Page) -> HTML:
 
 
 def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
-    """Show mean and interval of each metric by sparsity, ✓ winning, ↘ degraded, ✗ collapsed; dense first."""
-    judged = page.judged[page.judged["region"] != ""]
+    """Show mean and interval of each metric by sparsity, ✓ winning, ↘ degraded, ✗ collapsed; dense first.
+
+    All metrics that are a contest and not measured under too many shifts, or those that are named.
+    """
+    judged = page.judged if metrics is not None else page.judged[page.judged["region"] != ""]
     judged = judged[judged["metric"].isin(figures.readable(judged) if metrics is None else metrics)]
-    marks = {verdict.WINNING: "✓", verdict.DEGRADED: "↘", verdict.COLLAPSED: "✗"}
+    marks = {verdict.WINNING: "✓", verdict.DEGRADED: "↘", verdict.COLLAPSED: "✗", "": ""}
     columns: dict[str, dict[tuple[str, str], str]] = {}
     for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
         scale = figures.factor(metric)
@@ -239,9 +242,10 @@ def show(*items: object) -> None:
         display(item)
 
 
-def html_table(table: pd.DataFrame) -> HTML:
-    """Return a table as the book shows it, wide ones behind a scroll bar."""
-    return HTML(f'<div class="scroll">{table.to_html(border=0, classes="table", escape=True)}</div>')
+def html_table(table: pd.DataFrame, *, words: bool = False) -> HTML:
+    """Return a table as the book shows it, wide ones behind a scroll bar; ``words`` has columns wide enough for text."""
+    classes = "table words" if words else "table"
+    return HTML(f'<div class="scroll">{table.to_html(border=0, classes=classes, escape=True)}</div>')
 
 
 def standing_round(page: Page) -> int:

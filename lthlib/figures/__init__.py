@@ -96,11 +96,12 @@ def curves(
     for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
         part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]
         curve(axis, part, metric)
-        title = METRICS[metric].title + ("" if shift == "none" else f": {shift}")
+        only = judged.loc[judged["metric"] == metric, "shift"].nunique() == 1
+        title = METRICS[metric].title + ("" if only else f": {shift}")
         axis.set_title(textwrap.fill(title, 99 // columns))  # a longer line would run off the figure
     methods = list(dict.fromkeys(judged["method"]))
     figure.legend(
-        handles=legend(methods), loc="outside lower center", ncols=min(6, len(methods) + 4), frameon=False
+        handles=legend(methods), loc="outside lower center", ncols=min(7, len(methods) + 4), frameon=False
     )
     return figure
 
