@@ -567,6 +567,6 @@ def test_unit_without_labels_has_no_formula():
 
 def test_pixels_beyond_the_last_cell_never_count():
     up = Upsampler((2, 3), (5, 7))
-    numbers, masks = up.cells(np.ones((1, 5, 7), np.int16))
+    _, numbers, masks = up.cells([np.ones((1, 5, 7), np.int16)])
     assert numbers.tolist() == [0]
     assert np.bitwise_count(masks).sum() == 35

@@ -137,7 +137,7 @@ def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) 
         up = Upsampler(block.shape[2:], concepts.mask_shape)
         active = up.active(block, limits)
         for i in range(len(block)):
-            signature, masks = up.cells(1 + _signatures(concepts.planes[start + i], book)[None])
+            _, signature, masks = up.cells([1 + _signatures(concepts.planes[start + i], book)[None]])
             pixels.append(np.column_stack([signature, np.bitwise_count(masks).sum((1, 2), dtype=np.int64)]))
             unit, _, both = shared_pixels(active.of(i), masks)
             a, p = np.nonzero(both)

@@ -16,7 +16,8 @@ multiple of that; `benchmarks/dissection.py` shows that it levels off, below 1 G
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 from math import ceil, floor
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from lthlib.concepts import BRODEN_QUANTILE, ConceptSet
 from lthlib.errors import UserError, choose
 from lthlib.metrics import describe
-from lthlib.metrics.regions import Active, Stream, Upsampler, chunks, shared_pixels
+from lthlib.metrics.regions import Active, Stream, Upsampler, chunks, occurring, shared_pixels
 
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
@@ -115,24 +116,40 @@ class Tally:
     images: np.ndarray
     category_of: np.ndarray
 
-    @staticmethod
-    def empty(units: int, concepts: ConceptSet) -> Tally:
-        """Return a tally of nothing."""
-        labels, categories = len(concepts.labels), len(concepts.categories)
-        shapes = (units, labels), labels, units, (units, categories), (units, categories), units
-        return Tally(*(np.zeros(shape, np.int64) for shape in shapes), concepts.category_of)
 
-    def add(self, active: Active, planes: np.ndarray, up: Upsampler) -> None:
-        """Count one image: its active cells against its label planes (D, H, W)."""
-        labels, masks = up.cells(planes)
-        self.concept[labels] += np.bitwise_count(masks).sum((1, 2), dtype=np.int64)
+class _Counter:
+    """Tallies one image after the other against K labellings of it: the arrays of `Tally`, stacked."""
+
+    def __init__(self, labellings: int, units: int, concepts: ConceptSet):
+        labels, categories = len(concepts.labels), len(concepts.categories)
+        self.both = np.zeros((labellings, units, labels), np.int64)
+        self.concept = np.zeros((labellings, labels), np.int64)
+        self.touching, self.labelled = np.zeros((2, labellings, units, categories), np.int64)
+        self.unit, self.images = np.zeros((2, units), np.int64)
+        self.category_of = concepts.category_of
+
+    def add(self, active: Active, labelling: np.ndarray, label: np.ndarray, masks: np.ndarray) -> None:
+        """Count the active cells of one image against masks (P, cells, W) and the labelling and label of each."""
+        self.concept[labelling, label] += np.bitwise_count(masks).sum((1, 2), dtype=np.int64)
         units, area, both = shared_pixels(active, masks)
         self.unit[units] += area
         self.images[units] += 1
-        self.both[units[:, None], labels] += both
-        member = self.category_of[labels][:, None] == np.arange(self.touching.shape[1])
-        self.touching[units] += area[:, None] * ((both > 0).astype(np.float32) @ member > 0)
-        self.labelled[units] += area[:, None] * member.any(0)
+        self.both[labelling, units[:, None], label] += both
+        labellings, _, categories = self.touching.shape
+        group = labelling * categories + self.category_of[label]
+        member = group[:, None] == np.arange(labellings * categories)
+        touched = (both > 0).astype(np.float32) @ member > 0
+        touched = touched.reshape(len(units), labellings, categories).swapaxes(0, 1)
+        self.touching[:, units] += area[:, None] * touched
+        self.labelled[:, units] += area[:, None] * member.any(0).reshape(labellings, 1, categories)
+
+    def tallies(self) -> list[Tally]:
+        """Return what was counted under each labelling."""
+        stacked = zip(self.both, self.concept, self.touching, self.labelled, strict=True)
+        return [
+            Tally(both, concept, self.unit, touching, labelled, self.images, self.category_of)
+            for both, concept, touching, labelled in stacked
+        ]
 
 
 def tally(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Tally:
@@ -152,24 +169,28 @@ def tally(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -
 
     Source: bau2017network, section 2.3.
     """
-    return _tallies(acts, limits, concepts, [None])[0]
+    return _tallies(acts, limits, concepts, None)[0]
 
 
-def _tallies(acts, limits, concepts: ConceptSet, labellings: list) -> list[Tally]:
-    """Tally against the set's own labels (None) or against shuffled ones (`_Shuffle`), in one pass."""
+def _tallies(acts, limits, concepts: ConceptSet, shuffles: _Shuffles | None) -> list[Tally]:
+    """Tally against the images' own labels, and against shuffled ones in the same pass."""
     check_sizes(acts, limits, concepts)
-    totals = [Tally.empty(len(limits), concepts) for _ in labellings]
+    counter = _Counter(1 if shuffles is None else len(shuffles.source), len(limits), concepts)
+    entries = functools.cache(lambda i: occurring(concepts.planes[i]))
     start = 0
     for block in chunks(acts):
         up = Upsampler(block.shape[2:], concepts.mask_shape)
         active = up.active(block, limits)
         for i in range(len(block)):
-            cells = active.of(i)
-            for labelling, total in zip(labellings, totals, strict=True):
-                planes = concepts.planes[start + i] if labelling is None else labelling(concepts, start + i)
-                total.add(cells, planes, up)
+            if shuffles is None:
+                labels = up.cells([concepts.planes[start + i]])
+            else:
+                source = shuffles.source[:, start + i].tolist()
+                pictures, known = [concepts.planes[j] for j in source], [entries(j) for j in source]
+                labels = up.cells(pictures, shuffles.shift[:, start + i], known)
+            counter.add(active.of(i), *labels)
         start += len(block)
-    return totals
+    return counter.tallies()
 
 
 def check_sizes(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> None:
@@ -366,29 +387,28 @@ def null_floor(
         raise UserError(
             f"A level in (0, 1) needs at least 1/level - 1 draws (19 for 0.05), not {draws} for {alpha}."
         )
-    rngs = np.random.default_rng(seed).spawn(draws)
-    shuffles = [_Shuffle.draw(rng, len(concepts), concepts.mask_shape, shuffle) for rng in rngs]
+    shuffles = _Shuffles.draw(draws, len(concepts), concepts.mask_shape, shuffle, seed)
     observed, *null = (
-        best_labels(iou(t, denominator))[1] for t in _tallies(acts, limits, concepts, [None, *shuffles])
+        best_labels(iou(t, denominator))[1] for t in _tallies(acts, limits, concepts, shuffles)
     )
     return Floor(observed, np.array(null), alpha)
 
 
 @dataclass(frozen=True)
-class _Shuffle:
-    """Image i gets the planes of image ``source[i]``, rolled by ``shift[i]``."""
+class _Shuffles:
+    """K labellings of N images, the first their own: image i gets the planes of ``source[k, i]``, rolled by
+    ``shift[k, i]``."""
 
     source: np.ndarray
     shift: np.ndarray
 
     @staticmethod
-    def draw(rng: np.random.Generator, n: int, shape: tuple[int, int], shuffle: str) -> _Shuffle:
-        plain = _Shuffle(np.arange(n), np.zeros((n, 2), int))
-        if shuffle != "shift":
-            plain = replace(plain, source=rng.permutation(n))
-        if shuffle != "images":
-            plain = replace(plain, shift=rng.integers(0, shape, (n, 2)))
-        return plain
-
-    def __call__(self, concepts: ConceptSet, i: int) -> np.ndarray:
-        return np.roll(concepts.planes[int(self.source[i])], tuple(self.shift[i]), (1, 2))
+    def draw(draws: int, n: int, shape: tuple[int, int], shuffle: str, seed: int) -> _Shuffles:
+        """Return the images' own labels and ``draws`` shuffled ones."""
+        source, shift = np.tile(np.arange(n), (draws + 1, 1)), np.zeros((draws + 1, n, 2), int)
+        for k, rng in enumerate(np.random.default_rng(seed).spawn(draws), 1):
+            if shuffle != "shift":
+                source[k] = rng.permutation(n)
+            if shuffle != "images":
+                shift[k] = rng.integers(0, shape, (n, 2))
+        return _Shuffles(source, shift)

@@ -198,6 +198,13 @@ class Active:
         return Active(self.image[rows], self.unit[rows], self.cell[rows], self.words[rows])
 
 
+def occurring(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return plane and number (E,), in this order, of every label on planes (R, H, W); 0 is none."""
+    numbers = [np.flatnonzero(np.bincount(plane.ravel())) for plane in planes]
+    numbers = [found[found > 0] for found in numbers]
+    return np.repeat(np.arange(len(planes)), [len(found) for found in numbers]), np.concatenate(numbers)
+
+
 class Upsampler:
     """Bilinear enlargement with half-pixel centres, as PIL's and torch's (``align_corners=False``).
 
@@ -228,16 +235,50 @@ class Upsampler:
         packed = np.packbits(bits.reshape(-1), bitorder="little").view(self.word)
         return packed.reshape(*bits.shape[:-1], self.bytes // self.word.itemsize)
 
-    def cells(self, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the labels (P,) of planes (D, H, W) and where they hold, packed (P, cells, W)."""
-        numbers = np.flatnonzero(np.bincount(planes.ravel()))
-        numbers = numbers[numbers > 0].astype(planes.dtype)
-        flat = np.zeros((len(planes), planes[0].size + 1), planes.dtype)
-        flat[:, :-1] = planes.reshape(len(planes), -1)
-        masks = np.zeros((len(numbers), self.pixels.size), bool)
-        for plane in flat.take(self.pixels.ravel(), 1):
-            masks |= plane == numbers[:, None]
-        return numbers - 1, self.pack(masks.reshape(len(numbers), *self.pixels.shape))
+    def cells(
+        self,
+        pictures: Sequence[np.ndarray],
+        shifts: np.ndarray | None = None,
+        entries: Sequence | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return which labels hold in some pictures, and where.
+
+        Args:
+            pictures: K arrays of label planes (D, H, W), 0 for none.
+            shifts: How far to roll each around the torus, (K, 2); None leaves them.
+            entries: `occurring` of each, where it is known already.
+
+        Returns:
+            Picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
+            several planes of one picture is one.
+        """
+        rows, numbers = zip(*(map(occurring, pictures) if entries is None else entries), strict=True)
+        ends = np.cumsum([0, *map(len, rows)]).tolist()
+        bits = np.empty((ends[-1], self.pixels.size), bool)
+        for k, (planes, slots) in enumerate(zip(pictures, self._rolled(shifts), strict=True)):
+            values = planes.reshape(len(planes), -1).take(slots, 1)
+            values = values[rows[k]] if len(values) > 1 else values
+            np.equal(values, numbers[k][:, None].astype(planes.dtype), out=bits[ends[k] : ends[k + 1]])
+        words = self.pack(bits.reshape(-1, *self.pixels.shape)) & self.inside
+        of, number = np.repeat(np.arange(len(rows)), np.diff(ends)), np.concatenate(numbers)
+        if max(map(len, pictures)) > 1:
+            key = of * (number.max(initial=0) + 1) + number
+            order = np.argsort(key, kind="stable")
+            first = np.flatnonzero(np.diff(key[order], prepend=-1))
+            if len(first) < len(order):
+                words = np.bitwise_or.reduceat(words[order], first, 0)
+                of, number = of[order[first]], number[order[first]]
+        return of, number - 1, words
+
+    def _rolled(self, shifts: np.ndarray | None) -> np.ndarray:
+        """Return the pixel that each shift brings to each slot of the cells, (K, slots); any where there is none."""
+        if shifts is None:
+            return np.minimum(self.pixels, self.high[0] * self.high[1] - 1).reshape(1, -1)
+        y, x = (
+            (np.arange(side) - shift[:, None]) % side for side, shift in zip(self.high, shifts.T, strict=True)
+        )
+        pixels = y[:, :, None] * self.high[1] + x[:, None]
+        return pixels.reshape(len(shifts), -1).take(self.pixels.ravel(), 1, mode="clip")
 
     def active(self, maps: np.ndarray, limits: np.ndarray) -> Active:
         """Return where the enlarged maps (n, U, h, w), float32, exceed the units' ``limits`` (U,)."""
