@@ -100,9 +100,9 @@ def curves(
         title = METRICS[metric].title + ("" if only else f": {shift}")
         axis.set_title(textwrap.fill(title, 99 // columns))  # a longer line would run off the figure
     methods = list(dict.fromkeys(judged["method"]))
-    figure.legend(
-        handles=legend(methods), loc="outside lower center", ncols=min(7, len(methods) + 4), frameon=False
-    )
+    handles = legend(methods)
+    in_a_row = len(handles) if len(handles) <= 7 else 6  # more would run off the figure
+    figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
     return figure
 
 
