@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
 from lthlib.errors import UserError
@@ -222,14 +223,61 @@ def test_kinked_parts_are_accepted_and_still_exact(batch, act):
 
 def test_training_mode_statistics_are_named_and_estimated(batch):
     model = make().train()
-    assert fl.nonlinear_parts(model, batch[0])[0].startswith("training-mode batch norm in bn1")
+    assert fl.nonlinear_parts(model, batch[0])[0].endswith("training-mode batch norm in bn1 (BatchNorm2d)")
     found = fl.weight_trace(model, *batch, probes=150)
     hessian, _, _ = brute_hessian(copy.deepcopy(model), *batch)
     assert found.method == "hutchinson"
     assert "batch norm" in found.reason
     assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
-    with pytest.raises(UserError, match="couples"):
+    with pytest.raises(UserError, match="Hessian of its own"):
         fl.input_hessian(model, *batch)
+
+
+@pytest.mark.parametrize(
+    "act", [lambda x: x - x.mean(0), lambda x: x + 0.5 * x.roll(1, 0), lambda x: torch.maximum(x, x.amax(0))]
+)
+def test_operations_along_the_batch_are_named_and_estimated(batch, act):
+    model = make(act=act)
+    (part,) = fl.nonlinear_parts(model, batch[0])
+    assert "change each other" in part
+    found = fl.weight_trace(model, *batch, probes=150)
+    hessian, _, _ = brute_hessian(model, *batch)
+    assert found.reason == part
+    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+    with pytest.raises(UserError, match="one image at a time"):
+        fl.input_hessian(model, *batch)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(2, 4, 3, stride=3), nn.Linear(4, 3)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.head(self.attend(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+def test_fused_attention_is_named_and_can_be_differentiated_twice(batch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attention().double()
+    with sdpa_kernel(SDPBackend.MATH):
+        hessian, _, _ = brute_hessian(model, *batch)
+    assert "attention" in fl.nonlinear_parts(model, batch[0])[0]
+    found = fl.weight_trace(model, *batch, probes=150)
+    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(
+        float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4
+    )
+
+
+def test_an_operation_without_a_second_derivative_is_explained(batch):
+    model = make(act=nn.Hardsigmoid())
+    assert fl.weight_trace(model, *batch).method == "exact"
+    with pytest.raises(UserError, match="cannot differentiate hardsigmoid twice"):
+        fl.top_eigenvalues(model, *batch)
 
 
 def test_tied_weights_and_foreign_parameters_are_named(batch):
@@ -726,7 +774,9 @@ def test_a_seed_gives_the_same_numbers_whatever_the_global_generator_says(model,
     assert repr(first) == repr(again)
 
 
-@pytest.mark.parametrize("name", ["exact", "estimated", "pixels", "top", "weight noise", "slice"])
+@pytest.mark.parametrize(
+    "name", ["exact", "estimated", "pixels", "top", "weight noise", "path", "surface", "slice"]
+)
 def test_a_loss_that_is_not_finite_is_refused(model, batch, name):
     model.fc.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="finite"):

@@ -36,7 +36,7 @@ from lthlib.metrics.landscape import (
     interpolate,
 )
 from lthlib.metrics.pacbayes import NoiseTolerance, input_noise_tolerance, weight_noise_tolerance
-from lthlib.metrics.piecewise import is_piecewise_linear, nonlinear_parts
+from lthlib.metrics.piecewise import COUPLED, is_piecewise_linear, nonlinear_parts
 from lthlib.metrics.spectrum import (
     TRACE_ESTIMATORS,
     Extremes,
@@ -220,13 +220,16 @@ def input_hessian(
         The numbers per image; ``legacy_batch_eigenvalue`` is the one of the paper's code.
 
     Raises:
-        UserError: For training-mode batch norm, which couples the images, a loss that is not finite, and what
-            `Frozen` refuses.
+        UserError: For training-mode batch norm and whatever else couples the images, a loss that is not finite,
+            and what `Frozen` refuses.
     """
     frozen = Frozen(model, images, labels)
     obstacles = nonlinear_parts(model, images)
-    if any("batch norm" in part for part in obstacles):
-        raise UserError("Training-mode batch norm couples the images of a batch: call model.eval() first.")
+    if COUPLED in obstacles:
+        raise UserError(
+            f"No image of this batch has a Hessian of its own: there are {COUPLED}. Call model.eval() first if it is "
+            "batch norm; else pass one image at a time."
+        )
     if obstacles:
         return estimate_input_hessian(frozen, probes, seed, reason="; ".join(obstacles))
     return exact_input_hessian(frozen, chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lthlib.errors import UserError, suggest
 
@@ -55,7 +57,8 @@ class Frozen:
     def __call__(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits, shape (N, C), with ``weights`` in place of the model's own where given."""
         buffers = {name: b.clone() for name, b in self.buffers.items()} if self.training else self.buffers
-        return functional_call(self.model, {**self.weights, **buffers, **(weights or {})}, (images,))
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice
+            return functional_call(self.model, {**self.weights, **buffers, **(weights or {})}, (images,))
 
     def loss(self, weights: Mapping[str, Tensor] | None = None, images: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over the batch in nats.
@@ -149,6 +152,25 @@ def check_finite(values: Tensor) -> Tensor:
             "look for NaN or infinite weights or pixels (a diverged training?)."
         )
     return values
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Say in words which operation PyTorch can differentiate only once.
+
+    Raises:
+        UserError: Where the network holds one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        missing = re.search(r"derivative for aten::(\w+?)(_backward)? is not implemented", str(error))
+        if missing is None:
+            raise
+        raise UserError(
+            f"PyTorch cannot differentiate {missing[1]} twice, so the network has no Hessian to multiply with: put "
+            f"the same function in simple operations in its place (clamp, multiplication)."
+        ) from error
 
 
 def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:

@@ -89,7 +89,8 @@ def interpolate(
         The path, with its barriers.
 
     Raises:
-        UserError: For states that do not fit the model, fewer than three points, or missing images.
+        UserError: For states that do not fit the model, fewer than three points, missing images, or an end whose
+            loss is not finite.
     """
     check_batch(images, labels)
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
@@ -111,6 +112,7 @@ def interpolate(
             state = _with_statistics(model, state, statistics_images, chunk)
         rows.append(_evaluate(model, state, images, labels, chunk))
     loss, error = np.array(rows).T
+    check_finite(torch.from_numpy(loss[[0, -1]]))
     return LossPath(ts, loss, error)
 
 
@@ -141,7 +143,7 @@ def filter_normalised_surface(
         chunk: Images at a time.
 
     Raises:
-        UserError: As in `Frozen`.
+        UserError: Where the loss is finite nowhere, and as in `Frozen`.
     """
     with evaluating(model):
         frozen = Frozen(model, images, labels, masks)
@@ -194,6 +196,7 @@ def _barrier(t: np.ndarray, values: np.ndarray) -> float:
 
 def _surface(at, a: np.ndarray, b: np.ndarray) -> LossSurface:
     values = np.array([[at(float(x), float(y)) for y in b] for x in a])
+    check_finite(torch.tensor(values[..., 0].min()))
     return LossSurface(a, b, values[..., 0], values[..., 1])
 
 

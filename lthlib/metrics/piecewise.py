@@ -39,7 +39,8 @@ PRODUCTS = {
     "Mul", "Convolution", "MkldnnConvolution", "Addmm", "Addmv", "Mm", "Mv", "Bmm", "Baddbmm", "Dot",
     "Linear", "PreluKernel", *BATCH_NORM,
 }  # fmt: skip
-STATISTICS = "training-mode batch norm"
+STATISTICS = "normalisation by present statistics, as training-mode batch norm"
+COUPLED = "images that change each other's logits (training-mode batch norm, an operation along the batch)"
 
 
 def is_piecewise_linear(model: nn.Module, images: Tensor) -> bool:
@@ -52,7 +53,8 @@ def nonlinear_parts(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 
     Found are smooth activations and normalisations (GELU, tanh, softmax, layer norm, ...) as modules or as
     functions, products of two things that depend on the same weight or on the image, training-mode batch
-    norm, active dropout, weights used twice, and any operation that is not known to be safe.
+    norm, active dropout, weights used twice, logits that another image of the batch changes (`COUPLED`), and
+    any operation that is not known to be safe.
 
     Args:
         model: The network, in the mode in which it is to be measured.
@@ -63,12 +65,18 @@ def nonlinear_parts(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         the network is piecewise linear.
     """
     found = ["random numbers in the forward pass (dropout?)"] if draws_random_numbers(model, images) else []
-    nodes, owners, leaves = _record(model, images)
-    return tuple(dict.fromkeys([*found, *_faults(nodes, owners), *_tied(nodes, leaves)]))
+    logits, pixels, owners, leaves = _record(model, images)
+    nodes = _upstream(logits.grad_fn, {})
+    found += [
+        *_faults(nodes, owners),
+        *_tied(nodes, leaves),
+        *([COUPLED] if _coupled(logits, pixels) else []),
+    ]
+    return tuple(dict.fromkeys(found))
 
 
-def _record(model: nn.Module, images: Tensor) -> tuple[list, dict, dict]:
-    """Run the model on copies; return the graph's nodes (inputs first), node -> module, and leaf -> name."""
+def _record(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, dict, dict]:
+    """Run the model on copies; return logits and pixels, node of the graph -> module, and leaf -> name."""
     weights = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     x = images[:2].detach().clone().requires_grad_()
@@ -76,7 +84,18 @@ def _record(model: nn.Module, images: Tensor) -> tuple[list, dict, dict]:
     devices = [images.device] if images.is_cuda else []
     with _owned(model, owners), torch.random.fork_rng(devices), torch.enable_grad():
         logits = functional_call(model, {**weights, **buffers}, (x,))
-    return _upstream(logits.grad_fn, {}), owners, {id(w): name for name, w in weights.items()}
+    return logits, x, owners, {id(w): name for name, w in weights.items()}
+
+
+def _coupled(logits: Tensor, pixels: Tensor) -> bool:
+    """Tell whether the gradient of one image's logits reaches the other image; exact zeros where it does not."""
+    for one in range(len(pixels) if logits.requires_grad and len(pixels) > 1 else 0):
+        direction = torch.zeros_like(logits)
+        direction[one] = torch.linspace(1, 2, logits.shape[1])  # a constant is 0 after a log-softmax
+        (reached,) = torch.autograd.grad(logits, pixels, direction, retain_graph=True, materialize_grads=True)
+        if bool(reached[1 - one].any()):
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lthlib.errors import UserError, choose
-from lthlib.metrics.frozen import Frozen, check_finite, folded, normal_like, norms_behind, rademacher_like
+from lthlib.metrics.frozen import (
+    Frozen,
+    check_finite,
+    folded,
+    normal_like,
+    norms_behind,
+    rademacher_like,
+    twice_differentiable,
+)
 from lthlib.metrics.hessian import InputHessian, WeightTrace
 
 TRACE_ESTIMATORS = ("hutchinson", "hutchpp", "xtrace")
@@ -97,7 +105,8 @@ class WeightHessian:
             whole = self.chunk >= len(self.frozen.images)
             weights, gradients = self._gradients(start)
             if gradients:
-                reached = grad(gradients, weights, direction, retain_graph=whole, materialize_grads=True)
+                with twice_differentiable():
+                    reached = grad(gradients, weights, direction, retain_graph=whole, materialize_grads=True)
                 result = result + self._gather(reached)
         return result if isinstance(result, Tensor) else torch.zeros_like(vector)
 
@@ -142,7 +151,8 @@ class Extremes:
         largest: The k largest eigenvalues with their sign, descending.
         residuals: ||H v - θ v|| of each: some eigenvalue lies within this distance of it, whatever H is.
         error_bounds: min(residual, residual²/gap), the sharper bound of Kato and Temple, with the gap taken
-            from the other Ritz values.
+            from the other Ritz values. Rounding is not in it: float32 moves an eigenvalue by some 1e-6 of itself,
+            sometimes 1e-5, for ReLUs within rounding of 0 switch.
         smallest: The smallest eigenvalue found (an upper bound of the true one).
         smallest_residual: Its residual.
         products: Hessian-vector products that it took.
@@ -468,7 +478,8 @@ def estimate_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str =
         (gradient,) = grad(loss, pixels, create_graph=True)
 
     def product(vectors: Tensor) -> Tensor:
-        return grad(gradient, pixels, vectors.view_as(pixels), retain_graph=True)[0].flatten(1)
+        with twice_differentiable():
+            return grad(gradient, pixels, vectors.view_as(pixels), retain_graph=True)[0].flatten(1)
 
     like = frozen.images.flatten(1)
     signs = [rademacher_like(like, seed, probe) for probe in range(probes)]
