@@ -14,7 +14,7 @@ from lthlib.errors import choose
 from lthlib.evaluate import LATENCY, recorded_json
 from lthlib.masks import sparsity_of
 from lthlib.pages import Page, html_table, show
-from lthlib.pruners import METHODS
+from lthlib.pruners import METHODS, Method
 
 LOOKS_AT = {
     "init": "the initial weights",
@@ -30,19 +30,33 @@ STARTS = {
 
 def method_table(page: Page, about: str | None = None) -> HTML:
     """Show what each method looks at, from where its tickets are trained, and its options; or that of one method."""
+    if about is not None:
+        return html_table(pd.DataFrame({METHODS[about].title: _facts(page, about)}), words=True)
     lines = {}
-    for name in [about] if about else page.study.methods:
-        method = METHODS[name]
-        options = {**method.options, **page.study.options.get(name, {})}
-        lines[method.title] = {
-            "name": name,
-            "what it does": inspect.getdoc(method.find).split("\n\n")[0].replace("\n", " "),
-            "looks at": LOOKS_AT.get(method.source)
-            or f"the ticket of {METHODS[method.source].title}, same round",
-            "trains from": STARTS[method.start].format(rewind_epoch=page.study.rewind_epoch),
-            "options": ", ".join(f"{key} {value}" for key, value in options.items()) or "–",
-        }
-    return html_table(pd.DataFrame(lines).T)
+    for name in page.study.methods:
+        facts = _facts(page, name)
+        options = f" Options: {facts['options']}." if facts["options"] != "–" else ""
+        text = f"{facts['what it does']} Looks at {facts['looks at']}; trains from {facts['trains from']}.{options}"
+        lines[METHODS[name].title] = {"name": name, "what it does": text}
+    return html_table(pd.DataFrame(lines).T, words=True)
+
+
+def _facts(page: Page, name: str) -> dict[str, str]:
+    method = METHODS[name]
+    options = {**method.options, **page.study.options.get(name, {})}
+    return {
+        "name": name,
+        "what it does": inspect.getdoc(method.find).split("\n\n")[0].replace("\n", " ").replace("`", ""),
+        "looks at": _looks_at(method),
+        "trains from": STARTS[method.start].format(rewind_epoch=page.study.rewind_epoch),
+        "options": ", ".join(f"{key} {value}" for key, value in options.items()) or "–",
+    }
+
+
+def _looks_at(method: Method) -> str:
+    if method.source_recipe:
+        return f"a dense network of its own, trained with {', '.join(method.source_recipe)}"
+    return LOOKS_AT.get(method.source) or f"the ticket of {METHODS[method.source].title}, same round"
 
 
 def settle(page: Page, about: str | None, shown_round: int | None) -> tuple[str | None, int]:
@@ -186,16 +200,35 @@ def latency() -> None:
         f"{content['title']}. Forward passes in float32, median of {content['repeats']}, on {made['processor']}, "
         f"commit `{made['commit']}`, torch {made['torch']}. In brackets: in units of the dense network's time."
     )
-    show(_latency_table(pd.DataFrame(content["rows"])), Markdown(source))
+    rows = pd.DataFrame(content["rows"])
+    dense = rows[rows["network"] == "dense"].set_index(["batch", "threads"])
+    ratio = rows["milliseconds"] / [
+        dense["milliseconds"][key] for key in zip(rows["batch"], rows["threads"], strict=True)
+    ]
+    rows = rows.assign(ratio=ratio, share=rows["macs"] / dense["macs"].iloc[0])
+    show(_latency_table(rows), Markdown(source), Markdown(_latency_reading(rows)))
+
+
+def _latency_reading(rows: pd.DataFrame) -> str:
+    """Say what the zeros of a mask save, and what removed channels save, from the recorded times."""
+    said = {}
+    for name, settings in rows.groupby("network"):
+        low, high = 100 * settings["ratio"].min(), 100 * settings["ratio"].max()
+        said[name] = (
+            f"{100 * settings['share'].iloc[0]:.0f} % of the MACs in {low:.0f} to {high:.0f} % of the time"
+        )
+    return (
+        f"The mask leaves {said['unstructured mask']}: a dense kernel multiplies by zeros as by any other number. "
+        "Channels that are gone are not multiplied by. At equal parameters, the network without them does "
+        f"{said['channels removed, equal parameters']}; at equal MACs, {said['channels removed, equal MACs']}."
+    )
 
 
 def _latency_table(rows: pd.DataFrame) -> HTML:
-    dense = rows[rows["network"] == rows["network"].iloc[0]].set_index(["batch", "threads"])["milliseconds"]
     table: dict[str, dict[str, str]] = {"parameters": {}, "MACs of kept weights": {}}
     for row in rows.itertuples():
         table["parameters"][row.network] = f"{row.parameters:,}"
         table["MACs of kept weights"][row.network] = f"{row.macs:,}"
         setting = f"batch {row.batch}, {row.threads} thread{'s' * (row.threads > 1)} [ms]"
-        ratio = row.milliseconds / dense[row.batch, row.threads]
-        table.setdefault(setting, {})[row.network] = f"{row.milliseconds:.2f} ({ratio:.2f})"
+        table.setdefault(setting, {})[row.network] = f"{row.milliseconds:.2f} ({row.ratio:.2f})"
     return html_table(pd.DataFrame(table))

@@ -243,7 +243,7 @@ def show(*items: object) -> None:
 
 
 def html_table(table: pd.DataFrame, *, words: bool = False) -> HTML:
-    """Return a table as the book shows it, wide ones behind a scroll bar; ``words`` has columns wide enough for text."""
+    """Return a table as the book shows it, wide ones behind a scroll bar; one of ``words`` has room for them."""
     classes = "table words" if words else "table"
     return HTML(f'<div class="scroll">{table.to_html(border=0, classes=classes, escape=True)}</div>')
 

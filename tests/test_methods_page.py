@@ -139,14 +139,32 @@ def test_latencies_stand_beside_those_of_the_dense_network(tmp_path, monkeypatch
     monkeypatch.setattr(methods_page, "show", lambda *items: shown.extend(items))
     methods_page.latency()
     assert "benchmarks/latency.py" in shown[0].data
+    networks = {  # multiply-accumulates, and milliseconds for one image and for 64
+        "dense": (20, 4.0, 10.0),
+        "unstructured mask": (5, 5.0, 30.0),
+        "channels removed, equal parameters": (2, 1.0, 2.0),
+        "channels removed, equal MACs": (5, 2.0, 6.0),
+    }
     rows = [
-        {"network": name, "batch": batch, "threads": 1, "parameters": 10, "macs": 20, "milliseconds": ms}
-        for name, batch, ms in (("dense", 1, 4.0), ("mask", 1, 5.0), ("dense", 64, 10.0), ("mask", 64, 30.0))
-    ]
-    table = methods_page._latency_table(pd.DataFrame(rows)).data
-    assert re.findall(r"<td>([\d.]+ \([\d.]+\))</td>", table) == [
-        "4.00 (1.00)", "10.00 (1.00)", "5.00 (1.25)", "30.00 (3.00)"
+        {"network": name, "batch": batch, "threads": 1, "parameters": 10, "macs": macs, "milliseconds": ms}
+        for name, (macs, *times) in networks.items() for batch, ms in zip((1, 64), times, strict=True)
     ]  # fmt: skip
+    made = {"processor": "a machine", "commit": "abc", "torch": "2"}
+    content = {"title": "Any", "repeats": 3, "provenance": made, "rows": rows}
+    monkeypatch.setattr(methods_page, "recorded_json", lambda path: content)
+    methods_page.LATENCY.touch()
+    shown.clear()
+    methods_page.latency()
+    table, source, reading = (item.data for item in shown)
+    assert re.findall(r"<td>([\d.]+ \([\d.]+\))</td>", table) == [
+        "4.00 (1.00)", "10.00 (1.00)", "5.00 (1.25)", "30.00 (3.00)",
+        "1.00 (0.25)", "2.00 (0.20)", "2.00 (0.50)", "6.00 (0.60)",
+    ]  # fmt: skip
+    assert "on a machine" in source
+    assert "mask leaves 25 % of the MACs in 125 to 300 % of the time" in reading
+    assert (
+        "10 % of the MACs in 20 to 25 % of the time; at equal MACs, 25 % of the MACs in 50 to 60 %" in reading
+    )
 
 
 def test_empty_layers_are_named(page):

@@ -4,8 +4,8 @@ Every ``delta_t`` steps each layer drops its smallest |w| and grows as many weig
 not kept before. The fraction stays the same throughout, and the optimizer's step is taken as usual. No
 gradient of an absent weight is needed, so the backward pass may be sparse too; the price is a search without
 direction. Growth is exact in number, unlike Bernoulli growth, under which the density drifts. What differs
-from RigL here is growth and
-schedule only: start, counts by layer and the resetting of new weights are shared, so the two can be compared.
+from RigL here is growth and schedule only: start, counts by layer and the resetting of new weights are shared, so
+the two can be compared.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def dynamics(options: Mapping[str, object], total_steps: int, masks: Masks, seed
     family="dynamic",
 )
 def find(moment: Moment) -> Found:
-    """Start from random masks; `Evolution` moves them during training.
+    """Start from random masks; again and again drop the smallest weights and grow as many at random places.
 
     Options: ``fraction`` of a layer's weights that moves; ``delta_t``, steps between moves (published: one
     epoch); ``end_fraction`` of the training after which masks stand still; ``distribution`` of the start,

@@ -147,7 +147,7 @@ def sparse_start(moment: Moment) -> Masks:
     paper=True,
 )
 def find(moment: Moment) -> Found:
-    """Start from random masks; `RigL` moves them during training.
+    """Start from random masks; again and again drop the smallest weights and grow those of the largest gradients.
 
     Options: ``alpha``, the fraction that moves at first; ``delta_t``, steps between moves; ``end_fraction``
     of the training after which masks stand still; ``distribution`` of the start; ``regrow_dropped``;
