@@ -2,6 +2,7 @@
 # make report GRID=workflow/grids/cifar10.yml
 # make report PROFILE=slurm            the same on a cluster (workflow/profiles/slurm/config.yaml has its settings)
 # make report OPTIONS="--dry-run"      with further options of Snakemake
+# make status [GRID=...]               in another terminal: how far a run is, and how long it still takes
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
 # make lock                            resolve the dependencies anew
@@ -13,11 +14,14 @@ CORES   ?= all
 ENV     := .venv
 RUN     := $(ENV)/bin/python
 
-.PHONY: report test record lock clean
+.PHONY: report status test record lock clean
 .DEFAULT_GOAL := report
 
 report: $(ENV)/ready
 	@$(RUN) workflow/report.py $(GRID) --profile $(PROFILE) --cores $(CORES) $(if $(OPTIONS),-- $(OPTIONS))
+
+status: $(ENV)/ready
+	@$(RUN) workflow/status.py $(if $(filter command line environment,$(origin GRID)),$(GRID))
 
 record: $(ENV)/ready
 	@$(RUN) -m lthlib record $(GRID)

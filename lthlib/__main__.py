@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     front = commands.add_parser("front", help="write the book's answer, status and table of contents")
     front.add_argument("grid")
     front.add_argument("folder", type=Path)
+    front.add_argument("--unfinished", action="store_true", help="mark what is missing")
     record = commands.add_parser("record", help="put a grid's results into book/results")
     record.add_argument("grid")
     cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")

@@ -6,15 +6,17 @@ The functions named like commands (`tickets`, `rows`, `front`, `record`) are wha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from lthlib import compute, data, overlaps, verdict
+from lthlib import compute, data, estimate, overlaps, verdict
 from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
@@ -37,6 +39,7 @@ from lthlib.tickets import TICKET_ID, Ticket, obtain
 
 RESULTS = "book/results"
 COMPARISON = "comparison"
+STUB = "-missing.md"
 TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON_METHODS: "Methods"}
 
 
@@ -170,6 +173,21 @@ def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = N
         write_atomically(done, json.dumps([ticket.id for ticket in mine], indent=1) + "\n")
 
 
+def plan(grid: Grid) -> dict[str, dict[str, float]]:
+    """Return the names of a grid's jobs and pages with their weights: how long each is beside others of its kind."""
+    weights = {}
+    for study in grid.studies:
+        unit = estimate.macs(study.arch, size) * size.n if (size := estimate.SIZES.get(study.data)) else 1.0
+        epochs = Counter()
+        for ticket, n in estimate.trained(study):
+            epochs[ticket.method, ticket.seed] += n
+        for job in (job for job in jobs(grid) if job.study == study_name(study)):
+            # On few images, measuring a ticket takes as long as some epochs; on many, next to nothing.
+            measuring = 4 * len(_tickets_of(grid, job))
+            weights[job.name] = unit * (epochs[job.method, job.seed] + measuring)
+    return {"jobs": weights, "pages": {page.path: 1.0 for page in pages(grid)}}
+
+
 # --- pages -------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +205,12 @@ class PagePlan:
     label: str
     title: str
     parameters: Mapping[str, object]
+    missing: str = ""  # why it could not be made; a stub stands in its place
+
+    @property
+    def file(self) -> str:
+        """What the book shows of it, relative to ``book``: the notebook, or where that is missing a stub."""
+        return f"_generated/{self.path}" + (STUB if self.missing else ".ipynb")
 
     @property
     def path(self) -> str:
@@ -266,8 +290,18 @@ def recorded_grids(but: str) -> list[Path]:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def table(grid: Grid, store: Store, *, from_record: bool = False) -> pd.DataFrame:
-    """Return every number of a grid as one tidy table, with ``round`` beside `lthlib.evaluate.COLUMNS`."""
+def table(
+    grid: Grid, store: Store, *, from_record: bool = False, without: Iterable[Job] = ()
+) -> pd.DataFrame:
+    """Return every number of a grid as one tidy table, with ``round`` beside `lthlib.evaluate.COLUMNS`.
+
+    Args:
+        grid: Which.
+        store: Where its evaluations are; those missing are computed.
+        from_record: Read recorded results instead.
+        without: Jobs that are left out.
+    """
+    left_out = {(job.study, job.method, job.seed) for job in without}
     archive = Archive.read(ROOT / RESULTS) if from_record else {}
     parts = []
     for study in grid.studies:
@@ -278,6 +312,7 @@ def table(grid: Grid, store: Store, *, from_record: bool = False) -> pd.DataFram
                 if from_record
                 else evaluate(t, dimension, store, parameters, grid.precision)
                 for t in study.tickets()
+                if (study_name(study), t.method, t.seed) not in left_out
             ]
             parts.append(rows_of(found, dimension))
     return pd.concat(parts, ignore_index=True)
@@ -309,26 +344,82 @@ def record(grid: str) -> None:
 # --- the book's front --------------------------------------------------------------------------------------------
 
 
-def front(grid: str, folder: Path) -> None:
-    """Write what the book's static pages include: answer (figure and table), status, links by method, contents."""
+def front(grid: str, folder: Path, unfinished: bool = False) -> None:
+    """Write what the book's static pages include: answer (figure and table), status, links by method, contents.
+
+    Args:
+        grid: The grid file.
+        folder: The book's generated part.
+        unfinished: Whether jobs and pages may be missing. Then the answer is that of the finished jobs, and a stub
+            that says why takes the place of each missing page.
+    """
     plan, store = read_grid(grid), Store()
     others = [read_grid(path, recorded=True) for path in recorded_grids(plan.name)]
-    sections = [_answer(plan, table(plan, store), folder)]
+    undone = [job for job in jobs(plan) if unfinished and not done_file(plan, job).exists()]
+    sections = [_answer(plan, table(plan, store, without=undone), folder, undone)]
     sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]
     write_atomically(folder / "answer.md", "\n\n".join(sections) + "\n")
     plans = pages(plan) + [page for other in others for page in pages(other, from_record=True)]
+    for stub in folder.rglob(f"*{STUB}"):
+        stub.unlink()
+    if unfinished:
+        plans = [replace(page, missing=_why_missing(plan, page, undone, folder)) for page in plans]
+    for page in plans:
+        if page.missing:
+            write_atomically(folder.parent / page.file, _stub(page, grid))
     write_atomically(folder / "status.md", _status(plans, folder))
     write_atomically(folder / "methods.md", _methods(plans))
     write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
 
 
-def _answer(grid: Grid, found: pd.DataFrame, folder: Path) -> str:
+def _why_missing(grid: Grid, page: PagePlan, undone: Iterable[Job], folder: Path) -> str:
+    """Return why a page is missing, in the words of the log of what failed; empty where it is there."""
+    behind = [
+        job
+        for job in undone
+        if page.grid == grid.name and (job.study, job.method in page.shown) == (page.study, True)
+    ]
+    if behind:
+        logs = [done_file(grid, job).with_suffix(".log") for job in behind]
+        said = [f"{job.name}: {_last_words(log)}" for job, log in zip(behind, logs, strict=True)]
+        return "It shows tickets that are not finished.\n" + "\n".join(said)
+    if (folder / f"{page.path}.ipynb").exists():
+        return ""
+    return _last_words(ROOT / "_build" / "jobs" / grid.name / "pages" / f"{page.path}.log")
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    said = [line.rsplit("\r", 1)[-1].strip() for line in lines]
+    return next((line for line in reversed(said) if line), "it was not begun")
+
+
+def _stub(page: PagePlan, grid: str) -> str:
+    """Return a page that says what is missing, why, and how to make it."""
+    output = f"book/_generated/{page.path}.ipynb"
+    alone = [".venv/bin/python", "-m", "lthlib.execute", page.template, output, "--title", page.title]
+    alone += ["--parameters", json.dumps(page.parameters)]
+    return (
+        f"# {page.title}\n\n```{{warning}}\nThis page is missing: it could not be made.\n```\n\n"
+        f"`````text\n{page.missing}\n`````\n\n"
+        "Make it again, with everything else that is missing:\n\n"
+        f"```bash\nmake report GRID={shlex.quote(grid)}\n```\n\n"
+        f"Or alone, to look for the fault:\n\n`````bash\n{shlex.join(alone)}\n`````\n"
+    )
+
+
+def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Job] = ()) -> str:
     from lthlib import figures
 
     figures.use_style()
     parts = [f"## {grid.title}"]
+    if undone:
+        names = ", ".join(job.name for job in undone)
+        parts.append(f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```")
     for study in grid.studies:
         mine = found[(found["dataset"] == study.data) & (found["arch"] == study.arch)]
+        if set(mine["method"]) <= {"dense"}:  # of an unfinished grid
+            continue
         classes = len(data.load(study.data, Store()).classes) if _is_here(study) else _recorded_classes(mine)
         judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
         reached = verdict.reach(judged)
@@ -392,11 +483,11 @@ def _status(plans: list[PagePlan], folder: Path) -> str:
     ]  # fmt: skip
     for plan in plans:
         path = folder / f"{plan.path}.ipynb"
-        if not path.exists():
-            lines.append(f"| {plan.title} | missing | |")
+        if plan.missing:
+            lines.append(f"| [{plan.title}](/{plan.file}) | missing | |")
             continue
         run = json.loads(path.read_text())["metadata"]["papermill"]
-        link = f"[{plan.title}](/_generated/{plan.path}.ipynb)"
+        link = f"[{plan.title}](/{plan.file})"
         lines.append(f"| {link} | {run['duration']:.1f} | {run['end_time'][:19].replace('T', ' ')} |")
     return "\n".join(lines) + "\n"
 
@@ -409,8 +500,7 @@ def _methods(plans: list[PagePlan]) -> str:
             continue
         mine = [plan for plan in plans if plan.topic == ON_METHODS and plan.method == name]
         links = [
-            f"- [{plan.label}](/_generated/{plan.path}.ipynb), "
-            f"beside [all methods](/_generated/{_comparison(plans, plan).path}.ipynb)"
+            f"- [{plan.label}](/{plan.file}), beside [all methods](/{_comparison(plans, plan).file})"
             for plan in mine
         ]
         none = f"{method.title} was not measured for this build: name `{name}` among the `methods` of a grid."
@@ -441,9 +531,11 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
         mine = [plan for plan in plans if plan.topic == chapter["generated"]]
         for first in (plan for plan in mine if plan.method == COMPARISON):
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
-            entry = {"file": f"_generated/{first.path}", "title": f"All methods: {first.label}"}
+            entry = _entry(first, f"All methods: {first.label}")
             if sections:
-                entry["sections"] = [
-                    {"file": f"_generated/{p.path}", "title": METHODS[p.method].title} for p in sections
-                ]
+                entry["sections"] = [_entry(p, METHODS[p.method].title) for p in sections]
             yield entry
+
+
+def _entry(page: PagePlan, title: str) -> dict[str, object]:
+    return {"file": str(Path(page.file).with_suffix("")), "title": title + " (missing)" * bool(page.missing)}

@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
+from progress import Run, Step, span
 from tqdm import tqdm
 
 from lthlib import gpus, lifeline
@@ -24,11 +29,12 @@ from lthlib.errors import UserError, choose
 from lthlib.store import ROOT, Store, say, why
 from lthlib.zygote import TemporaryFolder, zygote
 
-DONE = re.compile(r"(\d+) of (\d+) steps")
-RULE = re.compile(r"^(?:local)?rule (\w+):")
 SLURM_RUN = re.compile(r"^SLURM run ID: (\S+)", re.MULTILINE)
-LOG = re.compile(r"^\s+log: (\S+)")
+LOG = ROOT / "_build" / "snakemake.log"
+UNFINISHED_LOG = Path("_build/unfinished-book.log")
+SECONDS = 2.0  # between looks at the logs of running jobs
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
+GENERATED = Path("book/_generated")
 SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
 
 
@@ -56,6 +62,7 @@ def main() -> int:
             zygote(holding=lock) if options.profile == "local" else nullcontext(),
         ):
             status, failed = run(options)
+            partial = bool(failed) and build_unfinished(options.grid)
     except UserError as error:
         say(f"error: {error}")
         return 1
@@ -66,7 +73,7 @@ def main() -> int:
         return 1
     for name in sorted(set_aside() - before):
         say(f"damaged: {Store().root / 'damaged' / name} was set aside; what needs it makes it again")
-    return finish(options.grid, status, failed, time.monotonic() - began)
+    return finish(options.grid, status, failed, partial, time.monotonic() - began)
 
 
 def set_aside() -> set[str]:
@@ -115,8 +122,8 @@ def cancel_leftovers(log: Path) -> None:
         )
 
 
-def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
-    """Run Snakemake under a progress bar; return its exit status and the logs of the jobs that failed."""
+def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
+    """Run Snakemake under one line that says how far it is; return its exit status and the steps that failed."""
     command = [
         sys.executable, "-m", "lthlib.fork", "workflow/snake.py", options.grid, "--snakefile", "workflow/Snakefile",
         "--directory", str(ROOT), "--profile", f"workflow/profiles/{options.profile}",
@@ -129,45 +136,87 @@ def run(options: argparse.Namespace) -> tuple[int, list[Path]]:
     command += options.more
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
     environment |= {lifeline.VARIABLE: str(os.getpid()), gpus.VARIABLE: ",".join(devices)}
-    failed: list[Path] = []
-    tail: deque[str] = deque(maxlen=30)
-    log = ROOT / "_build" / "snakemake.log"
-    log.parent.mkdir(exist_ok=True)
-    cancel_leftovers(log)
+    LOG.parent.mkdir(exist_ok=True)
+    cancel_leftovers(LOG)
+    LOG.unlink(missing_ok=True)  # `make status` may be reading it
+    progress, tail = Run(), deque(maxlen=30)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    shape = "{desc}: {n}/{total} jobs {bar} {elapsed}, {remaining} left"
     with (
-        log.open("w") as record,
+        LOG.open("w", buffering=1) as record,
         subprocess.Popen(command, env=environment, **pipe) as process,
-        tqdm(desc="report", unit="job", bar_format=shape) as bar,
+        tqdm(total=100, bar_format="{percentage:3.0f}% {bar:10} {elapsed} {desc}") as bar,
     ):
-        in_error = False
-        for line in process.stdout:
-            record.write(line)
-            tail.append(line)
-            in_error = line.startswith("Error in rule") or (in_error and line.startswith(" "))
-            if in_error and (found := LOG.match(line)):
-                failed.append(Path(found[1]))
-            if found := RULE.match(line):
-                bar.set_description_str(found[1])
-            if found := DONE.search(line):
-                bar.total = int(found[2])
-                bar.update(int(found[1]) - bar.n)
-    if process.returncode and not failed:
+        pause, shown = (1.0 if sys.stderr.isatty() else 15.0), 0.0
+        for line in heard(process.stdout):
+            if line is not None:
+                record.write(line)
+                tail.append(line)
+                progress.read(line)
+            if time.monotonic() > shown + pause:
+                shown = time.monotonic()
+                bar.n = 100 * progress.fraction()
+                bar.set_description_str(f"{span(progress.left())} left: {progress.line()}")
+    if process.returncode and not progress.failed:
         say("".join(tail).rstrip())
-    return process.returncode, list(dict.fromkeys(failed))
+    return process.returncode, list(progress.failed.values())
 
 
-def finish(grid: str, status: int, failed: list[Path], seconds: float) -> int:
+def heard(stream: TextIO) -> Iterator[str | None]:
+    """Yield the lines of a stream as they come, and None whenever a while has passed without one."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=SECONDS)
+        except queue.Empty:
+            yield None
+            continue
+        if not line:
+            return
+        yield line
+
+
+def build_unfinished(grid: str) -> bool:
+    """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
+    fork = [sys.executable, "-m", "lthlib.fork"]
+    contents = GENERATED / "_toc.yml"
+    shutil.rmtree("_build/html/_generated", ignore_errors=True)
+    try:
+        with UNFINISHED_LOG.open("w") as log:
+            for step in (
+                [*fork, "lthlib", "front", grid, str(GENERATED), "--unfinished"],
+                [*fork, "workflow/book.py", "build", "book", "--config", "_config.yml", "--toc", str(ROOT / contents),
+                 "--path-output", "."],
+            ):  # fmt: skip
+                if subprocess.run(step, stdout=log, stderr=subprocess.STDOUT).returncode:
+                    return False
+    finally:
+        contents.unlink(missing_ok=True)  # Snakemake did not write it, and has to
+    return True
+
+
+def finish(grid: str, status: int, failed: list[Step], partial: bool, seconds: float) -> int:
     """Say how it ended and where things lie."""
-    for log in failed:
-        lines = log.read_text().strip().splitlines()[-4:] if log.exists() else ["(no log)"]
-        say(f"\nfailed: {log}\n  " + "\n  ".join(line.split("\r")[-1] for line in lines))
+    for step in failed:
+        text = step.log.read_text(errors="replace") if step.log and step.log.exists() else ""
+        lines = [line.rsplit("\r", 1)[-1] for line in text.strip().split("\n")][-4:]
+        lines += [step.message] if step.message else []
+        say(f"\nfailed: {step}\n  " + "\n  ".join(filter(None, [*lines, f"log: {step.log}"])))
     book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{Path(grid).stem}/rows.csv"
     if status == REFUSED:
         return 1
     if status:
-        say(f"\n{len(failed)} jobs failed; what succeeded is kept. The workflow's log: _build/snakemake.log")
+        say(f"\n{len(failed)} failed; what succeeded is kept. The workflow's log: {LOG.relative_to(ROOT)}")
+        if partial:
+            say(f"book, with what is missing marked: {book}")
+        elif failed:
+            say(f"the book of what succeeded could not be built: {UNFINISHED_LOG}")
         return 1
     print(f"done in {seconds:.0f} s")
     print(f"book: {book}")

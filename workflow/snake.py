@@ -3,15 +3,18 @@
 A grid that is refused ends with status `REFUSED` and one line that says why.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
+from progress import PLAN
 from snakemake.cli import main
 
 from lthlib import lifeline, report
 from lthlib.errors import UserError
 from lthlib.grid import read_grid
-from lthlib.store import Store, say
+from lthlib.store import Store, say, write_atomically
 
 REFUSED = 3
 
@@ -21,7 +24,9 @@ if __name__ == "__main__":
     if "workflow/profiles/local" not in arguments:
         os.environ.pop(lifeline.VARIABLE)  # its jobs run elsewhere, where no process has that number
     try:
-        report.verify(read_grid(grid), Store())
+        found = read_grid(grid)
+        report.verify(found, Store())
+        write_atomically(Path(PLAN) / f"{found.name}.json", json.dumps(report.plan(found)))
     except UserError as error:
         say(f"error: {error}")
         sys.exit(REFUSED)
