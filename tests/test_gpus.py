@@ -51,8 +51,7 @@ def environment(tmp_path, devices):
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "TMPDIR": str(tmp_path / "tmp"),
-        gpus.VARIABLE: "GPU-a,GPU-b",
+        gpus.VARIABLE: ",".join(devices),
     }
 
 
