@@ -102,6 +102,7 @@ class TestMeasure:
         for name in ("fidelity", "stability_relative"):
             expected = abs(a[name] - b[name]) / (a[name] / 2 + b[name] / 2)
             assert numbers(measured[0][0])[f"{name}_seed_floor"] == pytest.approx(expected, rel=1e-9)
+            assert f"{name}_seed_floor" not in numbers(measured[1][0])  # a floor belongs to the dense network
 
     def test_it_repeats_itself_and_leaves_the_network(self, subjects, measured):
         model, state = subjects[1].model, copy.deepcopy(subjects[1].model.state_dict())
@@ -125,6 +126,18 @@ class TestMeasure:
         assert found["stability"] < 1e-12
         assert not {"fidelity_r2", "stability_relative", "lime_r2", "expo_r2"} & found.keys()
         assert {"fidelity_r2_random", "mean_best_iou"} <= found.keys()
+
+    def test_units_of_a_dead_network_have_no_concept(self, subjects):
+        subject = Subject(subjects[1].ticket, subjects[1].store, "float32")
+        for parameter in subject.model.parameters():
+            parameter.data.zero_()
+        values, arrays = measure(subject, **SMALL)
+        found = numbers(values)
+        assert found["unique_detectors"] == found["composition_iou"] == found["units_above_floor"] == 0
+        assert not arrays["unit_regions"].any()
+        figure = drawing.units({"dead": arrays})
+        titles = [axis.get_title(loc="left") for axis in figure.axes]
+        assert all("no concept\nIoU 0.000, shuffled 0.000" in title for title in titles)
 
     def test_images_of_one_superpixel_are_refused(self, subjects):
         class Blank(Subject):
@@ -212,16 +225,19 @@ class TestDissection:
         assert streamed.numbers() == whole.numbers()
         assert streamed.errors == pytest.approx(whole.errors)
 
-    def test_the_units_shown_are_the_best_on_the_images_they_like_most(self, subjects, measured):
+    def test_the_units_shown_exceed_chance_first_and_on_the_images_they_like_most(self, subjects, measured):
         arrays, concepts = measured[0][1], scenes(28, 1, 40)
         found = dissect(subjects[0].model, concepts, "layer3", draws=19, formula_length=2)
         label, score = dissection.best_labels(found.scores)
         units = arrays["unit_number"]
-        assert score[units[0]] == score.max()
+        above = found.floor.above
+        assert above.any()
+        assert score[units[0]] == score[above].max()
+        assert len(units) == min(interpretability.SHOWN_UNITS, len(label))
         assert list(arrays["unit_label"]) == [concepts.labels[label[u]] for u in units]
         for k, u in enumerate(units):
-            others = np.flatnonzero((label == label[u]) & (score > score[u]))
-            assert not len(others)  # of each label the best unit
+            better = (label == label[u]) & ((above > above[u]) | (above == above[u]) & (score > score[u]))
+            assert not better.any()  # of each label the best unit
             top = np.argsort(-found.peaks[:, u], kind="stable")[:3]
             np.testing.assert_array_equal(arrays["unit_images"][k], concepts.images[top])
             maps = activations(subjects[0].model, "layer3", concepts.images[top])
@@ -336,3 +352,24 @@ def test_the_precision_is_that_of_the_subject(subjects, precision):
         subject, **dict(zip(names, (None, "scenes", None, None), strict=True)), **SMALL
     )
     assert probe.precision == precision
+
+
+def test_no_panel_cuts_off_detectors(monkeypatch):
+    import pandas as pd
+
+    lines = [
+        ("dense", 0, "colour", 2),
+        ("random", 0, "colour", 1),
+        ("omp", 2, "colour", 0),
+        ("lth", 2, "colour", 7),
+    ]
+    frame = pd.DataFrame(lines, columns=["method", "round", "category", "detectors"])
+    monkeypatch.setattr(drawing, "_by_category", lambda results: frame)
+    figure = drawing.detectors_by_category(None)
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        drawn = np.concatenate([line.get_ydata() for line in axis.lines])
+        assert low < drawn.min()
+        assert drawn.max() < high
+    assert figure.axes[0].get_ylim()[1] > 7  # the panels share their axis

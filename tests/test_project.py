@@ -87,6 +87,16 @@ class TestNotebook:
                 assert len(cell.source.splitlines()) <= 10
 
 
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_a_templates_defaults_are_those_of_the_default_grid(name):
+    template = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
+    declared = {key: parameter.default for key, parameter in parameters_of(template).items()}
+    grid = yaml.safe_load((ROOT / "workflow/grids/quick.yml").read_text())
+    assert declared["measure"] == (grid["dimensions"][name] or {})
+    for field in ("data", "arch", "rounds", "seeds", "recipe", "rewind_epoch", "options"):
+        assert declared[field] == grid[field], field
+
+
 def test_every_topic_has_its_notebook():
     assert {p.stem for p in NOTEBOOKS} == set(TOPICS)
     assert set(DIMENSIONS) < set(TOPICS)

@@ -122,7 +122,8 @@ def detectors_by_category(results: Results) -> Figure:
         figures.sparsity_axis(axis, rounds)
         axis.tick_params(axis="x", labelsize="small")
         axis.set_title(METHODS[method].title)
-        axis.set_ylim(-0.15, max(1.15, axis.get_ylim()[1]))
+    means = table.groupby(["method", "round", "category"])["detectors"].mean()
+    axes[0, 0].set_ylim(-0.15, max(1, means.max()) + 0.15)
     axes[0, 0].set_ylabel("unique detectors")
     handles, names = axes[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], **_RANDOM, label="random weights"))
@@ -192,7 +193,7 @@ def units(networks: Mapping[str, Arrays]) -> Figure:
     """
     count = max(len(arrays["unit_number"]) for arrays in networks.values())
     figure, axes = plt.subplots(
-        len(networks), count, figsize=(WIDTH, 1.75 * len(networks)), squeeze=False, layout="constrained"
+        len(networks), count, figsize=(WIDTH, 1.6 * len(networks)), squeeze=False, layout="constrained"
     )
     for line, (title, arrays) in zip(axes, networks.items(), strict=True):
         for k, axis in enumerate(line):
@@ -209,10 +210,13 @@ def _unit(axis: Axes, arrays: Arrays, k: int) -> None:
     outline = _strip(arrays["unit_regions"][k].astype(np.uint8), 0)
     if outline.any():
         axis.contour(outline, [0.5], colors="#ff9900", linewidths=1.4)
-    head = f"unit {arrays['unit_number'][k]}: {arrays['unit_label'][k]} ({arrays['unit_category'][k]})"
-    numbers = f"IoU {arrays['unit_iou'][k]:.3f}, shuffled {arrays['unit_floor'][k]:.3f}"
-    formula = textwrap.wrap(f"{arrays['unit_formula'][k]}: {arrays['unit_formula_iou'][k]:.3f}", 34)
-    axis.set_title("\n".join([*textwrap.wrap(head, 34), numbers, *formula]), fontsize="xx-small", loc="left")
+    label, formula = arrays["unit_label"][k], arrays["unit_formula"][k]
+    named = f"{label} ({arrays['unit_category'][k]})" if label else "no concept"
+    lines = textwrap.wrap(f"unit {arrays['unit_number'][k]}: {named}", 34)
+    lines.append(f"IoU {arrays['unit_iou'][k]:.3f}, shuffled {arrays['unit_floor'][k]:.3f}")
+    if formula:
+        lines += textwrap.wrap(f"{formula}: {arrays['unit_formula_iou'][k]:.3f}", 34)
+    axis.set_title("\n".join(lines), fontsize="xx-small", loc="left")
 
 
 def _strip(pictures: np.ndarray, fill: int) -> np.ndarray:

@@ -329,7 +329,8 @@ def measure(
         formula_length: Concepts in a formula at most.
 
     Returns:
-        Values; and for figures ``scores`` of each image, ``errors`` (standard errors) of ``error_names``,
+        Values, of dense tickets the mask-seed floors among them; and for figures ``scores`` of each image,
+        ``errors`` (standard errors) of ``error_names``,
         ``detectors`` of ``categories``, ``by_length``, the same of random weights (``random_...``), some explained
         images (``explained_...``), the best units (``unit_...``), and of dense tickets the ``gallery_...``.
 
@@ -344,8 +345,10 @@ def measure(
             f"Each of the {len(explained)} test images is a single superpixel, so no part of one can be hidden; "
             f"choose another segmentation: {', '.join(SEGMENTATIONS)}."
         )
-    apart = differences(explained, probe.explain(subject.model, seed=1))
-    floors = {f"{name}_seed_floor": apart[name].mean for name in FLOORED}
+    floors = {}
+    if subject.ticket.method == "dense":
+        apart = differences(explained, probe.explain(subject.model, seed=1))
+        floors = {f"{name}_seed_floor": apart[name].mean for name in FLOORED}
     random, random_arrays = _random_weights(subject, probe, given)
     n_scored, n_concepts = int((~explained.single_segment).sum()), len(probe.concepts)
     values = _values(explained.summary() | floors, n_scored) + _values(dissected.numbers(), n_concepts)
@@ -469,9 +472,12 @@ def _explained_arrays(probe: _Probe, explained: Explanations) -> dict[str, np.nd
 
 
 def _unit_arrays(model: nn.Module, concepts: ConceptSet, found: Dissection) -> dict[str, np.ndarray]:
-    """The best units (of different labels first): the images they like most, their regions there, what they are."""
+    """The best units: the images they like most, their regions there, what they are.
+
+    Those above chance come first, then those with the larger IoU; of these the first of every label.
+    """
     label, score = dissection.best_labels(found.scores)
-    ranked = np.argsort(-score, kind="stable")
+    ranked = np.lexsort((-score, ~found.floor.above))
     first = [u for i, u in enumerate(ranked) if label[u] not in label[ranked[:i]]]
     units = [*first, *(u for u in ranked if u not in first)][:SHOWN_UNITS]
     top = np.argsort(-found.peaks[:, units], axis=0, kind="stable")[:TOP_IMAGES].T
@@ -481,7 +487,7 @@ def _unit_arrays(model: nn.Module, concepts: ConceptSet, found: Dissection) -> d
     formulas = [found.formulas[u] for u in units]
     return {
         "unit_number": np.array(units),
-        "unit_label": np.array([concepts.labels[label[u]] for u in units]),
+        "unit_label": np.array([concepts.labels[label[u]] if score[u] > 0 else "" for u in units]),
         "unit_category": np.array([concepts.categories[concepts.category_of[label[u]]] for u in units]),
         "unit_iou": score[units].astype(np.float32),
         "unit_floor": found.floor.floor[units].astype(np.float32),
