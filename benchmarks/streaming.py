@@ -87,7 +87,7 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
     logits = torch.cat([predict(subject.fast_model, pixels) for _, _, pixels in parts])
     found["corrupted"] = calibration_summary(logits, labels)["accuracy"]
     found |= {"after corruption": peak(), "seconds": time.perf_counter() - began}
-    return {**found, "images": len(labels), "logits": logits.nbytes / 2**20}
+    return {**found, "images": len(labels), "logits": 2 * logits.nbytes / 2**20}
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -68,8 +67,14 @@ def predict(model: nn.Module, pixels: data.Pixels, *, batch: int | None = None) 
     """
     device = next(model.parameters()).device
     batch = batch or scaled_to(pixels.shape[1:3], BATCH[device.type])
-    parts = [model(as_input(part.to(device))).cpu() for part in pixels.split(batch)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    found, done = torch.empty(0), 0
+    for part in pixels.split(batch):
+        logits = model(as_input(part.to(device)))
+        if done == 0:
+            found = torch.empty(len(pixels), logits.shape[1])
+        found[done : done + len(part)] = logits
+        done += len(part)
+    return found
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:
@@ -162,14 +167,13 @@ class Subject:
         """Return the logits (n, classes) of an image set, computed once and kept."""
 
         def make(folder: Path) -> None:
-            tensors = {"logits": predict(self.fast_model, self._pixels(name, n))}
+            _save(folder / "logits.npy", predict(self.fast_model, self._pixels(name, n)).numpy())
             if name in OWN:
-                tensors["labels"] = self.labels(name, n)
-            (folder / "logits.safetensors").write_bytes(safetensors.torch.save(tensors))
+                _save(folder / "labels.npy", self.labels(name, n).numpy())
 
         folder = self._kept(f"{name}-{n}", self.input_version(name), make)
         if folder not in self._cache:
-            self._cache[folder] = safetensors.torch.load_file(folder / "logits.safetensors")["logits"].numpy()
+            self._cache[folder] = np.load(folder / "logits.npy")
         return self._cache[folder]
 
     def corrupted_logits(self, names: Sequence[str], n: int) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -183,7 +187,7 @@ class Subject:
         shape = (len(names), len(SEVERITIES), len(labels), len(self.data.classes))
 
         def make(folder: Path) -> None:
-            np.save(folder / "labels.npy", labels)
+            _save(folder / "labels.npy", labels)
             _reserve(folder / "logits.npy", np.float32, shape)
             for row, name in enumerate(names):
                 self._predict_corrupted(name, n, folder / "logits.npy", row)
@@ -227,9 +231,16 @@ def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
     with path.open("wb") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        row = bytes(math.prod(shape[1:]) * np.dtype(dtype).itemsize)
-        for _ in range(shape[0]):
-            file.write(row)
+        block, size = bytes(2**20), math.prod(shape) * np.dtype(dtype).itemsize
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write an array as ``np.save`` does, whose error does not say when the disk is full."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def sample(labels: torch.Tensor, n: int) -> torch.Tensor:

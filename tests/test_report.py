@@ -96,8 +96,7 @@ def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(check
     for ticket, part in list(rows.groupby("ticket"))[:4]:
         value = part.set_index(["dimension", "metric", "shift"])["value"]
         (folder,) = (store / "predictions" / ticket).glob("test-300-*")
-        kept = safetensors.numpy.load_file(folder / "logits.safetensors")
-        logits, labels = kept["logits"].astype(np.float64), kept["labels"]
+        logits, labels = np.load(folder / "logits.npy").astype(np.float64), np.load(folder / "labels.npy")
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
         assert value["calibration", "nll", "none"] == pytest.approx(
@@ -110,7 +109,7 @@ def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(check
         ece = sum(abs((hit[bins == b] - confidence[bins == b]).sum()) for b in range(15)) / len(labels)
         assert value["calibration", "ece", "none"] == pytest.approx(ece)
         (foreign,) = (store / "predictions" / ticket).glob("ood-photos-*")
-        other = safetensors.numpy.load_file(foreign / "logits.safetensors")["logits"].astype(np.float64)
+        other = np.load(foreign / "logits.npy").astype(np.float64)
         other = np.exp(other - other.max(1, keepdims=True))
         other = (other / other.sum(1, keepdims=True)).max(1)
         truth = np.r_[np.zeros(len(labels)), np.ones(len(other))]
@@ -184,8 +183,15 @@ def test_a_killed_run_leaves_no_worker_and_the_next_one_finishes(checkout, done)
     assert len(pd.read_csv(checkout / "book/_generated/killed/rows.csv")) > 0
 
 
-def test_a_failing_page_is_named_and_the_others_finish(checkout, done):
+def status(checkout):
+    return subprocess.run(
+        [sys.executable, "workflow/status.py"], cwd=checkout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )  # fmt: skip
+
+
+def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_good_run(checkout, done):
     template = checkout / "notebooks/calibration.ipynb"
+    generated, html = checkout / "book/_generated", checkout / "_build/html/_generated/tiny/mnist5k-resnet8"
     content = json.loads(template.read_text())
     broken = json.loads(template.read_text())
     code = [c for c in broken["cells"] if c["cell_type"] == "code"][-1]
@@ -194,11 +200,34 @@ def test_a_failing_page_is_named_and_the_others_finish(checkout, done):
     try:
         result = report(checkout)
         assert result.returncode == 1
-        assert "ArithmeticError: made to fail" in result.stderr
-        assert (checkout / "book/_generated/tiny/mnist5k-resnet8/calibration/lth.failed.ipynb").exists()
+        named = re.findall(
+            r"^  (\S+), cell (\d+) .*ArithmeticError: made to fail.*: (\S+)$", result.stderr, flags=re.M
+        )
+        assert {file for _, _, file in named} == {
+            str(path.relative_to(checkout)) for path in generated.glob("tiny/*/calibration/*.failed.ipynb")
+        }
+        assert {(Path(name).name, int(cell)) for name, cell, _ in named} == {
+            ("calibration.ipynb", 1 + broken["cells"].index(code))
+        }
+        assert "book, with what is missing marked" in result.stderr
+        stub = (html / "calibration/lth-missing.html").read_text()
+        assert "ArithmeticError: made to fail" in stub
+        assert "make report GRID=workflow/grids/tiny.yml" in stub
+        assert not (html / "calibration/lth.html").exists()
+        assert (html / "flatness/lth.html").exists()
+        assert "(missing)" in (html / "flatness/lth.html").read_text()  # in the contents beside every page
+        said = status(checkout)
+        assert said.returncode == 1
+        assert re.search(r"pages: +\d+ of \d+ done, 0 running, 3 failed, 0 waiting", said.stdout)
+        assert "ArithmeticError: made to fail" in said.stdout
     finally:
         template.write_text(json.dumps(content))
     assert report(checkout).returncode == 0
+    assert (html / "calibration/lth.html").exists()
+    for folder in (generated, checkout / "_build/html"):
+        assert not [p for p in folder.rglob("*") if "-missing" in p.name or ".failed" in p.name]
+    assert "(missing)" not in (html / "flatness/lth.html").read_text()
+    assert len(re.findall(r"(\d+) of \1 done, 0 running, 0 failed, 0 waiting", status(checkout).stdout)) == 2
 
 
 @pytest.mark.parametrize(
