@@ -16,6 +16,8 @@ from lthlib.metrics import composition, dissection
 from lthlib.metrics.regions import regions
 
 LABELS, SIZE, LOW, LENGTH = 11, 112, 7, 3
+MANY, BRODEN = 60_000, 1_197  # images that must fit in 8 GB, and labels of the full Broden
+GIB = 2**30
 
 
 def street_like(n: int, rng: np.random.Generator) -> ConceptSet:
@@ -126,23 +128,46 @@ class Repeatable:
             yield torch.rand((n, self.units, LOW, LOW), generator=generator).numpy()
 
 
-def show_memory(images: int) -> None:
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak() -> float:
+    """GiB that this process held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
+
+def show_memory(images: int) -> None:
     planes = np.broadcast_to(street_like(1, np.random.default_rng(0)).planes, (images, 1, SIZE, SIZE))
     maps, before = Repeatable(images), peak()
     seconds, limits = timed(dissection.thresholds, maps)
     tallied, _ = timed(dissection.tally, maps, limits, concept_set(planes))
-    held = images * maps.units * LOW**2 * 4 / 2**30
+    counted, _ = timed(composition.census, maps, limits, concept_set(planes))
+    held = images * maps.units * LOW**2 * 4 / GIB
     print(f"streamed, {maps.units} units x {images} images (maps: {held:.2f} GiB): peak {peak():.2f} GiB, "
-          f"{before:.2f} before; thresholds {seconds:.1f} s, tally {tallied:.1f} s")  # fmt: skip
+          f"{before:.2f} before; thresholds {seconds:.1f} s, tally {tallied:.1f} s, "
+          f"census {counted:.1f} s")  # fmt: skip
+
+
+def project(images: int, units: int = 2048) -> None:
+    """Calculate the peak for `MANY` images from the one measured: what grows with the images, and with the labels."""
+
+    def top(
+        n: int,
+    ) -> float:  # each unit's largest activations: kept, with a chunk's appended, and partitioned
+        return 3 * units * 4 * (int(dissection.BRODEN_QUANTILE * n * LOW**2) + 1) / GIB
+
+    peaks = 4 * units * MANY / GIB
+    counts = 8 * units * (BRODEN - LABELS) * 40 / GIB
+    total = peak() - top(images) + top(MANY) + peaks + counts
+    print(f"calculated for {units} units x {MANY} images: {peak():.2f} GiB measured at {images}")
+    print(f"  + {top(MANY) - top(images):.2f} for the thresholds")
+    print(f"  + {peaks:.2f} for each unit's largest activation in each image")
+    print(f"  + {counts:.2f} for a null floor of 39 draws over {BRODEN} labels instead of {LABELS}")
+    print(f"  = {total:.1f} GiB of the 7.45 that are 8 GB")
 
 
 def main(images: int, units: int = 512) -> None:
     rng = np.random.default_rng(0)
     for n in (images, 4 * images):
         show_memory(n)
+    project(4 * images)
     concepts, acts = street_like(images, rng), clumped(images, units, rng)
     limits = dissection.thresholds(acts)
     print(f"{units} units x {images} images x {LABELS} concepts, {SIZE} x {SIZE} masks, one thread")

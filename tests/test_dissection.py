@@ -511,6 +511,14 @@ def planted(region, concepts):
     return composition.explain(counts, max_length=3)[0]
 
 
+def test_census_does_not_depend_on_chunks():
+    acts, limits, concepts = random_case(6, n=11)
+    whole, parts = (composition.census(a, limits, concepts) for a in (acts, _Blocks(acts, 2)))
+    assert (whole.pixels == parts.pixels).all()
+    for name in ("members", "units"):
+        np.testing.assert_array_equal(getattr(whole, name).toarray(), getattr(parts, name).toarray())
+
+
 def test_planted_formulas_are_recovered():
     concepts = scenes(32, n=120, seed=9)
     stripes, red, disc = (concepts.mask(name) for name in ("vertical stripes", "red", "disc"))

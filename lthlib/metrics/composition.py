@@ -8,6 +8,7 @@ signatures, exact in integers, and no mask of the set is touched again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,24 +132,34 @@ def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) 
     check_sizes(acts, limits, concepts)
     book: dict[tuple[int, ...], int] = {}
     pixels: list[np.ndarray] = []
-    units = [np.empty((0, 3), np.int64)]
+    units: list[sparse.csr_array] = [sparse.csr_array((len(limits), 0))]
     start = 0
     for block in chunks(acts):
         up = Upsampler(block.shape[2:], concepts.mask_shape)
         active = up.active(block, limits)
+        found = []
         for i in range(len(block)):
             _, signature, masks = up.cells([1 + _signatures(concepts.planes[start + i], book)[None]])
             pixels.append(np.column_stack([signature, np.bitwise_count(masks).sum((1, 2), dtype=np.int64)]))
             unit, _, both = shared_pixels(active.of(i), masks)
             a, p = np.nonzero(both)
-            units.append(np.column_stack([unit[a], signature[p], both[a, p]]))
+            found.append(np.column_stack([unit[a], signature[p], both[a, p]]))
+        unit, signature, count = np.concatenate(found).T
+        shape = len(limits), len(book)
+        units.append(sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=shape).tocsr())
+        while len(units) > 1 and units[-2].nnz <= 2 * units[-1].nnz:  # few additions of large ones
+            units.append(_plus(units.pop(), units.pop()))
         start += len(block)
     signature, count = np.concatenate(pixels).T
     totals = np.zeros(len(book), np.int64)
     np.add.at(totals, signature, count)
-    unit, signature, count = np.concatenate(units).T
-    by_unit = sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=(len(limits), len(book)))
-    return Census(_members(book, len(concepts.labels)), totals, by_unit.tocsr())
+    return Census(_members(book, len(concepts.labels)), totals, functools.reduce(_plus, reversed(units)))
+
+
+def _plus(newer: sparse.csr_array, older: sparse.csr_array) -> sparse.csr_array:
+    """Add counts by signature; those made later know more signatures."""
+    older.resize(newer.shape)
+    return newer + older
 
 
 def _signatures(planes: np.ndarray, book: dict[tuple[int, ...], int]) -> np.ndarray:
