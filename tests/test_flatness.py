@@ -724,7 +724,8 @@ MEASURES = {
     ),
     "surface": lambda m, x, y: fl.filter_normalised_surface(m, x, y, points=2),
     "slice": lambda m, x, y: fl.adversarial_slice(m, x, y, points=2),
-    "rescaled": lambda m, x, y: fl.rescale_conv(m, "conv1", 2.0, x),
+    "rescaled": lambda m, x, y: fl.rescale_conv(m, "conv1", 2.0, x).state_dict(),
+    "parts": lambda m, x, y: fl.nonlinear_parts(m, x),
 }
 
 
@@ -763,6 +764,16 @@ def test_the_model_and_the_generators_are_left_as_found(batch, name, training):
     assert (np.random.get_state()[1] == legacy).all()  # noqa: NPY002
     assert torch.equal(images, pixels)
     assert not images.requires_grad
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_flags_and_contexts_of_the_caller_do_not_matter(model, batch, name):
+    first = MEASURES[name](model, *batch)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        again = MEASURES[name](model, *batch)
+    assert repr(first) == repr(again)
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["estimated", "density", "top", "weight noise", "slice"])
