@@ -28,6 +28,7 @@ from lthlib.tickets import Ticket
 THROUGHPUT = ROOT / "book" / "results" / "throughput.json"
 """Training throughput by architecture, measured on the machine it names."""
 
+PAPER = ("workflow/grids/paper.yml", "workflow/grids/paper-imagenet.yml")
 PASSES = 3  # a training step multiplies about three times what a forward pass does: forward, and back to both factors
 
 
@@ -129,7 +130,7 @@ def sizes(study: Study) -> Images:
 @functools.cache
 def macs(arch: str, images: Images) -> int:
     """Return the multiply-accumulates of one image's forward pass through the dense network."""
-    return sum(models.macs(_build(arch, images).to("meta"), images.shape).values())
+    return sum(models.macs(_build(arch, images), images.shape).values())
 
 
 def _build(arch: str, images: Images) -> torch.nn.Module:
@@ -268,3 +269,35 @@ def estimate(grid: str, throughput: float | None = None, record: bool = False) -
     print(
         f"{'in all':<28} {sum(line['hours'] for line in lines):.2f} {unit} of training, evaluation not counted"
     )
+
+
+def chapter_table() -> str:
+    """Return the cost of the paper's grid as the book shows it, at the recorded throughput of one core."""
+    known = recorded()
+    lines = [
+        "| study | networks | images trained on | multiply-accumulates | core-hours |",
+        "|---|---|---|---|---|",
+    ]
+    total = 0.0
+    for name in PAPER:
+        for line in table(read_grid(ROOT / name, recorded=True), known["macs_per_second"]):
+            total += line["hours"]
+            lines.append(
+                f"| {line['study']} | {line['networks']} | {line['images'] / 1e9:.1f} billion | "
+                f"{line['macs'] / 1e18:.2g} x 10^18 | {_rounded(line['hours'])} |"
+            )
+    made = known["provenance"]
+    where = ", ".join(
+        [made["processor"], made["precision"], f"PyTorch {made['torch']}", f"commit {made['commit']}"]
+    )
+    lines += [
+        f"| in all | | | | **{_rounded(total)}** |", "",
+        f"Training only, by the throughput of one core measured on {made['time'][:10]}: {where}. One core would take "
+        f"{_rounded(total / 24 / 365.25)} years.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _rounded(hours: float) -> str:
+    """Round to two digits: an estimate knows no more."""
+    return f"{float(f'{hours:.2g}'):,.0f}"

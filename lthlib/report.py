@@ -369,6 +369,7 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
             write_atomically(folder.parent / page.file, _stub(page, grid))
     write_atomically(folder / "status.md", _status(plans, folder))
     write_atomically(folder / "methods.md", _methods(plans))
+    write_atomically(folder / "cost.md", estimate.chapter_table())
     write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
 
 
@@ -432,7 +433,7 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         )
         parts += [_passes(passes), f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```"]
         parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
-        parts += [f"{len(study.tickets())} tickets, seeds {', '.join(map(str, study.seeds))}."]
+        parts += [f"{mine['ticket'].nunique()} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)
 
 
