@@ -1067,5 +1067,6 @@ def test_the_difference_to_dense_is_taken_image_by_image():
     }
     table = drawing.batch_table(tickets, batch=50)
     assert table.loc["dense", "batches of 50"] == "24.5, 74.5"
+    assert table.loc["dense", "on more images"] == "49.5 (100)"
     low, high = ast.literal_eval(table.loc["SNIP, 36.0 %", "95 % of that"])
     assert 0.97 < low < 1 < high < 1.03  # either trace alone is uncertain by more than 1

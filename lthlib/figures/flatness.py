@@ -184,7 +184,7 @@ def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
 
     Args:
         tickets: Title -> arrays with ``weight_per_image``; "dense" first. Where there is ``wide_per_image``,
-            it is cut into batches.
+            its mean is shown, and it is cut into batches.
         batch: Images of such a batch.
     """
     dense = next(iter(tickets.values()))["weight_per_image"].astype(float)
@@ -200,6 +200,7 @@ def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
             if mine is dense or title == "dense"
             else f"{(mine - dense).mean():.4g}",
             "95 % of that": "" if title == "dense" else _range(_interval(mine - dense)),
+            "on more images": f"{wide.mean():.4g} ({len(wide)})" if len(wide) else "",
             f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in means),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
