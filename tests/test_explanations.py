@@ -197,12 +197,17 @@ def test_224_pixel_photographs_streamed_with_quickshift():
     model = Small(stride=8).eval()
     settings = {"n_masks": 24, "n_perturb": 2, "seed": 0}
     found = ex.fidelity_stability(model, (p for p in pictures), method="quickshift", batch=5, **settings)
-    for i, picture in enumerate(pictures):
-        labels = ex.segment(picture, "quickshift")
+    segments = [ex.segment(picture, "quickshift") for picture in pictures]
+    for i, (picture, labels) in enumerate(zip(pictures, segments, strict=True)):
         assert found.n_segments[i] == labels.max() + 1 > 10
         expected = measure_slowly(model, picture, labels, **settings)
         assert found.fidelity[i] == pytest.approx(expected["fidelity"], rel=1e-4)
         assert found.stability[i] == pytest.approx(expected["stability"], rel=1e-4)
+    few = {"n_fit": 6, "n_eval": 6, "n_neighbours": 2, "segments": segments}
+    streamed, at_once = (ex.expo(model, (p for p in pictures), batch=batch, **few) for batch in (4, 64))
+    assert streamed.n_features.tolist() == (3 * found.n_segments).tolist()
+    for name in streamed.SCORES:
+        np.testing.assert_allclose(streamed.score(name), at_once.score(name), rtol=1e-4)
 
 
 def test_constant_network_scores_zero_and_has_no_scale_free_form():

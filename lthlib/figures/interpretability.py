@@ -201,6 +201,7 @@ def units(networks: Mapping[str, Arrays]) -> Figure:
             if k < len(arrays["unit_number"]):
                 _unit(axis, arrays, k)
         # An axis without frame still shows its text.
+        title = textwrap.fill(title, 16)
         line[0].text(-0.06, 0.5, title, rotation=90, ha="right", va="center", transform=line[0].transAxes)
     return figure
 
