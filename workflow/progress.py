@@ -17,6 +17,10 @@ from pathlib import Path
 PLAN = "_build/plans"
 """Where `workflow/snake.py` writes the plan of each grid it runs: its jobs and pages by name, with their weights."""
 
+RATES = "_build/rates.json"
+"""Seconds that the steps of the last whole run took, by kind; jobs aside, whose length is the grid's own."""
+
+USUAL = {"page": 2.0, "rows": 5.0, "front": 10.0, "book": 15.0}
 KINDS = {"tickets": "job", "chains": "job", "page": "page"}  # by rule; other rules are their own kind
 STAMP = re.compile(r"^\[(\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4})\]$")
 START = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):$")
@@ -78,6 +82,7 @@ class Run:
     """
 
     weights: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=lambda: dict(USUAL) | _load(RATES))
     counts: dict[str, int] = field(default_factory=dict)
     running: dict[int, Step] = field(default_factory=dict)
     ended: list[Step] = field(default_factory=list)
@@ -174,16 +179,16 @@ class Run:
 
     def fraction(self) -> float:
         """Return the part of the work that is done, as far as it can be told."""
-        rates = self._rates()
+        rates = self.rates()
         parts = self.amounts()
         total = sum(rates.get(kind, 1.0) * whole for kind, (_, whole, _) in parts.items())
         done = sum(rates.get(kind, 1.0) * done for kind, (done, _, _) in parts.items())
         return min(1.0, done / total) if total else 0.0
 
-    def _rates(self) -> dict[str, float]:
-        """Return seconds per weight by kind, where this run has shown them, else from the kinds that it has."""
+    def rates(self) -> dict[str, float]:
+        """Return seconds per weight by kind: of this run where it has shown them, else of the one before."""
         found = {kind: seconds / done for kind, (done, _, seconds) in self.amounts().items() if done > 0}
-        return {"page": 2.0, "rows": 5.0, "front": 10.0, "book": 15.0} | found
+        return self.before | found
 
     def left(self) -> float | None:
         """Return the seconds that are left, None as long as nothing tells.
@@ -191,7 +196,7 @@ class Run:
         The work that is left, shared out among as many as were seen to run at once, but no less than the longest job
         under way needs to its end.
         """
-        rates, parts = self._rates(), self.amounts()
+        rates, parts = self.rates(), self.amounts()
         if parts and "job" in parts and "job" not in rates:
             return None
         if not parts:
@@ -239,8 +244,20 @@ def weights(grid: str) -> dict[str, float]:
 
 def plan(grid: str) -> dict[str, dict[str, float]]:
     """Return the plan of a grid; empty where it never ran in this checkout."""
-    path = Path(PLAN) / f"{Path(grid).stem}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _load(f"{PLAN}/{Path(grid).stem}.json")
+
+
+def remember(run: Run) -> None:
+    """Keep what the steps of a run took, for the next one to begin with."""
+    rates = {kind: rate for kind, rate in run.rates().items() if kind in USUAL}
+    Path(RATES).write_text(json.dumps(rates))
+
+
+def _load(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):  # none yet, or being written this moment
+        return {}
 
 
 def follow(lines: Iterator[str]) -> Run:

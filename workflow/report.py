@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from progress import Run, Step, span
+from progress import Run, Step, remember, span
 from tqdm import tqdm
 
 from lthlib import gpus, lifeline
@@ -154,9 +154,11 @@ def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
                 progress.read(line)
             if time.monotonic() > shown + pause:
                 shown = time.monotonic()
-                bar.n = 100 * progress.fraction()
+                bar.n = max(bar.n, 100 * progress.fraction())
                 bar.set_description_str(f"{span(progress.left())} left: {progress.line()}")
-    if process.returncode and not progress.failed:
+    if process.returncode == 0:
+        remember(progress)
+    elif not progress.failed:
         say("".join(tail).rstrip())
     return process.returncode, list(progress.failed.values())
 
@@ -186,7 +188,8 @@ def build_unfinished(grid: str) -> bool:
     """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
     fork = [sys.executable, "-m", "lthlib.fork"]
     contents = GENERATED / "_toc.yml"
-    shutil.rmtree("_build/html/_generated", ignore_errors=True)
+    for left in ("_generated", "_sources/_generated"):
+        shutil.rmtree(Path("_build/html", left), ignore_errors=True)
     try:
         with UNFINISHED_LOG.open("w") as log:
             for step in (
