@@ -4,6 +4,7 @@ import ast
 import copy
 import dataclasses
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -1040,6 +1041,16 @@ def test_another_draw_of_images_gives_another_batch(subjects, measured):
 
 
 # ------------------------------------------------------------------------------------------------- tables
+
+
+def test_labels_below_wrapped_titles_are_shortened_too():
+    figure, axis = plt.subplots()
+    axis.plot([1.0, 100.0])
+    axis.set(title="Error barrier to the dense\nnetwork", ylabel="Error barrier to the dense network [%] ↓")
+    drawing.arranged(figure)
+    assert axis.get_ylabel() == "[%] ↓"
+    assert axis.get_yscale() == "log"
+    plt.close(figure)
 
 
 def test_rankings_are_read_in_each_metric_s_own_direction():

@@ -39,7 +39,8 @@ def panels(judged: pd.DataFrame) -> list[tuple[str, str]]:
 def arranged(figure: Figure, ratio: float = 30.0) -> Figure:
     """Shorten the labels of `lthlib.figures.curves`, and make axes logarithmic where values spread over a ratio."""
     for axis in figure.axes:
-        axis.set_ylabel(axis.get_ylabel().removeprefix(axis.get_title()).strip())
+        title = " ".join(axis.get_title().split())  # it may be wrapped
+        axis.set_ylabel(axis.get_ylabel().removeprefix(title).strip())
         values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
         if values.min() > 0 and values.max() > ratio * values.min():
             axis.set_yscale("log")
