@@ -72,11 +72,11 @@ def jobs(grid: Grid) -> list[Job]:
 
 def needs(grid: Grid, job: Job) -> list[Job]:
     """Return the jobs whose tickets a job builds on, so that no worker waits for another's lock."""
-    if job.method == "dense":
-        return []
-    source = METHODS[job.method].source
-    named = [source] if source in grid.study(job.study).methods else []
-    return [Job(job.study, method, job.seed) for method in ("dense", *named)]
+    source, study = METHODS[job.method].source, grid.study(job.study)
+    methods = [] if job.method == "dense" else ["dense", *([source] if source in study.methods else [])]
+    others = {DIMENSIONS[name].parameters(given).get("partner") for name, given in grid.dimensions.items()}
+    partners = [Job(job.study, job.method, seed) for seed in study.seeds if seed in others - {job.seed}]
+    return [Job(job.study, method, job.seed) for method in methods] + partners
 
 
 def is_chain(job: Job) -> bool:

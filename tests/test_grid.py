@@ -115,6 +115,18 @@ def test_jobs_wait_for_what_they_build_on():
     assert found == {"dense": set(), "lth": {"dense"}, "snip": {"dense"}, "lth-shuffled": {"dense", "lth"}}
 
 
+def test_jobs_wait_for_the_seed_to_which_a_line_is_drawn():
+    plan = {**GOOD, "methods": ["snip"], "seeds": [0, 1], "dimensions": {"flatness": {"partner": 0}}}
+    grid = grid_from("test", plan)
+    found = {(job.method, job.seed): {(n.method, n.seed) for n in needs(grid, job)} for job in jobs(grid)}
+    assert found == {
+        ("dense", 0): set(),
+        ("dense", 1): {("dense", 0)},
+        ("snip", 0): {("dense", 0)},
+        ("snip", 1): {("dense", 1), ("snip", 0)},
+    }
+
+
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00", "!!python/object:os.system {}"])
 def test_a_file_that_is_no_grid_is_said(tmp_path, content):
     path = tmp_path / "grid.yml"
