@@ -25,6 +25,7 @@ from lthlib.evaluate import (
     DIMENSIONS,
     LATENCY,
     Archive,
+    collect,
     evaluate,
     question,
     recorded_json,
@@ -319,9 +320,22 @@ def table(
 
 
 def rows(grid: str, file: Path) -> None:
-    """Write the tidy table of a finished grid."""
-    found = table(read_grid(grid), Store())
-    write_atomically(file, found[list(COLUMNS)].to_csv(index=False))
+    """Write the tidy table of a finished grid, and beside it ``costs.csv``."""
+    plan, store = read_grid(grid), Store()
+    write_atomically(file.with_name("costs.csv"), costs(plan, store).to_csv(index=False))
+    write_atomically(file, table(plan, store)[list(COLUMNS)].to_csv(index=False))
+
+
+def costs(grid: Grid, store: Store) -> pd.DataFrame:
+    """Return what each ticket of a finished grid costs: its counts, bytes, trainings and seconds, a line a ticket."""
+    dimension, parameters = next(iter(grid.dimensions.items()))
+    parts = []
+    for study in grid.studies:
+        tickets = collect(study, dimension, store, parameters=parameters, precision=grid.precision).tickets
+        parts.append(tickets.drop(columns="density_by_layer").assign(dataset=study.data, arch=study.arch))
+    found = pd.concat(parts, ignore_index=True)
+    which = ["dataset", "arch", "method", "round", "seed", "ticket"]
+    return found[[*which, *found.columns.drop(which)]]
 
 
 def record(grid: str) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -280,7 +279,8 @@ def _make(
     if source is not None:
         trainings += source.info["cost"]["trainings"]
     weights = {name: value.contiguous() for name, value in end.model.items()}
-    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(weights))
+    checkpoint = safetensors.torch.save(weights)
+    (folder / "weights.safetensors").write_bytes(checkpoint)
     if found.masks is not None:
         masks.save(found.masks, folder / "masks.safetensors")
     info = {
@@ -292,7 +292,8 @@ def _make(
             "trainings": trainings,
             "mask_seconds": mask_seconds,
             "train_seconds": train_seconds,
-            **_bytes(weights),
+            "bytes": len(checkpoint),
+            "bytes_compressed": len(masks.pack(weights, found.masks or {})),
         },
         "history": history,
         "provenance": compute.provenance(ticket.recipe.precision),
@@ -394,12 +395,6 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
         "macs_parent": sum(models.macs(parent, images.shape).values()),
         "density_by_layer": {name: left[name] / n for name, n in full.items()},
     }
-
-
-def _bytes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Size of the checkpoint as it is, and of its bits after zlib: zeros compress, random weights do not."""
-    raw = [value.numpy().tobytes() for value in weights.values()]
-    return {"bytes": sum(map(len, raw)), "bytes_compressed": sum(len(zlib.compress(part, 1)) for part in raw)}
 
 
 def ticket_from(description: Mapping) -> Ticket:

@@ -91,6 +91,18 @@ def test_rows_are_complete_and_finite(rows):
         assert not part.duplicated(["method", "sparsity", "seed"]).any()
 
 
+def test_costs_stand_beside_the_rows(checkout, rows):
+    costs = pd.read_csv(checkout / "book/_generated/tiny/costs.csv").set_index("ticket")
+    assert set(costs.index) == set(rows["ticket"])
+    assert costs.index.is_unique
+    for ticket, line in costs.iterrows():
+        cost = json.loads((checkout / "store/tickets" / ticket / "ticket.json").read_text())["cost"]
+        assert line[list(cost)].to_dict() == pytest.approx(cost)
+        assert line["bytes"] == (checkout / "store/tickets" / ticket / "weights.safetensors").stat().st_size
+    first = costs[costs["method"] != "dense"].groupby("method")["trainings"].min()
+    assert first["lth"] > first["snip"] == 1
+
+
 def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(checkout, rows):
     store = checkout / "store"
     for ticket, part in list(rows.groupby("ticket"))[:4]:

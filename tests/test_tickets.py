@@ -98,6 +98,11 @@ def test_every_method_becomes_a_ticket(tiny, store, method):
         }
     again = obtain(found.ticket, Store(store.root))
     assert equal(found, again)
+    whole = (store.root / "tickets" / found.ticket.id / "weights.safetensors").stat().st_size
+    assert info["cost"]["bytes"] == whole
+    # the header names two arrays of a masked weight, not one
+    spared = 0 if found.masks is None else 4 * (info["n_prunable"] - info["n_kept"]) - info["n_prunable"] / 8
+    assert info["cost"]["bytes_compressed"] == pytest.approx(whole - spared, abs=2000)
     logits = found.model(torch.rand(2, 1, 28, 28))
     assert logits.isfinite().all()
 
