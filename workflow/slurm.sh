@@ -12,7 +12,8 @@ set -euo pipefail
 
 FOLDER=/run/lthlib-slurm
 CONF=/etc/slurm/slurm.conf
-NODE=$(hostname -s)
+NODE=${HOSTNAME%%.*}
+PATH=$PATH:/usr/sbin:/sbin
 
 die() { echo "error: $*" >&2; exit 1; }
 ours() { [ "$(readlink "$CONF" || true)" = "$FOLDER/slurm.conf" ]; }

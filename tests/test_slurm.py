@@ -1,0 +1,84 @@
+"""A real Slurm of one node, started by `workflow/slurm.sh`: a tiny grid completes, a cancelled job is tried again."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from test_report import GRID, copy_of_the_checkout
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "workflow/slurm.sh"
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
+
+
+def obstacle():
+    missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing:
+        return f"Slurm is not installed ({', '.join(missing)}): workflow/slurm.sh install"
+    if os.geteuid():
+        return "starting Slurm takes root"
+    if os.path.lexists("/etc/slurm/slurm.conf"):
+        return "this machine has a Slurm of its own (/etc/slurm/slurm.conf)"
+    return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Slurm runs on Linux")
+def test_the_script_says_what_is_missing(tmp_path):
+    said = subprocess.run(
+        [shutil.which("bash"), SCRIPT, "start"], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert said.returncode == 1
+    assert "install" in said.stderr
+
+
+@pytest.fixture
+def slurm():
+    reason = obstacle()
+    if reason:
+        pytest.skip(reason)
+    subprocess.run([SCRIPT, "start"], check=True, timeout=120)
+    try:
+        yield
+    finally:
+        subprocess.run([SCRIPT, "stop"], check=True, timeout=120)
+    assert not os.path.lexists("/etc/slurm/slurm.conf")
+    assert not Path("/run/lthlib-slurm").exists()
+
+
+def test_a_grid_completes_though_a_job_is_cancelled(slurm, tmp_path):
+    checkout = copy_of_the_checkout(tmp_path)
+    grid = {**GRID, "methods": ["omp"], "rounds": [1], "seeds": [0], "method_pages": []}
+    dimensions = {"calibration": {"n_test": 300, "n_corrupted": 5, "n_bootstrap": 20}}
+    (checkout / "workflow/grids/small.yml").write_text(yaml.safe_dump({**grid, "dimensions": dimensions}))
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "SBATCH_PARTITION": "main"}
+    for name in ("LTHLIB_STORE", "LTHLIB_ZYGOTE", "LTHLIB_RUN"):
+        environment.pop(name, None)
+    run = subprocess.Popen(
+        [sys.executable, "workflow/report.py", "workflow/grids/small.yml", "--profile", "slurm"],
+        cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    begun = checkout / "_build/jobs/small/mnist5k-resnet8/dense-s0.log"
+    deadline = time.monotonic() + 120
+    while not begun.exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    running = subprocess.run(
+        ["squeue", "-h", "-o", "%A", "-t", "R"], capture_output=True, text=True
+    ).stdout.split()
+    subprocess.run(["scancel", running[0]], check=True)
+    _, err = run.communicate(timeout=600)
+    assert run.returncode == 0, err[-3000:]
+    log = (checkout / "_build/snakemake.log").read_text()
+    assert "SLURM status is: 'CANCELLED'" in log
+    assert log.count("Trying to restart job") == 1
+    assert "failed" not in err
+    rows = pd.read_csv(checkout / "book/_generated/small/rows.csv")
+    assert set(rows["method"]) == {"dense", "omp"}
+    assert (checkout / "_build/html/index.html").exists()
