@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from lthlib.errors import UserError, choose
 from lthlib.inference import inference_copy
 from lthlib.masks import Masks
 from lthlib.store import Store
-from lthlib.tickets import Ticket, Trained, obtain
+from lthlib.tickets import Ticket, Trained, new_model, obtain
 from lthlib.train import as_input
 
 BATCH = {"cpu": 125, "cuda": 1000}  # images of up to 64 pixels; on a CPU larger batches fall out of the cache
@@ -116,6 +116,30 @@ class Subject:
     def model(self) -> nn.Module:
         """Its network in evaluation mode, on the processor's device, float32."""
         return self.trained.model.to(compute.device())
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a dense parent and not a sparse network."""
+        return self.ticket.method == "dense"
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The trained dense parent's network; None for a dense one."""
+        return None if self.is_dense else obtain(self.ticket.dense, self.store).model
+
+    def sibling(self, seed: int) -> nn.Module | None:
+        """Return the network trained by the same description with another seed; None for its own seed."""
+        other = replace(self.ticket, seed=seed)
+        return None if other == self.ticket else obtain(other, self.store).model
+
+    def untrained(self) -> nn.Module:
+        """Return the dense parent before training."""
+        return new_model(self.ticket.dense, self.data)
+
+    @property
+    def family(self) -> str:
+        """A name, fit for a key of the store, that all subjects with the same `untrained` network share."""
+        return f"{self.ticket.data.replace('@', '+').lower()}-{self.ticket.arch}-s{self.ticket.seed}"
 
     @cached_property
     def fast_model(self) -> nn.Module:

@@ -8,7 +8,6 @@ estimators), `pacbayes` (noise), `landscape` (pictures and the barrier).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -48,7 +47,6 @@ from lthlib.metrics.spectrum import (
     top_eigenvalues,
 )
 from lthlib.predictions import Subject
-from lthlib.tickets import Ticket, obtain
 from lthlib.train import as_input
 
 __all__ = [
@@ -386,23 +384,23 @@ def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
 
 def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, partner: int | None) -> Found:
     """Walk from the dense network to the ticket, and from the partner's ticket to it; 0 barrier to itself."""
-    ticket, n, arrays = subject.ticket, len(batch[1]), {}
+    n, arrays = len(batch[1]), {}
     barriers = {"loss_barrier": 0.0, "error_barrier": 0.0}
-    if ticket.method != "dense":
-        line = _line(subject, ticket.dense, batch, points, statistics)
+    if not subject.is_dense:
+        line = _line(subject, subject.parent, batch, points, statistics)
         barriers = {name: getattr(line, name) for name in barriers} if line else {}
         arrays |= _of_line("dense", line)
-    if partner is not None and partner != ticket.seed:
-        arrays |= _of_line(
-            "partner", _line(subject, replace(ticket, seed=partner), batch, points, statistics)
-        )
+    sibling = None if partner is None else subject.sibling(partner)
+    if sibling is not None:
+        arrays |= _of_line("partner", _line(subject, sibling, batch, points, statistics))
     return [Value(name, value, n) for name, value in barriers.items()], arrays
 
 
-def _line(subject: Subject, start: Ticket, batch: Batch, points: int, statistics: str) -> LossPath | None:
-    """Return the line from another ticket to the subject; None where their layers differ in width."""
-    ends = [obtain(start, subject.store).model.state_dict(), subject.model.state_dict()]
-    if any(ends[0][name].shape != value.shape for name, value in ends[1].items()):
+def _line(subject: Subject, start: nn.Module, batch: Batch, points: int, statistics: str) -> LossPath | None:
+    """Return the line from another network to the subject; None where their layers differ in width."""
+    ends = [start.to(batch[0].device).state_dict(), subject.model.state_dict()]
+    first, last = ({name: value.shape for name, value in end.items()} for end in ends)
+    if first != last:
         return None
     again = batch[0] if statistics == "recompute" else None
     return interpolate(subject.model, *ends, *batch, points, statistics, again)

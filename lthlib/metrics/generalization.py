@@ -832,7 +832,7 @@ def measure(
         arrays[f"roc_{name}"] = _roc(*pair)
     names = corruption_names(extra)
     values += _under_corruption(subject, names, n_corrupted)
-    if subject.ticket.method == "dense":
+    if subject.is_dense:
         arrays["gallery"] = _gallery(subject, names, n_corrupted)
     return values + _attacks(subject, n_attack, n_pgd, sorted({*epsilons, 8.0})), arrays
 

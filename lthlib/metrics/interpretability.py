@@ -346,7 +346,7 @@ def measure(
             f"choose another segmentation: {', '.join(SEGMENTATIONS)}."
         )
     floors = {}
-    if subject.ticket.method == "dense":
+    if subject.is_dense:
         apart = differences(explained, probe.explain(subject.model, seed=1))
         floors = {f"{name}_seed_floor": apart[name].mean for name in FLOORED}
     random, random_arrays = _random_weights(subject, probe, given)
@@ -362,7 +362,7 @@ def measure(
     arrays = {"error_names": np.array(list(errors)), "errors": np.array(list(errors.values()))}
     arrays |= _portrait_arrays(dissected, probe.concepts) | random_arrays
     arrays |= _explained_arrays(probe, explained) | _unit_arrays(subject.model, probe.concepts, dissected)
-    if subject.ticket.method == "dense":
+    if subject.is_dense:
         arrays |= _gallery(probe.concepts)
     return values, arrays
 
@@ -418,16 +418,15 @@ def _random_weights(
     subject: Subject, probe: _Probe, given: Mapping[str, object]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Measure the dense network of this architecture, data set and seed before training: once for all tickets."""
-    ticket = subject.ticket
 
     def make(folder: Path) -> None:
-        numbers, arrays = _untrained(new_model(ticket.dense, subject.data), probe)
+        numbers, arrays = _untrained(subject.untrained(), probe)
         (folder / "numbers.json").write_text(json.dumps(numbers))
         np.savez_compressed(folder / "arrays.npz", **arrays)
 
     question = json.dumps([given, probe.layer, probe.precision], sort_keys=True, default=list)
     digest = hashlib.sha256(question.encode()).hexdigest()[:10]
-    key = f"random-weights/{_plain(ticket.data)}-{ticket.arch}-s{ticket.seed}-{digest}"
+    key = f"random-weights/{subject.family}-{digest}"
     version = f"{subject.data.digest}-{code_version(_untrained, new_model, sample)}"
     foreign = inputs(subject, concepts=given["concepts"])
     folder = subject.store.get(key, f"{version}-{hashlib.sha256(foreign.encode()).hexdigest()[:12]}", make)
