@@ -369,6 +369,18 @@ def test_floor_is_exceeded_by_a_detector_and_by_a_twentieth_of_units_that_know_n
     assert (floor.above == (floor.p_values <= 0.05)).all()
 
 
+def test_p_values_of_units_that_know_nothing_are_uniform():
+    """Over many sets, since the units of one share its labels."""
+    means = []
+    for seed in range(40):
+        acts = np.random.default_rng(seed).gamma(0.5, size=(16, 10, 3, 3)).astype(np.float32)
+        concepts, limits = scenes(16, n=16, seed=seed), dissection.thresholds(acts, 0.03)
+        floor = dissection.null_floor(acts, limits, concepts, shuffle="images", draws=19, seed=seed)
+        means.append(floor.p_values.mean())
+    # of 1/20, 2/20, ... 1, each as often
+    assert abs(np.mean(means) - 0.525) < 3 * np.std(means) / np.sqrt(len(means))
+
+
 @pytest.mark.parametrize("shuffle", dissection.SHUFFLES)
 def test_floor_is_seeded_and_counts_what_the_shuffled_labels_give(shuffle):
     acts, limits, concepts = random_case(3, n=8)
