@@ -264,17 +264,20 @@ def _make(
     found = _find(ticket, method, source, images)
     mask_seconds = time.perf_counter() - began
     model, state = _start(ticket, method, found, images, store)
-    dynamics = None
+    dynamics, n_keep = None, None
     if method.during is not None:
         steps = ticket.recipe.epochs * ticket.recipe.steps_per_epoch(len(images.train))
         options = {**method.options, **dict(ticket.options)}
-        dynamics = method.during(options, steps, found.masks, ticket.seed)
+        n_keep = masks.kept(sum(mask.numel() for mask in found.masks.values()), ticket.round)
+        dynamics = method.during(options, steps, n_keep, ticket.seed)
     began = time.perf_counter()
     end, history = train(
         model, images.train, ticket.recipe, seed=ticket.seed, state=state, masks=found.masks, dynamics=dynamics,
         progress=None if progress is None else lambda epoch: progress(ticket, epoch),
     )  # fmt: skip
     train_seconds = time.perf_counter() - began
+    if n_keep is not None and masks.n_kept(found.masks) != n_keep:
+        raise ValueError(f"{method.name} ended with {masks.n_kept(found.masks)} weights, not {n_keep}")
     trainings = (ticket.recipe.epochs - state.epoch) / ticket.recipe.epochs
     if source is not None:
         trainings += source.info["cost"]["trainings"]

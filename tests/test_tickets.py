@@ -1,6 +1,8 @@
 import dataclasses
+import importlib
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from lthlib import data, masks
 from lthlib.errors import UserError
 from lthlib.pruners import METHODS
-from lthlib.store import Store
+from lthlib.store import ROOT, Store
 from lthlib.tickets import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
 from lthlib.train import Recipe
 
@@ -105,6 +107,23 @@ def test_every_method_becomes_a_ticket(tiny, store, method):
     assert info["cost"]["bytes_compressed"] == pytest.approx(whole - spared, abs=2000)
     logits = found.model(torch.rand(2, 1, 28, 28))
     assert logits.isfinite().all()
+
+
+def test_the_books_example_of_a_method_prunes_while_it_trains(tiny, store, tmp_path, monkeypatch):
+    page = (ROOT / "book" / "adding.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if '"gradual"' in c)
+    (tmp_path / "gradual_example.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        example = importlib.import_module("gradual_example")
+        found = obtain(make(tiny, "gradual", 3, options=(("delta_t", 2),)), store)
+        monkeypatch.setattr(example.Gradual, "update", lambda *a: False)
+        with pytest.raises(ValueError, match="gradual ended with 76432 weights, not 31307"):
+            obtain(make(tiny, "gradual", 4), store)
+    finally:
+        METHODS.pop("gradual", None)
+    assert masks.n_kept(found.masks) == masks.kept(76_432, 3) == found.info["n_kept"]
+    assert all((w[~found.masks[n]] == 0).all() for n, w in masks.prunable(found.model).items())
 
 
 def test_the_same_description_gives_the_same_bits_in_another_store(tiny, store, tmp_path):

@@ -52,7 +52,8 @@ class Found:
     """What a method found: at most one of the three, none of them for the dense network.
 
     Attributes:
-        masks: Unstructured: one bool tensor per prunable weight, ``n_keep`` True in total.
+        masks: Unstructured: one bool tensor per prunable weight, ``n_keep`` True in total; at least as many where
+            the method's `Dynamics` removes the rest during training.
         kept_channels: Structured: sorted indices of the channels kept, by channel group.
         channels: Small dense: the widths of a fresh network, by channel group.
     """
@@ -96,8 +97,8 @@ class Method:
             ticket of the same round it takes.
         start: Where the ticket's training starts: "init", "rewind" (the shared rewind point of the dense run)
             or "reinit" (initial weights of another seed).
-        during: Makes the `Dynamics` from options, number of steps, masks and seed; None where masks stand
-            still.
+        during: Makes the `Dynamics` from options, number of steps, number of weights to keep at the end, and seed;
+            None where masks stand still.
         options: Name -> default.
         source_recipe: Names of options that are settings of the recipe by which the dense source is trained.
         reference: BibTeX key.
@@ -110,7 +111,7 @@ class Method:
     find: Callable[[Moment], Found]
     source: str
     start: str
-    during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None
+    during: Callable[[Mapping[str, object], int, int, int], Dynamics] | None
     options: Mapping[str, object]
     source_recipe: tuple[str, ...]
     reference: str
@@ -129,7 +130,7 @@ def method(
     start: str,
     reference: str,
     family: str,
-    during: Callable[[Mapping[str, object], int, Masks, int], Dynamics] | None = None,
+    during: Callable[[Mapping[str, object], int, int, int], Dynamics] | None = None,
     options: Mapping[str, object] | None = None,
     source_recipe: tuple[str, ...] = (),
     paper: bool = False,
@@ -173,7 +174,8 @@ def find(name: str, moment: Moment) -> Found:
     if found.masks is not None:
         if {layer: mask.shape for layer, mask in found.masks.items()} != shapes:
             raise ValueError(f"{name} found masks that do not fit its network")
-        if masking.n_kept(found.masks) != moment.n_keep:
+        missing = moment.n_keep - masking.n_kept(found.masks)
+        if missing > 0 or (missing and entry.during is None):
             raise ValueError(f"{name} kept {masking.n_kept(found.masks)} weights, not {moment.n_keep}")
     return found
 

@@ -53,7 +53,7 @@ def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-def dynamics(options: Mapping[str, object], total_steps: int, masks: Masks, seed: int) -> Evolution:
+def dynamics(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> Evolution:
     """Make the dynamics of one training of ``total_steps``."""
     if not 0 < options["fraction"] <= 1 or not 0 < options["end_fraction"] <= 1 or options["delta_t"] < 1:
         raise UserError(

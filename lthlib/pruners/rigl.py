@@ -103,7 +103,7 @@ class RigL:
         return self.skip_step
 
 
-def dynamics(options: Mapping[str, object], total_steps: int, masks: Masks, seed: int) -> RigL:
+def dynamics(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> RigL:
     """Make the dynamics of one training of ``total_steps``; nothing in it is random."""
     end = max(1, int(options["end_fraction"] * total_steps))
     if not 0 < options["alpha"] <= 1 or not 0 < options["end_fraction"] <= 1 or options["delta_t"] < 1:
