@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -117,3 +118,13 @@ def test_what_is_recorded_covers_the_papers_grid():
     for name in ("paper", "paper-imagenet"):
         grid = read_grid(ROOT / f"workflow/grids/{name}.yml", recorded=True)
         assert all(line["hours"] > 0 for line in estimate.table(grid, recorded["macs_per_second"]))
+
+
+def test_the_chapters_table_adds_up_and_says_where_no_throughput_is_recorded(monkeypatch, tmp_path):
+    text = estimate.chapter_table()
+    hours = [float(cell.replace(",", "")) for cell in re.findall(r"\| ([\d,]+) \|$", text, flags=re.M)]
+    total = float(re.search(r"\*\*([\d,]+)\*\*", text)[1].replace(",", ""))
+    assert len(hours) == 9
+    assert sum(hours) == pytest.approx(total, rel=0.05)
+    monkeypatch.setattr(estimate, "THROUGHPUT", tmp_path / "none.json")
+    assert "No throughput is recorded" in estimate.chapter_table()
