@@ -142,10 +142,18 @@ def test_networks_that_cannot_be_pruned_are_refused(name):
         find(name, given)
 
 
-@pytest.mark.parametrize("name", ["omp", "lth", "snip", "grasp", "synflow", "filter-l1", "slimming"])
-def test_weights_that_are_not_finite_are_refused(name):
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_their_layer(name, value):
+    given = moment(name, model=used(network()))
+    given.model.layer2[0].conv1.weight.data[0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"layer 'layer2\.0\.conv1\.weight' are not finite.*again"):
+        find(name, given)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "slimming"])
+def test_scores_that_are_not_finite_are_refused(name):
     model = used(network())
-    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = math.nan
     model.layer2[0].bn1.weight.data[0] = math.nan
     with pytest.raises(UserError, match="finite"):
         find(name, moment(name, model=model))

@@ -8,11 +8,13 @@ method may look at is a `Moment`, what it answers is `Found`, what it does while
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -169,7 +171,14 @@ def find(name: str, moment: Moment) -> Found:
     masking.check_fits(moment.model, moment.masks)
     if moment.n_keep < 1:
         raise UserError(f"Round {moment.round} leaves no weight to {entry.title}: choose a lower sparsity.")
-    shapes = {layer: weight.shape for layer, weight in masking.prunable(moment.model).items()}
+    weights = masking.prunable(moment.model)
+    for layer, weight in weights.items():
+        if not all(map(math.isfinite, torch.aminmax(weight.detach()))):
+            raise UserError(
+                f"Weights of layer {layer!r} are not finite, so {entry.title} cannot rank them: train the network "
+                "again, at a lower learning rate if its loss diverged."
+            )
+    shapes = {layer: weight.shape for layer, weight in weights.items()}
     found = entry.find(moment)
     if found.masks is not None:
         if {layer: mask.shape for layer, mask in found.masks.items()} != shapes:
