@@ -288,7 +288,7 @@ def chapter_table() -> str:
             total += line["hours"]
             lines.append(
                 f"| {line['study']} | {line['networks']} | {line['images'] / 1e9:.1f} billion | "
-                f"{line['macs'] / 1e18:.2g} x 10^18 | {_rounded(line['hours'])} |"
+                f"${line['macs'] / 1e18:.2g} \\cdot 10^{{18}}$ | {_rounded(line['hours'])} |"
             )
     made = known["provenance"]
     where = ", ".join(
