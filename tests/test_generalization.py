@@ -237,6 +237,7 @@ def test_images_foreign_to_some_classes_are_scored_among_these(monkeypatch):
     class Given:
         data = SimpleNamespace(classes=("n01", "n02", "n03", "n04"), size=32)
         ticket = SimpleNamespace(data="imagenet", method="lth")
+        is_dense = False
 
         def labels(self, name, n):
             return torch.from_numpy(labels)
