@@ -5,6 +5,7 @@ python -m lthlib rows GRID FILE                               write the tidy tab
 python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
 python -m lthlib record GRID                                  put its results into book/results
 python -m lthlib estimate GRID                                say what training it costs, before it is run
+python -m lthlib check GRID DENSE PRUNED ...                  compare networks of your own with their dense parent
 """
 
 from __future__ import annotations
@@ -45,19 +46,26 @@ def main(arguments: list[str] | None = None) -> int:
         help="multiply-accumulates a second (default: measured here, on one core or GPU)",
     )
     cost.add_argument("--record", action="store_true", help="put what is measured into book/results")
+    check = commands.add_parser("check", help="compare pruned networks of your own with their dense parent")
+    check.add_argument("grid")
+    check.add_argument(
+        "dense", type=Path, help="its weights: a state dict, *.safetensors or as torch.save writes it"
+    )
+    check.add_argument("pruned", type=Path, nargs="+")
+    check.add_argument("--network", help="package.module:function that makes them (default: the grid's arch)")
+    check.add_argument("--rows", type=Path, help="where to write the tidy table of all numbers")
     options = vars(parser.parse_args(arguments))
     lifeline.watch()
     if options["command"] == "tickets":
         gpus.claim()
-    from lthlib import estimate, report  # late: they import torch, and --help should not
+    from lthlib import estimate, own, report  # late: they import torch, and --help should not
 
     command = options.pop("command")
     try:
-        getattr(estimate if command == "estimate" else report, command)(**options)
+        return getattr({"estimate": estimate, "check": own}.get(command, report), command)(**options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
