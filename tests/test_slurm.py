@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+import yte
 from test_report import GRID, copy_of_the_checkout
 
 ROOT = Path(__file__).parents[1]
@@ -82,3 +83,34 @@ def test_a_grid_completes_though_a_job_is_cancelled(slurm, tmp_path):
     rows = pd.read_csv(checkout / "book/_generated/small/rows.csv")
     assert set(rows["method"]) == {"dense", "omp"}
     assert (checkout / "_build/html/index.html").exists()
+
+
+def settings(monkeypatch, **environment):
+    for name in (
+        "SBATCH_PARTITION",
+        "LTHLIB_MINUTES",
+        "LTHLIB_MB",
+        "LTHLIB_THREADS",
+        "LTHLIB_GPU",
+        "LTHLIB_JOBS",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return yte.process_yaml((ROOT / "workflow/profiles/slurm/config.yaml").read_text(), require_use_yte=True)
+
+
+def test_the_clusters_settings_come_from_the_environment(monkeypatch):
+    usual = settings(monkeypatch)
+    assert usual["default-resources"] == {"mem_mb": "3000 * attempt", "runtime": "240 * attempt"}
+    assert "set-resources" not in usual
+    given = settings(
+        monkeypatch, SBATCH_PARTITION="long", LTHLIB_MINUTES="600", LTHLIB_MB="8000", LTHLIB_THREADS="4", LTHLIB_GPU="1",
+        LTHLIB_JOBS="9",
+    )  # fmt: skip
+    assert given["default-resources"] == {
+        "slurm_partition": "long", "mem_mb": "8000 * attempt", "runtime": "600 * attempt"
+    }  # fmt: skip
+    assert given["set-threads"] == {"tickets": 4, "chains": 4}
+    assert given["set-resources"] == {"tickets": {"gpu": 1}, "chains": {"gpu": 1}}
+    assert given["jobs"] == "9"

@@ -32,6 +32,7 @@ from lthlib.zygote import TemporaryFolder, zygote
 SLURM_RUN = re.compile(r"^SLURM run ID: (\S+)", re.MULTILINE)
 LOG = ROOT / "_build" / "snakemake.log"
 UNFINISHED_LOG = Path("_build/unfinished-book.log")
+CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS")
 SECONDS = 2.0  # between looks at the logs of running jobs
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 GENERATED = Path("book/_generated")
@@ -55,6 +56,9 @@ def main() -> int:
         choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
             raise UserError(f"cores is {options.cores!r}; it must be a whole number from 1 on, or all.")
+        for name in CLUSTER_NUMBERS:
+            if not os.environ.get(name, "0").isdigit():
+                raise UserError(f"{name} is {os.environ[name]!r}; it must be a whole number.")
         # On a cluster each job is a process of its own, not a child of this one.
         with (
             only_run() as lock,
