@@ -5,6 +5,7 @@
 # make status [GRID=...]               in another terminal: how far a run is, and how long it still takes
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
+# make torture                         kill a tiny grid again and again, and compare what it ends with
 # make lock                            resolve the dependencies anew
 
 GRID    ?= workflow/grids/quick.yml
@@ -14,7 +15,7 @@ CORES   ?= all
 ENV     := .venv
 RUN     := $(ENV)/bin/python
 
-.PHONY: report status test record lock clean
+.PHONY: torture report status test record lock clean
 .DEFAULT_GOAL := report
 
 report: $(ENV)/ready
@@ -34,6 +35,9 @@ test: $(ENV)/ready
 $(ENV)/ready: requirements.lock workflow/bootstrap.py workflow/uv.lock.txt
 	@$(PYTHON) workflow/bootstrap.py $(ENV)
 	@touch $@
+
+torture: $(ENV)/ready
+	@$(RUN) workflow/torture.py $(OPTIONS)
 
 lock: $(ENV)/ready
 	uv pip compile pyproject.toml --group test --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lthlib import compute
 from lthlib.code_version import code_version
-from lthlib.errors import Registry, UserError, choose
+from lthlib.errors import Registry, UserError, choose, shown
 from lthlib.metrics import METRICS, Value
 from lthlib.predictions import Subject
 from lthlib.store import MANIFEST, ROOT, Store, check_files, sha256, unseal, write_atomically
@@ -71,15 +71,25 @@ class Dimension:
         defaults = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
         for name, value in (given or {}).items():
             choose(name, defaults, f"parameter of {self.name}")
-            kinds = {tuple: (tuple, list), float: (float, int)}.get(
-                type(defaults[name]), type(defaults[name])
-            )
-            if defaults[name] is not None and not isinstance(value, kinds):
+            if not _is_like(value, defaults[name]):
                 raise UserError(
-                    f"Parameter {name} of {self.name} is {value!r}; it must be like its default {defaults[name]!r}."
+                    f"Parameter {name} of {self.name} is {shown(value)}; it must be like its default "
+                    f"{defaults[name]!r}, and no number below 0."
                 )
         given = {name: tuple(v) if isinstance(v, list) else v for name, v in (given or {}).items()}
         return {**defaults, **given}
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Say whether a value can stand in a default's place; none is below 0."""
+    if default is None:
+        return True
+    if isinstance(default, tuple):
+        kind = default[0] if default else None
+        return isinstance(value, tuple | list) and all(_is_like(entry, kind) for entry in value)
+    if type(value) not in ((float, int) if type(default) is float else (type(default),)):
+        return False
+    return isinstance(value, str) or value >= 0
 
 
 DIMENSIONS: Registry[Dimension] = Registry("dimension")

@@ -44,7 +44,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from lthlib import lifeline, zygote
-from lthlib.errors import UserError, choose
+from lthlib.errors import UserError, check_plain, choose, shown
 from lthlib.store import say, write_atomically
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -127,20 +127,18 @@ def check(parameters: Mapping[str, Any], declared: Mapping[str, Parameter]) -> N
         parameter = declared[name]
         if value is None and parameter.optional:
             continue
-        if not _plain(value) or not _fits(value, parameter.default):
+        why = ""
+        try:
+            check_plain(
+                value, name
+            )  # JSON can hold it: what is injected into the notebook is the value itself
+        except UserError as error:
+            why = f" {error}"
+        if why or not _fits(value, parameter.default):
             raise UserError(
                 f"The parameter {name!r} takes {_kind(parameter)} (default {parameter.default!r}), "
-                f"not {value!r}."
+                f"not {shown(value)}.{why}"
             )
-
-
-def _plain(value: Any) -> bool:
-    """Say whether JSON can hold the value: what is injected into the notebook is then the value itself."""
-    if type(value) in (list, tuple):
-        return all(map(_plain, value))
-    if type(value) is dict:
-        return all(type(key) is str and _plain(entry) for key, entry in value.items())
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lthlib import compute, data
-from lthlib.errors import UserError, choose
+from lthlib.errors import UserError, check_plain, choose, shown
 from lthlib.evaluate import DIMENSIONS
 from lthlib.study import Study, study_from
 from lthlib.verdict import Thresholds
@@ -24,6 +24,22 @@ STUDY_KEYS = (
 )  # fmt: skip
 KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds", "method_pages")
 ON_METHODS = "methods"  # the topic of the pages on the tickets themselves
+
+
+LARGEST = 100_000  # bytes of a grid file
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values; a key that stands twice is an error, where YAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -76,11 +92,19 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
             f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it."
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"The grid file {path} is larger than {LARGEST} bytes.")
+        content = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
         known = sorted(str(p) for p in Path("workflow/grids").glob("*.yml"))
         raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise UserError(f"The grid file {path} cannot be read: it is nested too deep.") from None
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: not UTF-8, a date or number that cannot be
         raise UserError(f"The grid file {path} cannot be read: {error}") from error
     try:
         grid = grid_from(path.stem, content)
@@ -94,9 +118,8 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
 def grid_from(name: str, content: object) -> Grid:
     """Build a grid from the content of its file; see `read_grid`."""
     if not isinstance(content, dict):
-        raise UserError(
-            f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {type(content).__name__}."
-        )
+        raise UserError(f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {shown(content)}.")
+    check_plain(content, "the grid")
     for key in content:
         choose(key, KEYS, "grid key")
     for key in (
@@ -117,7 +140,8 @@ def grid_from(name: str, content: object) -> Grid:
         for arch in _names(content["arch"], "arch")
     )
     if len({study_name(study) for study in studies}) < len(studies):
-        raise UserError("data or arch names one of them twice.")
+        twice = f"data is {shown(content['data'])} and arch is {shown(content['arch'])}"
+        raise UserError(f"{twice}; neither must name one of them twice.")
     precision = content.get("precision", "auto")
     choose(precision, compute.PRECISIONS, "precision")
     dimensions = _dimensions(content["dimensions"])
@@ -132,7 +156,7 @@ def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str,
     if value is None:
         return topics
     if not isinstance(value, list):
-        raise UserError(f"method_pages is {value!r}; it must be a list of some of {', '.join(topics)}.")
+        raise UserError(f"method_pages is {shown(value)}; it must be a list of some of {', '.join(topics)}.")
     for name in value:
         choose(name, topics, "topic under method_pages")
     return tuple(value)
@@ -141,28 +165,28 @@ def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str,
 def _names(value: object, key: str) -> list[str]:
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{key} is {value!r}; it must be a name or a list of names.")
+        raise UserError(f"{key} is {shown(value)}; it must be a name or a list of names.")
     return names
 
 
 def _title(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or "\n" in value:
-        raise UserError(f"title is {value!r}; it must be one line of text.")
+        raise UserError(f"title is {shown(value)}; it must be one line of text.")
     return value
 
 
 def _dimensions(value: object) -> dict[str, dict[str, object]]:
-    if isinstance(value, list):
-        value = dict.fromkeys(map(str, value))
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = dict.fromkeys(value) or value
     if not isinstance(value, dict) or not value:
         raise UserError(
-            f"dimensions is {value!r}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
+            f"dimensions is {shown(value)}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
         )
     for name, parameters in value.items():
         choose(name, DIMENSIONS, "dimension")
         if parameters is not None and not isinstance(parameters, dict):
             raise UserError(
-                f"dimensions: {name} is {parameters!r}; it must be a mapping of parameters, or empty."
+                f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty."
             )
         DIMENSIONS[name].parameters(parameters)
     return {name: dict(parameters or {}) for name, parameters in value.items()}
@@ -170,7 +194,9 @@ def _dimensions(value: object) -> dict[str, dict[str, object]]:
 
 def _thresholds(value: object) -> dict[str, float]:
     if not isinstance(value, dict):
-        raise UserError(f"thresholds is {value!r}; it must be a mapping.")
+        raise UserError(
+            f"thresholds is {shown(value)}; it must be a mapping of {', '.join(vars(Thresholds()))}."
+        )
     for name in value:
         choose(name, list(vars(Thresholds())), "threshold")
     Thresholds(**value)

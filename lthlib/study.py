@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from lthlib.errors import UserError, choose
+from lthlib.errors import UserError, check_plain, choose, shown
 from lthlib.masks import rounds_of
 from lthlib.models import ARCHITECTURES
 from lthlib.pruners import METHODS
 from lthlib.tickets import Ticket
 from lthlib.train import Recipe, recipe_from
+
+LAST_ROUND = 100  # leaves one weight of five thousand million
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def study_from(settings: Mapping[str, object]) -> Study:
     Raises:
         UserError: Naming the key, the value and what is allowed.
     """
+    check_plain(settings, "the study")
     given = dict(settings)
     for alias, name in (("method", "methods"), ("sparsities", "rounds")):
         if alias in given and name in given:
@@ -73,28 +76,32 @@ def study_from(settings: Mapping[str, object]) -> Study:
     if "sparsities" in given:
         values = given.pop("sparsities")
         _check_list(values, (int, float), "sparsities", "fractions in [0, 1), for instance [0.2, 0.67, 0.89]")
-        given["rounds"] = rounds_of(values)
+        given["rounds"] = found = rounds_of(values)
+        if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= LAST_ROUND:
+            raise UserError(
+                f"sparsities is {shown(values)}; it must be a list of fractions from 0.2 on, ascending, none twice."
+            )
     study = {
         **given,
         "methods": _methods(methods),
         "recipe": recipe_from(given.get("recipe") or {}),
     }
-    for key, low in (("rounds", 1), ("seeds", 0)):
+    for key, low, high in (("rounds", 1, LAST_ROUND), ("seeds", 0, 2**31 - 1)):
         if key in study:
-            what = f"whole numbers from {low} on, ascending, none twice"
+            what = f"whole numbers from {low} on, at most {high}, ascending, none twice"
             _check_list(study[key], int, key, what)
-            if list(study[key]) != sorted(set(study[key])) or study[key][0] < low:
-                raise UserError(f"{key} is {list(study[key])}; it must be a list of {what}.")
+            if list(study[key]) != sorted(set(study[key])) or study[key][0] < low or study[key][-1] > high:
+                raise UserError(f"{key} is {shown(study[key])}; it must be a list of {what}.")
             study[key] = tuple(study[key])
     for key in ("data", "arch"):
         if key in study and not isinstance(study[key], str):
-            raise UserError(f"{key} is {study[key]!r}; it must be a name.")
+            raise UserError(f"{key} is {shown(study[key])}; it must be a name.")
     size = study.get("train_size")
     if size is not None and (type(size) is not int or size < 1):
         raise UserError(f"train_size is {size!r}; it must be a whole number of images, or null for all.")
     options = study.get("options") or {}
     if not isinstance(options, Mapping) or not all(isinstance(v, Mapping) for v in options.values()):
-        raise UserError(f"options is {options!r}; it must map methods to mappings of their options.")
+        raise UserError(f"options is {shown(options)}; it must map methods to mappings of their options.")
     for method in options:
         choose(method, METHODS, "method under options")
     made = Study(**{**study, "options": {m: dict(o) for m, o in options.items()}})
@@ -120,4 +127,4 @@ def _check_list(values: object, kinds: type | tuple[type, ...], key: str, what: 
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     good = isinstance(values, list | tuple) and len(values) > 0 and all(type(v) in kinds for v in values)
     if not good:
-        raise UserError(f"{key} is {values!r}; it must be a list of {what}.")
+        raise UserError(f"{key} is {shown(values)}; it must be a list of {what}.")

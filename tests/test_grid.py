@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -6,11 +7,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lthlib.errors import UserError
+from lthlib.errors import UserError, shown
+from lthlib.evaluate import DIMENSIONS
 from lthlib.grid import KEYS, grid_from, read_grid
 from lthlib.pruners import METHODS
 from lthlib.report import _contents, jobs, needs, pages
 from lthlib.study import study_from
+from lthlib.train import Recipe
+from lthlib.verdict import Thresholds
 
 GOOD = {"data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1, 2], "seeds": [0],
         "dimensions": {"calibration": {}}}  # fmt: skip
@@ -115,18 +119,6 @@ def test_jobs_wait_for_what_they_build_on():
     assert found == {"dense": set(), "lth": {"dense"}, "snip": {"dense"}, "lth-shuffled": {"dense", "lth"}}
 
 
-def test_jobs_wait_for_the_seed_to_which_a_line_is_drawn():
-    plan = {**GOOD, "methods": ["snip"], "seeds": [0, 1], "dimensions": {"flatness": {"partner": 0}}}
-    grid = grid_from("test", plan)
-    found = {(job.method, job.seed): {(n.method, n.seed) for n in needs(grid, job)} for job in jobs(grid)}
-    assert found == {
-        ("dense", 0): set(),
-        ("dense", 1): {("dense", 0)},
-        ("snip", 0): {("dense", 0)},
-        ("snip", 1): {("dense", 1), ("snip", 0)},
-    }
-
-
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00", "!!python/object:os.system {}"])
 def test_a_file_that_is_no_grid_is_said(tmp_path, content):
     path = tmp_path / "grid.yml"
@@ -142,22 +134,132 @@ def test_a_grid_file_must_have_a_name_that_can_name_pages(tmp_path):
         read_grid(path)
 
 
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.integers(10**20, 10**5000) | st.floats() | st.text(max_size=8)
+    | st.text(min_size=600, max_size=700) | st.dates() | st.datetimes() | st.binary(max_size=8)
+    | st.sampled_from(["lth", "mnist5k", "../x", "/etc", "~", "all", 1, 2, 0.2, "calibration", "epochs", "lr"])
+)  # fmt: skip
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=8) | st.sampled_from(["epochs", "lth", "calibration", "n_test", "k"]) | SCALARS,
+                      inner, max_size=3)
+    | st.frozensets(st.integers(), max_size=2),
     max_leaves=6,
+)  # fmt: skip
+ALLOWED = (
+    "must",
+    "Allowed: ",
+    "allowed are",
+    "use letters",
+    "twice",
+    "sparsity is the fraction",
+    "not both",
+    "has ",
+    "mapping of",
 )
 
 
-@settings(max_examples=1000, deadline=None)
+def parts_of(value):
+    """The value and everything in it, keys included."""
+    yield value
+    for inner in (
+        [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        yield from parts_of(inner)
+
+
+def check_message(error, key, value):
+    """It names the key (perhaps in the singular), the value or the part at fault, and what is allowed; it is short."""
+    message = str(error)
+    assert key.rstrip("s")[:7] in message.lower(), message
+    assert any(shown(part) in message or repr_of(part) in message for part in parts_of(value)), message
+    assert any(word in message for word in ALLOWED), message
+    assert len(message) < 3000
+
+
+def repr_of(value):
+    try:
+        return str(value) if isinstance(value, str | int | float) else repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return shown(value)
+
+
+@settings(max_examples=1500, deadline=None)
 @given(st.sampled_from(KEYS), JUNK)
-def test_no_value_of_a_key_can_do_worse_than_a_clear_error(key, value):
-    with contextlib.suppress(UserError):  # any other exception fails the test
-        grid_from("test", {**GOOD, key: value})
+def test_any_bad_value_of_a_key_is_answered_with_key_value_and_what_is_allowed(key, value):
+    content = {**GOOD, key: value}
+    if key == "sparsities":
+        del content["rounds"]
+    try:
+        grid_from("test", content)
+    except UserError as error:  # any other exception fails the test
+        check_message(error, key, value)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(["recipe", "dimensions", "thresholds", "options"]), st.data())
+def test_any_bad_value_below_a_key_is_answered_likewise(key, data):
+    outer = {"recipe": vars(Recipe()), "thresholds": vars(Thresholds()), "options": METHODS["rigl"].options,
+             "dimensions": DIMENSIONS["calibration"].parameters()}[key]  # fmt: skip
+    name, value = data.draw(st.sampled_from(sorted(outer))), data.draw(JUNK)
+    inner = {"options": {"rigl": {name: value}}, "dimensions": {"calibration": {name: value}}}
+    try:
+        grid_from("test", {**GOOD, key: inner.get(key, {name: value})})
+    except UserError as error:
+        check_message(error, name, value)
 
 
 @settings(max_examples=300, deadline=None)
 @given(JUNK)
 def test_no_content_can_do_worse_than_a_clear_error(content):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as error:
         grid_from("test", content)
+    assert len(str(error.value)) < 3000
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=6), st.data())
+def test_no_file_can_do_worse_than_a_clear_error(tmp_path_factory, noise, data):
+    text = yaml.safe_dump(GOOD).encode()
+    place = data.draw(st.integers(0, len(text)))
+    path = tmp_path_factory.getbasetemp() / "noisy.yml"
+    path.write_bytes(text[:place] + noise + text[place + data.draw(st.integers(0, 4)) :])
+    with contextlib.suppress(UserError):
+        read_grid(path)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "at most 2000 values"),
+        ("seeds: &s [*s]", "deep"),
+        ("seeds: " + "[" * 5000, "deep"),
+        ("seeds: " + "[" * 20 + "]" * 20, "deep"),
+        ("seeds: [" + "9" * 5000 + "]", "cannot be read"),
+        ("seeds: [" + "9" * 30 + "]", "2\\^63"),
+        ("rewind_epoch: 2001-02-31", "cannot be read"),
+        ("rewind_epoch: 2001-02-03", "in quotes it is text"),
+        ("title: !!binary aGVsbG8=", "in quotes it is text"),
+        ("recipe: {lr: .nan}", "finite"),
+        ("seeds: [0]\nseeds: [1]", "'seeds' stands twice"),
+        ("? [1, 2]\n: 3", "cannot be read"),
+        ("1: 2", "keys must be text"),
+        ("rounds: [1, 101]", "at most 100"),
+        ("seeds: [4294967296]", "at most 2147483647"),
+        ("title: " + "x" * 200_000, "larger than"),
+    ],
+)  # fmt: skip
+def test_no_trick_of_yaml_gets_through(tmp_path, text, words):
+    keys = {line.split(":")[0] for line in text.splitlines()}
+    rest = yaml.safe_dump({key: value for key, value in GOOD.items() if key not in keys})
+    path = tmp_path / "grid.yml"
+    path.write_text(f"{rest}\n{text}\n")
+    with pytest.raises(UserError, match=words) as error:
+        read_grid(path)
+    assert len(str(error.value)) < 3000
