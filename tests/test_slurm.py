@@ -114,3 +114,19 @@ def test_the_clusters_settings_come_from_the_environment(monkeypatch):
     assert given["set-threads"] == {"tickets": 4, "chains": 4}
     assert given["set-resources"] == {"tickets": {"gpu": 1}, "chains": {"gpu": 1}}
     assert given["jobs"] == "9"
+
+
+def test_what_a_killed_run_left_in_the_queue_is_cancelled_and_nothing_else(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "workflow"))
+    from report import cancel_leftovers
+
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cancel_leftovers(tmp_path / "none.log")
+    (tmp_path / "local.log").write_text("Building DAG of jobs...\n")
+    cancel_leftovers(tmp_path / "local.log")
+    assert not (tmp_path / "called").exists()
+    (tmp_path / "slurm.log").write_text("Building DAG of jobs...\nSLURM run ID: 2859d042-aa\nSelect jobs\n")
+    cancel_leftovers(tmp_path / "slurm.log")
+    assert (tmp_path / "called").read_text() == "--quiet --me --name 2859d042-aa\n"
