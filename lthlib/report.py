@@ -25,6 +25,7 @@ from lthlib.evaluate import (
     DIMENSIONS,
     LATENCY,
     Archive,
+    Evaluation,
     collect,
     evaluate,
     question,
@@ -306,28 +307,56 @@ def table(
         from_record: Read recorded results instead.
         without: Jobs that are left out.
     """
+    every = evaluations(grid, store, from_record=from_record, without=without)
+    return pd.concat([rows_of(found, dimension) for dimension, found in every], ignore_index=True)
+
+
+def evaluations(
+    grid: Grid, store: Store, *, from_record: bool = False, without: Iterable[Job] = ()
+) -> Iterator[tuple[str, list[Evaluation]]]:
+    """Yield each dimension with its evaluations, study by study; the arguments are those of `table`."""
     left_out = {(job.study, job.method, job.seed) for job in without}
     archive = Archive.read(ROOT / RESULTS) if from_record else {}
-    parts = []
     for study in grid.studies:
         for dimension, parameters in grid.dimensions.items():
             name = question(dimension, DIMENSIONS[dimension].parameters(parameters), grid.precision)
-            found = [
-                archive[t.id, name].evaluation(t)
-                if from_record
-                else evaluate(t, dimension, store, parameters, grid.precision)
-                for t in study.tickets()
-                if (study_name(study), t.method, t.seed) not in left_out
-            ]
-            parts.append(rows_of(found, dimension))
-    return pd.concat(parts, ignore_index=True)
+            yield (
+                dimension,
+                [
+                    archive[t.id, name].evaluation(t)
+                    if from_record
+                    else evaluate(t, dimension, store, parameters, grid.precision)
+                    for t in study.tickets()
+                    if (study_name(study), t.method, t.seed) not in left_out
+                ],
+            )
 
 
 def rows(grid: str, file: Path) -> None:
-    """Write the tidy table of a finished grid, and beside it ``costs.csv``."""
+    """Write the tidy table of a finished grid, and beside it ``costs.csv`` and ``provenance.csv``."""
     plan, store = read_grid(grid), Store()
-    write_atomically(file.with_name("costs.csv"), costs(plan, store).to_csv(index=False))
-    write_atomically(file, table(plan, store)[list(COLUMNS)].to_csv(index=False))
+    every = list(evaluations(plan, store))
+    tables = {
+        "costs.csv": costs(plan, store),
+        "provenance.csv": provenance(every),
+        file.name: pd.concat([rows_of(found, dimension) for dimension, found in every])[list(COLUMNS)],
+    }
+    for name, found in tables.items():
+        write_atomically(file.with_name(name), found.to_csv(index=False))
+
+
+def provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
+    """Return commit, versions, machine, precision and time behind the rows: a line a ticket and dimension.
+
+    What the ticket was trained with has ``trained_`` in front.
+    """
+    lines = []
+    for dimension, found in every:
+        for e in found:
+            trained = {f"trained_{name}": value for name, value in e.info["provenance"].items()}
+            measured = {n: v for n, v in e.provenance.items() if n not in ("parameters", "n_classes")}
+            lines.append({"ticket": e.ticket.id, "dimension": dimension, **measured, **trained})
+    return pd.DataFrame(lines)
 
 
 def costs(grid: Grid, store: Store) -> pd.DataFrame:

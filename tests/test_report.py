@@ -103,6 +103,15 @@ def test_costs_stand_beside_the_rows(checkout, rows):
     assert first["lth"] > first["snip"] == 1
 
 
+def test_every_row_can_be_traced(checkout, rows):
+    made = pd.read_csv(checkout / "book/_generated/tiny/provenance.csv").set_index(["ticket", "dimension"])
+    assert made.index.is_unique
+    assert set(made.index) == set(rows[["ticket", "dimension"]].itertuples(index=False, name=None))
+    for name in ("commit", "python", "torch", "numpy", "processor", "device", "precision", "threads", "time"):
+        assert made[[name, f"trained_{name}"]].notna().all(axis=None)
+    assert (made["trained_time"] <= made["time"]).all()
+
+
 def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(checkout, rows):
     store = checkout / "store"
     for ticket, part in list(rows.groupby("ticket"))[:4]:
