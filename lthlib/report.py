@@ -577,9 +577,11 @@ def _filled(chapters: list[dict], plans: list[PagePlan]) -> Iterator[dict]:
             yield chapter
             continue
         mine = [plan for plan in plans if plan.topic == chapter["generated"]]
-        for first in (plan for plan in mine if plan.method == COMPARISON):
+        firsts = [plan for plan in mine if plan.method == COMPARISON]
+        for first in firsts:
+            alike = sum(plan.label == first.label for plan in firsts) > 1
             sections = [p for p in mine if (p.grid, p.study) == (first.grid, first.study) and p is not first]
-            entry = _entry(first, f"All methods: {first.label}")
+            entry = _entry(first, f"All methods: {first.label}" + f" ({first.grid})" * alike)
             if sections:
                 entry["sections"] = [_entry(p, METHODS[p.method].title) for p in sections]
             yield entry

@@ -99,6 +99,20 @@ def test_a_grid_without_some_dimension_has_no_empty_part_in_its_contents():
     assert "Generalization" not in parts
 
 
+def test_comparisons_that_would_be_called_alike_name_their_grid():
+    template = Path(__file__).parents[1] / "book/contents.yml"
+    other = {**GOOD, "arch": ["resnet8", "resnet20s"]}
+    plans = [
+        page for name, content in (("a", GOOD), ("b", other)) for page in pages(grid_from(name, content))
+    ]
+    parts = {
+        part["caption"]: part["chapters"] for part in yaml.safe_load(_contents(plans, template))["parts"]
+    }
+    first, second, third = (chapter["title"] for chapter in parts["Calibration"])
+    assert first.removesuffix(" (a)") == second.removesuffix(" (b)") != first
+    assert "(b)" not in third
+
+
 def test_sparsities_name_rounds():
     study = study_from({"method": "lth", "sparsities": [0.2, 0.67, 0.893]})
     assert study.rounds == (1, 5, 10)
