@@ -19,6 +19,8 @@ from pathlib import Path
 
 Symbol = tuple[str, str]  # module, name defined at its top level
 _PACKAGE = "lthlib"
+_KEEPERS = frozenset(f"{_PACKAGE}.{name}" for name in ("store", "errors", "code_version", "lifeline"))
+"""Modules that keep results and word errors: no number depends on them, so a change there makes nothing again."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,23 @@ def code_version(*functions: Callable) -> str:
 
 @functools.cache
 def _hash(roots: frozenset[Symbol]) -> str:
+    text = "\n".join(f"{m}.{name}\n{_module(m).source[name]}" for m, name in sorted(_reached(roots)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _reached(roots: frozenset[Symbol]) -> set[Symbol]:
+    """Return what some definitions use, and what that uses, as far as it bears on numbers."""
     seen: set[Symbol] = set()
     waiting = list(roots)
     while waiting:
         symbol = waiting.pop()
-        if symbol in seen:
+        if symbol in seen or symbol[0] in _KEEPERS:
             continue
         module = _module(symbol[0])
         if symbol[1] in module.source:
             seen.add(symbol)
             waiting += module.uses[symbol[1]]
-    text = "\n".join(f"{m}.{name}\n{_module(m).source[name]}" for m, name in sorted(seen))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return seen
 
 
 @functools.cache

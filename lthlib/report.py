@@ -113,12 +113,17 @@ def done_file(grid: Grid, job: Job) -> Path:
     return ROOT / "_build" / "jobs" / grid.name / f"{job.name}.json"
 
 
+def rows_file(grid: Grid) -> Path:
+    """Return the tidy table of a finished grid."""
+    return ROOT / "book" / "_generated" / grid.name / "rows.csv"
+
+
 def verify(grid: Grid, store: Store) -> None:
     """Check what a grid's rows and pages stand on, for the workflow sees only whether files are newer than others.
 
     Damaged results are set aside, and the jobs that made them lose the file that says they are done: they run again,
-    and whatever is made of them. What the store holds beside them of these tickets and data sets is checked, too, and
-    made again when something needs it.
+    and whatever is made of them. So do those whose logits are damaged. What else the store holds of these tickets and
+    data sets is checked, too, and made again when something needs it.
 
     Raises:
         UserError: Where recorded results are damaged: these cannot be made again.
@@ -130,9 +135,15 @@ def verify(grid: Grid, store: Store) -> None:
     needed = {job: _artifacts(grid, job) for job in jobs(grid) if done_file(grid, job).exists()}
     store.tidy()
     lost = store.check({key for keys in needed.values() for key in keys} | _kept(grid, store))
+    blind = {key.split("/")[1] for key in lost if key.startswith("predictions/")}
     for job, keys in needed.items():
+        for key in keys:
+            if key.startswith("evaluations/") and key.split("/")[1] in blind:
+                store.drop(key)  # whoever measures anew predicts anew
+                lost.add(key)
         if not lost.isdisjoint(keys):
             done_file(grid, job).unlink(missing_ok=True)
+            rows_file(grid).unlink(missing_ok=True)  # a job runs again only where something lacks it
 
 
 def _artifacts(grid: Grid, job: Job) -> list[str]:

@@ -187,6 +187,12 @@ class Store:
                         self._clear(key, fault)
         return faulty
 
+    def drop(self, key: str) -> None:
+        """Remove an artifact, so that whoever asks for it next makes it again; one that is absent stays so."""
+        with self._guard(), self._lock(key):
+            if self.path(key).exists():
+                self._clear(key, "outdated")
+
     def tidy(self) -> None:
         """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
         for left in (self.root / "tmp").glob("*"):

@@ -102,3 +102,12 @@ def test_it_does_not_change_with_anything_else(version, file, old, new):
 def test_a_registered_function_has_its_own_version(version):
     assert version("c", "return x", "return 2 * x", root="other") != version(root="other")
     assert version("a", "LIMIT = 3", "LIMIT = 4", root="other") == version(root="other")
+
+
+def test_what_keeps_results_is_not_among_what_makes_them():
+    from lthlib.evaluate import evaluate
+
+    reached = module._reached(frozenset({(evaluate.__module__, evaluate.__qualname__)}))
+    files = {name for name, _ in reached}
+    assert {"lthlib.tickets", "lthlib.train", "lthlib.predictions", "lthlib.masks"} <= files
+    assert files.isdisjoint({"lthlib.store", "lthlib.errors"})

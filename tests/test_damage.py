@@ -19,7 +19,7 @@ GRID = {
     "dimensions": {"generalization": {"n_test": 50, "n_ood": 20, "n_corrupted": 10, "n_attack": 10, "n_pgd": 2}},
 }  # fmt: skip
 KINDS = ("corrupted", "data", "evaluations", "ood", "predictions", "rewind-points", "tickets")
-NEEDED = ("evaluations", "tickets")  # what rows and pages are read from
+NEEDED = ("evaluations", "tickets", "predictions")  # what rows and pages are read from
 JOBS = ("dense-s0", "lth-s0")
 
 
@@ -98,8 +98,12 @@ def test_damage_is_set_aside_and_the_job_behind_it_runs_again(copy, kind, damage
     store = Store(root / "store")
     key = artifact_of(store, kind)
     files = sorted(path for path in store.path(key).iterdir() if path.name != MANIFEST)
+    rows = report.rows_file(grid)
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.touch()
     DAMAGES[damage](files[-1] if of == "content" else store.path(key) / MANIFEST)
     report.verify(grid, store)
+    assert rows.exists() == (kind not in NEEDED)  # without it, nothing would lack what the job makes
     assert not store.path(key).exists()
     assert len(list((root / "store/damaged").iterdir())) == 1
     assert f"damaged: {store.path(key)}" in capsys.readouterr().err

@@ -385,7 +385,9 @@ def test_a_page_that_is_stopped_says_where_and_leaves_no_kernel(template, tmp_pa
     )
     command = [sys.executable, "-m", "lthlib.execute", str(path), str(tmp_path / "page.ipynb")]
     command += ["-p", "name", str(tmp_path / "pid")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # Tests that run in the background inherit that an interrupt is ignored.
+    mind = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=mind)
     kernel = int(wait_for(tmp_path / "pid"))
     process.send_signal(signum)
     _, error = process.communicate(timeout=60)

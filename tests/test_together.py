@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from lthlib import estimate
 from lthlib.study import study_from
 
+ROOT = Path(__file__).parents[1]
 STUDY = {
     "data": "mnist5k", "arch": "resnet8", "methods": ["lth", "snip"], "rounds": [1, 2], "seeds": [0],
     "recipe": {"epochs": 2, "batch_size": 100, "warmup": 0.0, "precision": "float32"}, "train_size": 300,
@@ -37,10 +39,12 @@ for ticket in found if sys.argv[3] == "forwards" else reversed(found):
 
 def test_three_callers_train_each_network_once_and_see_the_same(tmp_path):
     log = tmp_path / "log"
+    (tmp_path / "caller.py").write_text(CALLER)
     environment = {**os.environ, "LTHLIB_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
     callers = [
         subprocess.Popen(
-            [sys.executable, "-c", CALLER, json.dumps(STUDY), str(log), order],
+            [sys.executable, "-c", "import caller", json.dumps(STUDY), str(log), order],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for order in ("forwards", "backwards", "forwards")

@@ -329,8 +329,7 @@ def measure(
         formula_length: Concepts in a formula at most.
 
     Returns:
-        Values, of dense tickets the mask-seed floors among them; and for figures ``scores`` of each image,
-        ``errors`` (standard errors) of ``error_names``,
+        Values; and for figures ``scores`` of each image, ``errors`` (standard errors) of ``error_names``,
         ``detectors`` of ``categories``, ``by_length``, the same of random weights (``random_...``), some explained
         images (``explained_...``), the best units (``unit_...``), and of dense tickets the ``gallery_...``.
 
@@ -345,10 +344,8 @@ def measure(
             f"Each of the {len(explained)} test images is a single superpixel, so no part of one can be hidden; "
             f"choose another segmentation: {', '.join(SEGMENTATIONS)}."
         )
-    floors = {}
-    if subject.is_dense:
-        apart = differences(explained, probe.explain(subject.model, seed=1))
-        floors = {f"{name}_seed_floor": apart[name].mean for name in FLOORED}
+    apart = differences(explained, probe.explain(subject.model, seed=1))
+    floors = {f"{name}_seed_floor": apart[name].mean for name in FLOORED}
     random, random_arrays = _random_weights(subject, probe, given)
     n_scored, n_concepts = int((~explained.single_segment).sum()), len(probe.concepts)
     values = _values(explained.summary() | floors, n_scored) + _values(dissected.numbers(), n_concepts)
