@@ -51,7 +51,7 @@ def main() -> int:
     options = parser.parse_args(given)
     options.more = more
     os.chdir(ROOT)
-    began, before = time.monotonic(), set_aside()
+    began = time.monotonic()
     try:
         choose(options.profile, sorted(p.name for p in Path("workflow/profiles").iterdir()), "profile")
         if options.cores != "all" and not (options.cores.isdigit() and int(options.cores)):
@@ -65,6 +65,7 @@ def main() -> int:
             scratch(options.profile),
             zygote(holding=lock) if options.profile == "local" else nullcontext(),
         ):
+            before = set_aside()
             status, failed = run(options)
             partial = bool(failed) and build_unfinished(options.grid)
     except UserError as error:
