@@ -421,8 +421,8 @@ def test_grasp_iterations_cut_a_class_sorted_batch():
 
 def test_synflow_is_conserved_in_layers_and_units():
     model = synflow.linearize_(chain())
-    total, gradients = synflow.flow(model, (1, 12, 12))
-    scores = {k: w.detach() * gradients[k] for k, w in masks.prunable(model).items()}
+    total, slopes = synflow.flow(model, (1, 12, 12))
+    scores = {k: w.detach() * slopes[k].rows().view_as(w) for k, w in masks.prunable(model).items()}
     first, second, third = scores.values()
     for score in scores.values():
         assert score.sum().item() == pytest.approx(total.item(), rel=1e-12)
@@ -446,7 +446,7 @@ def test_synflow_ones_enter_the_first_convolution_and_everything_is_absolute():
     assert seen[0].eq(1).all()
     assert found.item() == pytest.approx(total.item(), rel=1e-12)
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        torch.testing.assert_close(slopes[name], gradient)
+        torch.testing.assert_close(slopes[name].rows().view_as(weight), gradient)
         torch.testing.assert_close(masks.prunable(prepared)[name], weight)
 
 
@@ -457,9 +457,42 @@ def test_synflow_overflows_in_float32_where_float64_is_finite():
     wide = copy.deepcopy(model)
     with pytest.raises(UserError, match=r"not finite in torch\.float32: use float64"):
         synflow.flow(synflow.linearize_(wide, torch.float32), (3, 8, 8))
-    total, gradients = synflow.flow(synflow.linearize_(model), (3, 8, 8))
+    total, slopes = synflow.flow(synflow.linearize_(model), (3, 8, 8))
     assert torch.finfo(torch.float32).max < total.item() < math.inf
-    assert all(g.isfinite().all() for g in gradients.values())
+    assert all(slope.rows().isfinite().all() for slope in slopes.values())
+
+
+def written(gradients):
+    """Gradients as SynFlow takes them."""
+    return {k: synflow.Slope([(g.flatten(1), torch.eye(len(g)).to(g))]) for k, g in gradients.items()}
+
+
+def test_synflow_slopes_are_the_gradients_of_any_convolution():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.strided = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+            self.twice = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+            self.same = nn.Conv2d(6, 5, 3, padding="same")
+            self.mirrored = nn.Conv2d(5, 2, 3, padding=1, padding_mode="reflect")
+
+        def forward(self, x):
+            x = self.twice(F.relu(self.twice(F.relu(self.strided(x)))))
+            return self.mirrored(self.same(self.grouped(x))).flatten(1)
+
+    torch.manual_seed(0)
+    model = synflow.linearize_(Odd())
+    weights = masks.prunable(model)
+    total = model(torch.ones(1, 3, 14, 9).double()).sum()
+    gradients = torch.autograd.grad(total, list(weights.values()))
+    found, slopes = synflow.flow(model, (3, 14, 9))
+    torch.testing.assert_close(found, total.detach())
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        torch.testing.assert_close(slopes[name].rows().view_as(weight), gradient)
+        places = torch.arange(0, weight.numel(), 7)
+        torch.testing.assert_close(slopes[name].at(places), gradient.view(-1)[places])
+    torch.testing.assert_close(model(torch.ones(1, 3, 14, 9).double()).sum(), total, rtol=0, atol=0)
 
 
 def plain_vgg():
@@ -489,8 +522,12 @@ def test_synflow_agrees_with_the_loop_written_plainly():
     for k in range(1, 8):
         copied = copy.deepcopy(model)
         masks.apply_(copied, plain)
-        _, gradients = synflow.flow(synflow.linearize_(copied), (1, 12, 12))
-        scores = {n: w.detach() * gradients[n] for n, w in masks.prunable(copied).items()}
+        synflow.linearize_(copied)
+        weights = masks.prunable(copied)
+        gradients = torch.autograd.grad(
+            copied(torch.ones(1, 1, 12, 12).double()).sum(), list(weights.values())
+        )
+        scores = {n: w.detach() * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
         plain = masks.keep_top(scores, round(total * (n_keep / total) ** (k / 7)), within=plain)
     found = find("synflow", Moment(model, masks.dense(model), n_keep, 14, 0, batch, options)).masks
     assert same(found, plain)
@@ -520,25 +557,25 @@ def test_dropping_the_lowest_is_keeping_the_top(levels, monkeypatch):
     start = {k: torch.rand(s, generator=generator) < 0.6 for k, s in shapes.items()}
     for n_drop in (0, 1, 300, masks.n_kept(start)):
         found = {k: m.clone() for k, m in start.items()}
-        places = synflow.drop_lowest_(weights, gradients, found, masks.n_kept(start), n_drop)
+        places = synflow.drop_lowest_(weights, written(gradients), found, masks.n_kept(start), n_drop)
         assert same(found, masks.keep_top(scores, masks.n_kept(start) - n_drop, within=start))
         assert sum(map(len, places.values())) == n_drop
 
 
 def test_dropping_recovers_from_a_bound_guessed_too_low(monkeypatch):
     monkeypatch.setattr(synflow, "_guess_bound", lambda *a: -1.0)
-    weights, ones, found = {"a": torch.arange(10.0)}, {"a": torch.ones(10)}, {"a": torch.ones(10).bool()}
-    synflow.drop_lowest_(weights, ones, found, 10, 4)
-    assert found["a"].tolist() == [False] * 4 + [True] * 6
+    weights, found = {"a": torch.arange(10.0).view(2, 5)}, {"a": torch.ones(2, 5).bool()}
+    synflow.drop_lowest_(weights, written({"a": torch.ones(2, 5)}), found, 10, 4)
+    assert found["a"].flatten().tolist() == [False] * 4 + [True] * 6
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_score_that_overflows_names_its_layer(value):
-    weights = {"a": torch.ones(10), "b": torch.ones(10)}
-    gradients = {"a": torch.ones(10), "b": torch.ones(10)}
-    gradients["b"][7] = value
-    with pytest.raises(UserError, match=r"layer 'b' is not finite in float32: use float64"):
-        synflow.drop_lowest_(weights, gradients, {k: w.bool() for k, w in weights.items()}, 20, 3)
+    weights = {"a": torch.ones(5, 2), "b": torch.ones(5, 2)}
+    gradients = {"a": torch.ones(5, 2), "b": torch.ones(5, 2)}
+    gradients["b"][3, 1] = value
+    with pytest.raises(UserError, match=r"layer 'b' is not finite in torch.float32: use float64"):
+        synflow.drop_lowest_(weights, written(gradients), {k: w.bool() for k, w in weights.items()}, 20, 3)
 
 
 # ----------------------------------------------------------------------------- RigL and SET

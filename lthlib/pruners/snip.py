@@ -34,7 +34,7 @@ def saliency(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     """Return w * dL/dw of every prunable weight, with its sign; L is the mean cross-entropy of the batch."""
     weights = masking.prunable(model)
     gradients = autograd.grad(F.cross_entropy(model(images), labels), list(weights.values()))
-    return {name: w.detach() * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
+    return {name: g.mul_(w.detach()) for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
 @method(
