@@ -104,6 +104,7 @@ def study_from(settings: Mapping[str, object]) -> Study:
         raise UserError(f"options is {shown(options)}; it must map methods to mappings of their options.")
     for method in options:
         choose(method, METHODS, "method under options")
+        METHODS[method].check_options(options[method])
     made = Study(**{**study, "options": {m: dict(o) for m, o in options.items()}})
     choose(made.arch, ARCHITECTURES, "architecture")
     made.tickets()  # each checks itself

@@ -75,20 +75,11 @@ class Ticket:
         object.__setattr__(self, "options", self._checked_options())
 
     def _checked_options(self) -> tuple[tuple[str, object], ...]:
-        defaults = METHODS[self.method].options
-        kept = []
-        for name, value in sorted(dict(self.options).items()):
-            choose(name, defaults, f"option of {self.method}")
-            default = defaults[name]
-            if type(default) is float and type(value) is int:
-                value = float(value)
-            if default is not None and type(value) is not type(default):
-                raise UserError(
-                    f"Option {name} of {self.method} is {value!r}; it must be of type {type(default).__name__}."
-                )
-            if value != default:
-                kept.append((name, value))
-        return tuple(kept)
+        """Return the options off their defaults, by name; a whole number where any may stand becomes a float."""
+        method, given = METHODS[self.method], dict(self.options)
+        method.check_options(given)
+        typed = {name: type(method.options[name])(given[name]) for name in sorted(given)}
+        return tuple((name, value) for name, value in typed.items() if value != method.options[name])
 
     @property
     def sparsity(self) -> float:

@@ -61,6 +61,9 @@ def test_the_default_grid_is_what_the_book_promises():
         ({"thresholds": {"tolerence": 1}}, "Did you mean 'tolerance'"),
         ({"thresholds": {"tolerance": -1}}, "from 0 on"),
         ({"options": {"rigl": {"delta": 3}, "rgl": {}}}, "rigl"),
+        ({"methods": ["rigl"], "options": {"rigl": {"delta_t": -1}}}, "delta_t of rigl is -1.* from 1 on"),
+        ({"methods": ["rigl"], "options": {"rigl": {"alpha": 2}}}, "alpha of rigl is 2.* at most 1"),
+        ({"methods": ["lth"], "options": {"synflow": {"rounds": 0}}}, "rounds of synflow is 0.* from 1 on"),
         ({"train_size": 0}, "train_size"),
         ({"title": "a\nb"}, "one line"),
         ({"method_pages": ["calibraton"]}, "Did you mean 'calibration'"),
@@ -212,16 +215,39 @@ def test_any_bad_value_of_a_key_is_answered_with_key_value_and_what_is_allowed(k
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from(["recipe", "dimensions", "thresholds", "options"]), st.data())
+@given(st.sampled_from(["recipe", "dimensions", "thresholds"]), st.data())
 def test_any_bad_value_below_a_key_is_answered_likewise(key, data):
-    outer = {"recipe": vars(Recipe()), "thresholds": vars(Thresholds()), "options": METHODS["rigl"].options,
+    outer = {"recipe": vars(Recipe()), "thresholds": vars(Thresholds()),
              "dimensions": DIMENSIONS["calibration"].parameters()}[key]  # fmt: skip
     name, value = data.draw(st.sampled_from(sorted(outer))), data.draw(JUNK)
-    inner = {"options": {"rigl": {name: value}}, "dimensions": {"calibration": {name: value}}}
+    inner = {"dimensions": {"calibration": {name: value}}}
     try:
         grid_from("test", {**GOOD, key: inner.get(key, {name: value})})
     except UserError as error:
         check_message(error, name, value)
+
+
+OPTIONS = [(method, name) for method in METHODS for name in METHODS[method].options]
+NEAR_THE_ENDS = (
+    st.integers(-3, 3) | st.floats(-1.5, 1.5) | st.sampled_from([10_000, 10_001, True, "erk", "eval"])
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(OPTIONS), NEAR_THE_ENDS | JUNK)
+def test_an_option_passes_where_its_method_allows_it_and_is_answered_otherwise(option, value):
+    method, name = option
+    allowed = METHODS[method].allowed[name]
+    content = {**GOOD, "methods": [method], "options": {method: {name: value}}}
+    if allowed.allows(value):
+        (study,) = grid_from("test", content).studies
+        assert study.options[method][name] == value
+        return
+    with pytest.raises(UserError) as error:
+        grid_from("test", content)
+    check_message(error.value, name, value)
+    if isinstance(value, bool | int | float) and abs(value) < 100:
+        assert f"must be {allowed}" in str(error.value)
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,6 +15,7 @@ from lthlib.pruners import (
     METHODS,
     Found,
     Moment,
+    Option,
     find,
     grasp,
     method,
@@ -170,8 +171,43 @@ def test_scores_that_are_not_finite_are_refused(name):
     ],
 )
 def test_mistyped_options_are_refused_with_what_is_allowed(name, option):
-    with pytest.raises(UserError, match=r"Did you mean|Allowed: float64, float32"):
+    with pytest.raises(UserError, match=r"must be '\w+' or '\w+'"):
         find(name, moment(name, **option))
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed", "refused"),
+    [
+        (Option(3, least=1, most=9), [1, 9], [0, 10, 2.0, True, "3", None, math.nan]),
+        (Option(0.3, above=0, most=1), [1e-9, 1, 1.0], [0, 0.0, -0.1, 1.1, True, "0.3", math.nan, math.inf]),
+        (Option(1.0, least=0), [0, 0.0, 1e9], [-1e-9, math.inf, math.nan, [1.0]]),
+        (Option("a", choices=("a", "b")), ["a", "b"], ["c", "", 1, None, ["a"]]),
+        (Option(False), [True, False], [0, 1, "true", None]),
+    ],
+)
+def test_an_option_allows_its_range_with_the_ends_as_said(option, allowed, refused):
+    assert [value for value in (*allowed, *refused) if option.allows(value)] == allowed
+
+
+@pytest.mark.parametrize("bounds", [{}, {"least": 0, "above": 0}])
+def test_an_option_cannot_be_declared_without_its_range(bounds):
+    with pytest.raises(ValueError, match="least or above"):
+        Option(3, **bounds)
+    with pytest.raises(ValueError, match="choices"):
+        Option("a", choices=("b",))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].options])
+def test_a_method_runs_at_the_ends_of_what_its_options_allow(name):
+    """Whatever passes the check of a grid must not fail in the job."""
+    for key, option in METHODS[name].allowed.items():
+        low = option.least if option.above is None else option.above + 1e-6
+        high = option.most if key != "rounds" else None  # thousands take a while
+        for value in (v for v in (low, high, *option.choices) if v is not None):
+            given = moment(name, **{key: type(option.default)(value)})
+            assert find(name, given)
+            if METHODS[name].during:
+                METHODS[name].during(given.options, 3, given.n_keep, 0)
 
 
 def test_a_method_that_miscounts_is_caught():
@@ -698,9 +734,6 @@ def test_masks_move_at_their_steps_only(name):
 def test_rigl_options_are_followed():
     model, found, optimizer, dynamics = trained("rigl", skip_step=False)
     assert dynamics.update(100, model, found, optimizer) is False
-    for wrong in ({"alpha": 0.0}, {"delta_t": 0}, {"end_fraction": 1.5}):
-        with pytest.raises(UserError, match="RigL needs"):
-            rigl.dynamics(METHODS["rigl"].options | wrong, 100, 1, 0)
 
 
 def test_set_grows_at_random_places_that_depend_on_seed_and_step():

@@ -171,7 +171,7 @@ def test_batches_for_methods(store):
         ({"seed": -1}, "whole number"),
         ({"rewind_epoch": 99}, "epochs"),
         ({"method": "rigl", "round": 1, "options": (("alhpa", 0.3),)}, "Did you mean 'alpha'"),
-        ({"method": "rigl", "round": 1, "options": (("alpha", "big"),)}, "type float"),
+        ({"method": "rigl", "round": 1, "options": (("alpha", "big"),)}, "a number above 0, at most 1"),
     ],
 )
 def test_a_description_that_cannot_be_is_refused(fields, words):

@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lthlib import masks as masking
-from lthlib.errors import Registry, UserError, choose
+from lthlib.errors import Registry, UserError, choose, shown, suggest
 from lthlib.masks import Masks
 
+LARGEST = 2**63  # of any number that a grid may hold (`errors.check_plain`)
 FAMILIES = ("dense", "random", "magnitude", "initialisation", "dynamic", "structured", "control")
 
 
@@ -87,6 +88,55 @@ class Dynamics(Protocol):
 
 
 @dataclass(frozen=True)
+class Option:
+    """An option of a method: its default, and what else it may be, of the same type.
+
+    A number has a lower bound, ``least`` or ``above``; text has ``choices``; true and false need neither.
+
+    Attributes:
+        default: What it is where nobody sets it.
+        least: The smallest number allowed.
+        above: A number that has to be exceeded.
+        most: The largest number allowed; None where there is none.
+        choices: The texts allowed.
+    """
+
+    default: bool | int | float | str
+    _: KW_ONLY
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        is_number = type(self.default) in (int, float)
+        if is_number and (self.least is None) == (self.above is None):
+            raise ValueError(f"an option that is a number has to have least or above: {self!r}")
+        if not is_number and not self.allows(self.default):
+            raise ValueError(f"an option that is text has to have choices, its default among them: {self!r}")
+
+    def allows(self, value: object) -> bool:
+        """Say whether the option may have a value; a whole number may stand for any."""
+        kind = type(self.default)
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            return False
+        if kind is bool or kind is str:
+            return kind is bool or value in self.choices
+        is_high = value > self.above if self.least is None else value >= self.least
+        return is_high and value < LARGEST and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        """Say what is allowed."""
+        if isinstance(self.default, bool):
+            return "true or false"
+        if self.choices:
+            return " or ".join(map(repr, self.choices))
+        low = f"above {self.above:g}" if self.least is None else f"from {self.least:g} on"
+        high = "" if self.most is None else f", at most {self.most:g}"
+        return f"a {'whole ' if isinstance(self.default, int) else ''}number {low}{high}"
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of `METHODS`.
 
@@ -102,6 +152,7 @@ class Method:
         during: Makes the `Dynamics` from options, number of steps, number of weights to keep at the end, and seed;
             None where masks stand still.
         options: Name -> default.
+        allowed: Name -> what the option may be.
         source_recipe: Names of options that are settings of the recipe by which the dense source is trained.
         reference: BibTeX key.
         family: One of `FAMILIES`.
@@ -115,10 +166,20 @@ class Method:
     start: str
     during: Callable[[Mapping[str, object], int, int, int], Dynamics] | None
     options: Mapping[str, object]
+    allowed: Mapping[str, Option]
     source_recipe: tuple[str, ...]
     reference: str
     family: str
     paper: bool
+
+    def check_options(self, given: Mapping[str, object]) -> None:
+        """Raise `UserError` for an option that the method does not have, or a value that it may not have."""
+        for name, value in given.items():
+            choose(name, self.allowed, f"option of {self.name}")
+            option = self.allowed[name]
+            if not option.allows(value):
+                near = suggest(value, option.choices) if isinstance(value, str) else ""
+                raise UserError(f"Option {name} of {self.name} is {shown(value)}; it must be {option}.{near}")
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -133,13 +194,17 @@ def method(
     reference: str,
     family: str,
     during: Callable[[Mapping[str, object], int, int, int], Dynamics] | None = None,
-    options: Mapping[str, object] | None = None,
+    options: Mapping[str, Option | bool] | None = None,
     source_recipe: tuple[str, ...] = (),
     paper: bool = False,
 ):
-    """Register the function below as the method ``name``; the fields are those of `Method`."""
+    """Register the function below as the method ``name``; the fields are those of `Method`.
+
+    ``options`` maps names to an `Option`, or to true or false.
+    """
     choose(start, ("init", "rewind", "reinit"), "start")
     choose(family, FAMILIES, "family")
+    allowed = {n: o if isinstance(o, Option) else Option(o) for n, o in (options or {}).items()}
 
     def register(find: Callable[[Moment], Found]) -> Callable[[Moment], Found]:
         METHODS[name] = Method(
@@ -149,7 +214,8 @@ def method(
             source,
             start,
             during,
-            dict(options or {}),
+            {option: allowed[option].default for option in allowed},
+            allowed,
             source_recipe,
             reference,
             family,
@@ -164,9 +230,11 @@ def find(name: str, moment: Moment) -> Found:
     """Run a method and check what it found: the masks fit and hold exactly ``moment.n_keep`` weights.
 
     Raises:
-        UserError: For an unknown method, an empty network, scores that are not finite, masks that do not fit.
+        UserError: For an unknown method or option, a value that an option may not have, an empty network, scores that
+            are not finite, masks that do not fit.
     """
     entry = METHODS[name]
+    entry.check_options(moment.options)
     masking.prunable(moment.model)
     masking.check_fits(moment.model, moment.masks)
     if moment.n_keep < 1:

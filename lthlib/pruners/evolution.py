@@ -19,10 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lthlib import masks as masking
-from lthlib.errors import UserError
 from lthlib.masks import Masks
-from lthlib.pruners import Found, Moment, method
-from lthlib.pruners.rigl import move, place_, sparse_start
+from lthlib.pruners import Found, Moment, Option, method
+from lthlib.pruners.rigl import DISTRIBUTIONS, move, place_, sparse_start
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,6 @@ def _mix(seed: int, step: int) -> int:
 
 def dynamics(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> Evolution:
     """Make the dynamics of one training of ``total_steps``."""
-    if not 0 < options["fraction"] <= 1 or not 0 < options["end_fraction"] <= 1 or options["delta_t"] < 1:
-        raise UserError(
-            "SET needs fraction and end_fraction in (0, 1] and delta_t of at least one step, "
-            f"got {options['fraction']}, {options['end_fraction']} and {options['delta_t']}."
-        )
     end = int(options["end_fraction"] * total_steps)
     return Evolution(options["fraction"], options["delta_t"], end, seed)
 
@@ -70,7 +64,12 @@ def dynamics(options: Mapping[str, object], total_steps: int, n_keep: int, seed:
     source="init",
     start="init",
     during=dynamics,
-    options={"fraction": 0.3, "delta_t": 100, "end_fraction": 1.0, "distribution": "erk"},
+    options={
+        "fraction": Option(0.3, above=0, most=1),
+        "delta_t": Option(100, least=1),
+        "end_fraction": Option(1.0, above=0, most=1),
+        "distribution": Option("erk", choices=DISTRIBUTIONS),
+    },
     reference="mocanu2018scalable",
     family="dynamic",
 )

@@ -25,8 +25,8 @@ from torch import Tensor, autograd, nn
 
 from lthlib import masks as masking
 from lthlib.errors import UserError
-from lthlib.pruners import Found, Moment, method
-from lthlib.pruners.snip import set_bn_mode
+from lthlib.pruners import Found, Moment, Option, method
+from lthlib.pruners.snip import BN_MODES, set_bn_mode
 
 Batch = tuple[Tensor, Tensor]
 
@@ -93,10 +93,10 @@ def _redraw_linear(model: nn.Module, seed: int) -> None:
     source="init",
     start="init",
     options={
-        "samples_per_class": 10,
-        "iterations": 1,
-        "temperature": 200.0,
-        "bn_mode": "train",
+        "samples_per_class": Option(10, least=1),
+        "iterations": Option(1, least=1),
+        "temperature": Option(200.0, above=0),
+        "bn_mode": Option("train", choices=BN_MODES),
         "reinit_linear": True,
     },
     reference="wang2020picking",

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lthlib import masks as masking
-from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
-from lthlib.pruners import Found, Moment, method
+from lthlib.pruners import Found, Moment, Option, method
 from lthlib.pruners.random import random_scores
+
+DISTRIBUTIONS = ("erk", "uniform")
 
 
 def drop_fraction(step: int, end: int, alpha: float) -> float:
@@ -106,11 +107,6 @@ class RigL:
 def dynamics(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> RigL:
     """Make the dynamics of one training of ``total_steps``; nothing in it is random."""
     end = max(1, int(options["end_fraction"] * total_steps))
-    if not 0 < options["alpha"] <= 1 or not 0 < options["end_fraction"] <= 1 or options["delta_t"] < 1:
-        raise UserError(
-            "RigL needs alpha and end_fraction in (0, 1] and delta_t of at least one step, "
-            f"got {options['alpha']}, {options['end_fraction']} and {options['delta_t']}."
-        )
     return RigL(options["alpha"], options["delta_t"], end, options["regrow_dropped"], options["skip_step"])
 
 
@@ -120,7 +116,6 @@ def sparse_start(moment: Moment) -> Masks:
     As published, the uniform distribution leaves the first layer dense.
     """
     shapes = {name: weight.shape for name, weight in masking.prunable(moment.model).items()}
-    choose(moment.options["distribution"], ("erk", "uniform"), "distribution")
     if moment.options["distribution"] == "erk":
         counts = masking.erk_counts(shapes, moment.n_keep)
     else:
@@ -135,10 +130,10 @@ def sparse_start(moment: Moment) -> Masks:
     start="init",
     during=dynamics,
     options={
-        "alpha": 0.3,
-        "delta_t": 100,
-        "end_fraction": 0.75,
-        "distribution": "erk",
+        "alpha": Option(0.3, above=0, most=1),
+        "delta_t": Option(100, least=1),
+        "end_fraction": Option(0.75, above=0, most=1),
+        "distribution": Option("erk", choices=DISTRIBUTIONS),
         "regrow_dropped": True,
         "skip_step": True,
     },

@@ -21,12 +21,14 @@ from torch import Tensor, autograd, nn
 
 from lthlib import masks as masking
 from lthlib.errors import choose
-from lthlib.pruners import Found, Moment, method
+from lthlib.pruners import Found, Moment, Option, method
+
+BN_MODES = ("train", "eval")
 
 
 def set_bn_mode(model: nn.Module, bn_mode: str) -> None:
     """Let batch normalisation use the batch ("train") or its running statistics ("eval")."""
-    choose(bn_mode, ("train", "eval"), "bn_mode")
+    choose(bn_mode, BN_MODES, "bn_mode")
     model.train(bn_mode == "train")
 
 
@@ -42,7 +44,7 @@ def saliency(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     title="SNIP",
     source="init",
     start="init",
-    options={"batch": 128, "bn_mode": "train"},
+    options={"batch": Option(128, least=1), "bn_mode": Option("train", choices=BN_MODES)},
     reference="lee2019snip",
     family="initialisation",
     paper=True,

@@ -33,7 +33,7 @@ from lthlib import masks as masking
 from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
 from lthlib.models import channel_groups, convolution_cost, macs, rebuild, spec_of
-from lthlib.pruners import Found, Moment, method
+from lthlib.pruners import Found, Moment, Option, method
 from lthlib.pruners.magnitude import largest
 
 Channels = dict[str, Tensor]
@@ -252,7 +252,7 @@ STRUCTURED = {"start": "rewind", "source": "dense", "family": "structured"}
 SLIMMING = {
     **STRUCTURED,
     "reference": "liu2017learning",
-    "options": {"bn_l1": 1e-4},
+    "options": {"bn_l1": Option(1e-4, least=0)},
     "source_recipe": ("bn_l1",),
 }
 

@@ -32,8 +32,9 @@ from torch import Tensor, autograd, nn
 from lthlib import masks as masking
 from lthlib.errors import UserError, choose
 from lthlib.masks import Masks
-from lthlib.pruners import Found, Moment, method
+from lthlib.pruners import Found, Moment, Option, method
 
+SCHEDULES = ("exponential", "linear")
 SAMPLE = 1 << 13  # scores from which a round's bound is guessed
 PIECE = 1 << 17  # scores made at a time: they fit in the cache
 
@@ -145,7 +146,7 @@ def _size(conv: nn.Conv2d, image: Tensor) -> list[int]:
 
 def schedule(n_weights: int, n_keep: int, rounds: int, kind: str) -> list[int]:
     """Return how many weights stay after each of ``rounds`` rounds; the last is ``n_keep``."""
-    choose(kind, ("exponential", "linear"), "schedule")
+    choose(kind, SCHEDULES, "schedule")
     density = n_keep / n_weights
     steps = [k / rounds for k in range(1, rounds)]
     shares = [density**t if kind == "exponential" else 1 - (1 - density) * t for t in steps]
@@ -244,7 +245,11 @@ def _below(
     title="SynFlow",
     source="init",
     start="init",
-    options={"rounds": 100, "schedule": "exponential", "precision": "float64"},
+    options={
+        "rounds": Option(100, least=1, most=10_000),
+        "schedule": Option("exponential", choices=SCHEDULES),
+        "precision": Option("float64", choices=("float64", "float32")),
+    },
     reference="tanaka2020pruning",
     family="initialisation",
     paper=True,
@@ -255,7 +260,6 @@ def find(moment: Moment) -> Found:
     Options: ``rounds``; ``schedule``, "exponential" or "linear"; ``precision``, "float64" or "float32".
     """
     options = moment.options
-    choose(options["precision"], ("float64", "float32"), "precision")
     images, _ = moment.batch(1)
     model = linearize_(moment.model, getattr(torch, options["precision"]))
     masks = {name: mask.contiguous().clone() for name, mask in moment.masks.items()}
