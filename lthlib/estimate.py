@@ -153,9 +153,7 @@ def probe(arch: str, images: Images, batch_size: int, seconds: float = 5.0) -> f
         seconds: How long to measure, after a first step.
     """
     device = compute.device()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with compute.one_thread():
         model = _build(arch, images).to(device, memory_format=torch.channels_last).train()
         step = _step(model, images, device)
         n = min(8, batch_size)
@@ -166,9 +164,7 @@ def probe(arch: str, images: Images, batch_size: int, seconds: float = 5.0) -> f
         while took < seconds:
             took += step(n)
             done += n
-        return done * PASSES * macs(arch, images) / took
-    finally:
-        torch.set_num_threads(threads)
+    return done * PASSES * macs(arch, images) / took
 
 
 def _step(model: torch.nn.Module, images: Images, device: torch.device):

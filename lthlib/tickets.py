@@ -226,7 +226,8 @@ def new_model(
 def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return ``batch(n)`` -> n training images in a seeded order; ``batch(per_class=k)`` -> k a class, class by class.
 
-    Images come as [0, 1] floats (n, C, H, W), un-augmented, with their labels; the same call gives the same images.
+    Images come as [0, 1] floats (n, C, H, W), contiguous, un-augmented, with their labels; the same call gives the same
+    images.
     """
 
     def batch(n: int | None = None, *, per_class: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +238,10 @@ def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.
         else:
             labels = images.labels[order]
             index = torch.cat([order[labels == c][:per_class] for c in labels.unique()])
-        return as_input(images.pixels[index]).contiguous(), images.labels[index]
+        # Of one channel, images are contiguous in both layouts; with the strides of channels_last, batch normalisation
+        # would sum its statistics in single precision, four digits worse and in as many parts as there are threads.
+        pixels = as_input(images.pixels[index]).clone(memory_format=torch.contiguous_format)
+        return pixels, images.labels[index]
 
     return batch
 
@@ -307,7 +311,8 @@ def _find(ticket: Ticket, method: Method, source: Trained | None, images: data.D
         model=model, masks=seen, n_keep=masks.kept(n_weights, ticket.round), round=ticket.round, seed=ticket.seed,
         batch=training_batch(images.train, ticket.seed), options={**method.options, **dict(ticket.options)},
     )  # fmt: skip
-    found = find(method.name, moment)
+    with compute.one_thread():  # sums in parts would make the mask depend on how many threads there are
+        found = find(method.name, moment)
     if found.masks is not None:
         dead = [name for name, mask in found.masks.items() if not mask.any()]
         if dead:
