@@ -5,9 +5,10 @@
 The load is one image set: accuracy, ECE, SCE and NLL of `--images` colour images of 32 pixels. The loop does what the
 paper's code does: images go through torchvision's ToTensor in a DataLoader, the network runs in float32 and NCHW
 with its batch normalisations, once for the accuracy and once more for the calibration. (It has no SCE; ours is added
-to its numbers outside the time.) Ours folds and runs once. Times are the best of the repetitions, taken in turns;
-ratios above 1: we are faster. Ratios hold for all 75 corrupted sets, which are the same work 75 times. The network
-is trained for a moment, so that its confidences spread; "changed" counts images whose predicted class differs.
+to its numbers outside the time.) Ours folds, runs once and gives each thread batches of its own. Times are the best of
+the repetitions, taken in turns; ratios above 1: we are faster. Ratios hold for all 75 corrupted sets, which are the
+same work 75 times. The network is trained for a moment, so that its confidences spread; "changed" counts images whose
+predicted class differs.
 """
 
 from __future__ import annotations

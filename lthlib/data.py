@@ -70,8 +70,8 @@ class OnDemand:
 
     def split(self, count: int) -> Iterator[torch.Tensor]:
         """Read the images in batches; the next is on its way while one is used."""
-        starts = range(0, len(self), count)
-        with ThreadPoolExecutor(1) as reader:
+        starts, threads = range(0, len(self), count), torch.get_num_threads()
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as reader:
             ahead = [reader.submit(self.__getitem__, slice(start, start + count)) for start in starts[:1]]
             for start in starts:
                 batch = ahead.pop().result()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,11 @@ from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, new_model, obtain
 from lthlib.train import as_input
 
-BATCH = {"cpu": 125, "cuda": 1000}  # images of up to 64 pixels; on a CPU larger batches fall out of the cache
+BATCH = {
+    "cpu": 64,
+    "cuda": 500,
+}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache
+LANES = 8  # batches at a time at most on a CPU, whose activations are in memory together
 PIECE = 250  # corrupted images made at a time
 KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
 OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
@@ -53,28 +59,60 @@ def for_inference(model: nn.Module, precision: str = "auto") -> nn.Module:
     return inference_copy(model, compute.resolve_precision(precision)).to(compute.device())
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, pixels: data.Pixels, *, batch: int | None = None) -> torch.Tensor:
     """Compute logits.
 
+    On a CPU each thread takes batches of its own: threads that share every layer wait for one another after each.
+
     Args:
-        model: As `for_inference` returns it, which decides the precision.
+        model: As `for_inference` returns it, which decides the precision. Several batches may be in it at once.
         pixels: uint8 (N, H, W, C), a tensor or read on demand.
-        batch: Images a forward pass; by default what suits the device and the size of the images (`BATCH`).
+        batch: Images a forward pass; by default what suits the device, the precision and the size of the images.
 
     Returns:
         float32 tensor (N, classes) on the CPU.
     """
     device = next(model.parameters()).device
-    batch = batch or scaled_to(pixels.shape[1:3], BATCH[device.type])
+    lanes = min(torch.get_num_threads(), LANES) if device.type == "cpu" else 1
+    most = scaled_to(pixels.shape[1:3], _batch(model, device.type))
+    batch = batch or max(1, min(most, -(-len(pixels) // lanes)))
+
+    @torch.inference_mode()
+    def infer(part: torch.Tensor) -> torch.Tensor:
+        return model(as_input(part.to(device))).cpu()
+
     found, done = torch.empty(0), 0
-    for part in pixels.split(batch):
-        logits = model(as_input(part.to(device)))
+    for logits in _in_lanes(infer, pixels.split(batch), min(lanes, -(-len(pixels) // batch))):
         if done == 0:
             found = torch.empty(len(pixels), logits.shape[1])
-        found[done : done + len(part)] = logits
-        done += len(part)
+        found[done : done + len(logits)] = logits
+        done += len(logits)
     return found
+
+
+def _batch(model: nn.Module, device: str) -> int:
+    """Return `BATCH` for a network that works in float32, twice that where its weights take half the bytes."""
+    low = any(parameter.itemsize == 2 for parameter in model.parameters())
+    return BATCH[device] * (2 if low else 1)
+
+
+def _in_lanes(function: Callable, parts: Iterable[torch.Tensor], lanes: int) -> Iterator[torch.Tensor]:
+    """Yield a function's results in order, computed in lanes that share out PyTorch's threads between them."""
+    if lanes <= 1:
+        yield from map(function, parts)
+        return
+    threads, pending = torch.get_num_threads(), deque()
+    share = (max(1, threads // lanes),)  # PyTorch counts threads for each thread that calls it
+    try:
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=share) as pool:
+            for part in parts:
+                pending.append(pool.submit(function, part))
+                if len(pending) > lanes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # for threads that start later too
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,77 @@ def test_low_precision_stays_near(pixels):
     exact = predict(for_inference(model, "float32"), pixels)
     rough = predict(for_inference(model, "bfloat16"), pixels)
     assert 0 < (rough - exact).abs().max() < 0.05 * exact.std() + 0.05 * exact.abs().max()
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_batches_in_several_lanes_are_the_same_in_the_same_order(pixels, three_threads, precision):
+    model = for_inference(network("resnet8"), precision)
+    on_demand = data.OnDemand(lambda which: pixels[which].numpy(), np.arange(len(pixels)), pixels.shape[1:])
+    with torch.inference_mode():
+        expected = torch.cat([model(as_input(part)) for part in pixels.split(7)])
+    for images in (pixels, on_demand):
+        found = predict(model, images, batch=7)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not found.is_inference()
+        assert torch.get_num_threads() == 3
+
+
+def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_threads):
+    met, seen = threading.Barrier(3), set()
+
+    class Meeting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            met.wait(timeout=30)  # passes only where three batches are under way at once
+            seen.add((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+            return self.scale * x.flatten(1)[:, :2]
+
+    found = predict(Meeting(), pixels[:9], batch=3)
+    assert seen == {(1, True)}
+    torch.testing.assert_close(found, as_input(pixels[:9]).flatten(1)[:, :2])
+
+
+def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_threads):
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            raise ValueError(f"{len(x)} images")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="5 images"):
+        predict(Broken(), pixels, batch=5)
+    assert torch.get_num_threads() == 3
+    assert threading.active_count() == before
+
+
+def test_a_short_set_is_shared_out_among_the_lanes(pixels, three_threads):
+    sizes = []
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.flatten(1)[:, :2]
+
+    predict(Counting(), pixels)
+    assert sorted(sizes) == [12, 14, 14]
 
 
 def test_logits_are_computed_once_and_hold_their_labels(tiny, store, monkeypatch):
