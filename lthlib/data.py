@@ -3,9 +3,10 @@
 ``load("mnist5k")`` gives the embedded set, ``load("cifar10")`` and ``load("cifar100")`` come through torchvision, and
 any other name is a folder or zip of class-named image folders in ``$LTHLIB_DATA`` (default ``data``):
 ``<name>/train/<class>/*`` and ``<name>/test/<class>/*`` (``val`` will do for ``test``), or ``<name>/<class>/*``, split
-80/20 by class. Images of many sizes need a size in the name: ``imagenet@224`` scales the shorter side to 8/7 of 224
-and takes the central square. Decoding happens once and the store keeps the arrays, unless they are larger than
-`HELD_UP_TO`: such images (ImageNet) are decoded from their files whenever they are read, batch by batch.
+80/20 by class. Test images that lie together in one folder need a list of their classes (`lthlib.listing`). Images of
+many sizes need a size in the name: ``imagenet@224`` scales the shorter side to 8/7 of 224 and takes the central square.
+Decoding happens once and the store keeps the arrays, unless they are larger than `HELD_UP_TO`: such images (ImageNet)
+are decoded from their files whenever they are read, batch by batch.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from tqdm import tqdm
 
 from lthlib.code_version import code_version
 from lthlib.errors import Registry, UserError, suggest
+from lthlib.listing import listed_classes
 from lthlib.store import ROOT, Store
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 HELD_UP_TO = 2**30  # bytes of pixels; larger sets are read on demand
+GREY = ("1", "L", "I;16")  # Pillow's names for images without colour
+LOOKED_AT = 64  # images that tell whether a set has colour
 MOMENTS_FROM = 10_000  # training images, where these are read on demand
+PUBLISHED = {
+    "CIFAR10": "cifar-10-batches-py/",
+    "CIFAR100": "cifar-100-python/",
+    "SVHN": "train_32x32.mat, test_32x32.mat",
+}
 
 
 class OnDemand:
@@ -381,8 +390,9 @@ def _through_torchvision(kind: str, root: Path, **which: object):
             return maker(root, download=True, **which)
         except Exception as error:
             raise UserError(
-                f"{kind} is not in {root.resolve()} and could not be downloaded ({error}). Connect to the network "
-                f"once, or put torchvision's files of {kind} there, or name another folder with LTHLIB_DATA."
+                f"{kind} is not in {root.resolve()}, or not with the published checksums, and could not be downloaded "
+                f"({error}). Connect to the network once, or put torchvision's files of {kind} there "
+                f"({PUBLISHED[kind]}), or name another folder with LTHLIB_DATA."
             ) from error
 
 
@@ -500,10 +510,11 @@ def _folder(name: str, root: Path) -> tuple[dict, list[str]]:
     if size and not (size.isdigit() and int(size) > 0):
         raise UserError(f"{name!r}: what follows @ is the size in pixels, for instance {base}@224.")
     tree = _Tree(_in_data_folder(base))
-    parts, classes = _parts(tree, name)
-    read = {
-        part: _Files(tree.path, [p for p, _ in items], name, int(size or 0)) for part, items in parts.items()
-    }
+    parts, classes = _parts(tree)
+    listed = {part: [file for file, _ in items] for part, items in parts.items()}
+    read = {part: _Files(tree.path, files, name, int(size or 0)) for part, files in listed.items()}
+    if len({files.mode for files in read.values()}) > 1:
+        read = {part: _Files(tree.path, files, name, int(size or 0), "RGB") for part, files in listed.items()}
     return {
         part: (
             _decode(files) if files.n_bytes <= HELD_UP_TO else files.on_demand(),
@@ -531,6 +542,17 @@ class _Tree:
         )
         self.folders = {p.as_posix() for n in self.names for p in PurePosixPath(n).parents} | set(folders)
 
+    def is_flat(self, top: str) -> bool:
+        """Whether a top folder holds images and no folders."""
+        return not any(folder.startswith(f"{top}/") for folder in self.folders)
+
+    def read(self, file: str) -> bytes | None:
+        """Return the content of any file, or None where there is none of that name."""
+        if self.path.is_dir():
+            return (self.path / file).read_bytes() if (self.path / file).is_file() else None
+        archive = _archive(self.path)
+        return archive.read(file) if file in archive.namelist() else None
+
 
 def _archive(path: Path) -> zipfile.ZipFile:
     return _open_archive(path, path.stat().st_mtime_ns, os.getpid())
@@ -545,14 +567,14 @@ def _open_archive(path: Path, time: int, process: int) -> zipfile.ZipFile:
         raise UserError(f"{path} is not a readable zip file ({error}). Copy it again.") from error
 
 
-def _parts(tree: _Tree, name: str) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
+def _parts(tree: _Tree) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
     """Return {"train": [(file, label)], "test": ...} and the class names of a tree."""
     if not tree.names:
         raise UserError(f"{tree.path} holds no images ({', '.join(sorted(SUFFIXES))}).")
     tops = {PurePosixPath(n).parts[0] for n in tree.names}
     test = next((part for part in ("test", "val") if part in tops), None)
     if test is None and "train" not in tops:
-        files = _by_class(tree, "", None, name)
+        files = _by_class(tree, "", None)
         pairs = [(file, label) for label, group in enumerate(files.values()) for file in group]
         first, rest = stratified(np.array([label for _, label in pairs]), round(0.8 * len(pairs)), seed=0)
         return {"train": [pairs[i] for i in first], "test": [pairs[i] for i in rest]}, list(files)
@@ -560,13 +582,23 @@ def _parts(tree: _Tree, name: str) -> tuple[dict[str, list[tuple[str, int]]], li
     parts = {}
     for part, folder in (("train", "train"), ("test", test)):
         if folder in tops:
-            files = _by_class(tree, folder, classes, name)
+            files = (_by_list if tree.is_flat(folder) else _by_class)(tree, folder, classes)
             classes = list(files)
             parts[part] = [(file, label) for label, group in enumerate(files.values()) for file in group]
     return parts, classes
 
 
-def _by_class(tree: _Tree, top: str, classes: list[str] | None, name: str) -> dict[str, list[str]]:
+def _by_list(tree: _Tree, top: str, classes: list[str] | None) -> dict[str, list[str]]:
+    """Return {class: files} of a part whose images lie together, in the order that class folders would have."""
+    files = [file for file in tree.names if PurePosixPath(file).parts[0] == top]
+    found = listed_classes(tree.read, top, files, classes, str(tree.path))
+    groups = {group: [] for group in (sorted(set(found.values())) if classes is None else classes)}
+    for file in files:
+        groups[found[file]].append(file)
+    return groups
+
+
+def _by_class(tree: _Tree, top: str, classes: list[str] | None) -> dict[str, list[str]]:
     depth = 1 if top else 0
     groups: dict[str, list[str]] = {}
     for folder in tree.folders:
@@ -601,13 +633,14 @@ class _Files:
         names: Files in it.
         name: What the data set was asked for by.
         size: Side to scale and crop to, 0 for images that have one already.
+        mode: ``"L"`` for grey images, ``"RGB"`` for colour; by default colour where one of some images has it.
     """
 
-    def __init__(self, path: Path, names: list[str], name: str, size: int):
+    def __init__(self, path: Path, names: list[str], name: str, size: int, mode: str | None = None):
         self.path, self.names, self.name, self.size = path, names, name, size
-        self.mode = None
+        few = names[:: -(-len(names) // LOOKED_AT)]
+        self.mode = mode or ("L" if all(self._open(file).mode in GREY for file in few) else "RGB")
         self.shape = self._image(names[0]).shape
-        self.mode = "L" if self.shape[2] == 1 else "RGB"
 
     @property
     def n_bytes(self) -> int:
@@ -637,10 +670,9 @@ class _Files:
             )
         return image
 
-    def _image(self, file: str) -> np.ndarray:
+    def _open(self, file: str):
         from PIL import Image
 
-        where, size = f"{self.path}/{file}", self.size
         try:
             content = (
                 (self.path / file).read_bytes() if self.path.is_dir() else _archive(self.path).read(file)
@@ -648,8 +680,14 @@ class _Files:
             image = Image.open(io.BytesIO(content))
             image.load()
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-            raise UserError(f"{where} is not a readable image ({error}). Replace or remove it.") from error
-        image = image.convert(self.mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+            raise UserError(
+                f"{self.path}/{file} is not a readable image ({error}). Replace or remove it."
+            ) from error
+        return image
+
+    def _image(self, file: str) -> np.ndarray:
+        where, size = f"{self.path}/{file}", self.size
+        image = self._open(file).convert(self.mode)
         if size and image.size != (size, size):
             scale = size * 8 / 7 / min(image.size)
             image = image.resize([max(size, round(extent * scale)) for extent in image.size], resample=2)
@@ -691,7 +729,7 @@ def _decoded(name: str, found: Source, store: Store) -> Path:
         digest = hashlib.sha256()
         for part, (pixels, labels) in parts.items():
             if isinstance(pixels, OnDemand):
-                (folder / f"{part}-files.json").write_text(json.dumps(pixels.read.names))
+                (folder / f"{part}-files.json").write_text(json.dumps([pixels.read.mode, pixels.read.names]))
                 digest.update(f"{name} {stamp} {code_version(_Files)}".encode())
             else:
                 pixels = np.ascontiguousarray(pixels, np.uint8)
@@ -720,7 +758,8 @@ def _kept_part(name: str, folder: Path, part: str) -> Images:
     if not listing.exists():
         return Images(torch.from_numpy(np.load(folder / f"{part}-pixels.npy")), labels)
     base, _, size = name.partition("@")
-    files = _Files(_in_data_folder(base), json.loads(listing.read_text()), name, int(size or 0))
+    mode, names = json.loads(listing.read_text())
+    files = _Files(_in_data_folder(base), names, name, int(size or 0), mode)
     return Images(files.on_demand(), labels)
 
 

@@ -312,3 +312,29 @@ def test_a_jpeg_is_decoded_as_pillow_does(folder, empty_store):
             path.write_bytes(buffer.getvalue())
     expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))
     assert np.array_equal(data.load("jpeg", empty_store).train.pixels[0].numpy(), expected)
+
+
+def test_one_grey_image_does_not_take_the_colour_from_a_set(folder, empty_store):
+    split(folder / "pets")
+    expected = data.load("pets", empty_store)
+    for part in ("train", "test"):
+        first = folder / "pets" / part / "cat" / "0.png"
+        Image.fromarray(np.full((8, 8), 90, np.uint8)).save(first)
+    data.load.cache_clear()
+    found = data.load("pets", empty_store)
+    assert found.train.pixels.shape == expected.train.pixels.shape == (8, 8, 8, 3)
+    assert (found.train.pixels[0] == 90).all()
+    assert (found.test.pixels[0] == 90).all()
+    assert torch.equal(found.test.pixels[1:], expected.test.pixels[1:])
+
+
+def test_a_set_with_colour_in_one_part_alone_has_it_in_both(folder, empty_store, monkeypatch):
+    split(folder / "pets")
+    for file in (folder / "pets" / "test").rglob("*.png"):
+        Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
+    for held in (2**30, 0):  # in memory, and read on demand
+        monkeypatch.setattr(data, "HELD_UP_TO", held)
+        data.load.cache_clear()
+        found = data.load("pets", Store(empty_store.root / str(held)))
+        assert found.test.pixels[:].shape == (8, 8, 8, 3)
+        assert found.channels == 3
