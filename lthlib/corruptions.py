@@ -1015,23 +1015,24 @@ def load_official(
     try:
         _check_images(images)
     except UserError as error:
-        raise UserError(f"{images_path}: {error}") from None
+        raise UserError(f"{images_path}: {error} Fetch the published file again.") from None
     return images, blocks[0]
 
 
 def _map_array(path: Path, rows: int) -> np.ndarray:
     if not path.is_file():
         raise UserError(
-            f"{path} is missing. Put the published file there, or leave the folder out to generate."
+            f"{path} is missing. Put the published file there, or move the folder away to generate."
         )
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a readable .npy file ({error}). Fetch it again.") from error
     if array.ndim == 0 or len(array) != rows:
         found = len(array) if array.ndim else "no"
         raise UserError(
-            f"{path} has {found} rows where {rows:,} are expected (5 severities of {rows / 5:,g} images)."
+            f"{path} has {found} rows where {rows:,} are expected (5 severities of {rows / 5:,g} images). Put the "
+            "whole published file there, or move the folder away to generate."
         )
     return array
 

@@ -401,7 +401,7 @@ def _through_torchvision(kind: str, root: Path, **which: object):
 
 @ood_set("gaussian")
 def _gaussian(like: DataSet, n: int) -> Iterator[np.ndarray]:
-    """Noise as in the paper's code, clip(N(0, 1/2), -1, 1) moved to [0, 1], with a fixed seed (theirs has none)."""
+    """Noise as in the paper's code, of deviation 1/2, cut to [-1, 1], moved to [0, 1]; seeded (theirs is not)."""
     rng = np.random.default_rng(0)
     for _ in range(n):
         noise = rng.normal(0, 0.5, (like.size, like.size, like.channels))

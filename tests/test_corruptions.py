@@ -2,6 +2,7 @@
 
 import io
 import math
+import pickle
 import tracemalloc
 
 import cv2
@@ -632,6 +633,17 @@ def test_cifar_c_blocks(cifar_c):
         (lambda f: (f / "labels.npy").unlink(), {}, "labels.npy is missing"),
         (lambda f: (f / "fog.npy").write_bytes(b"\x93NUMPY"), {}, "not a readable .npy"),
         (lambda f: (f / "fog.npy").write_bytes(b""), {}, "not a readable .npy"),
+        (
+            lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:5000]),
+            {},
+            "not a readable .npy",
+        ),
+        (
+            lambda f: (np.savez(f / "fog.npz", np.zeros(20)), (f / "fog.npz").replace(f / "fog.npy")),
+            {},
+            "not a readable .npy",
+        ),
+        (lambda f: (f / "fog.npy").write_bytes(pickle.dumps([1])), {}, "not a readable .npy"),
         (lambda f: np.save(f / "fog.npy", np.zeros((19, 32, 32, 3), np.uint8)), {}, "19 rows where 20"),
         (lambda f: np.save(f / "fog.npy", np.zeros((20, 32, 32, 3))), {}, "uint8"),
         (lambda f: np.save(f / "fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), {}, "shape"),

@@ -228,6 +228,29 @@ def test_cifar10_in_its_published_format_has_the_papers_split(folder, empty_stor
     assert np.array_equal(found.train.pixels[0].numpy(), first)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "file"),
+    [
+        ("cifar10", "CIFAR10", "cifar-10-batches-py/test_batch"),
+        ("cifar100", "CIFAR100", "cifar-100-python/test"),
+        ("svhn", "SVHN", "test_32x32.mat"),
+    ],
+)
+def test_published_files_that_are_damaged_are_never_unpickled(
+    folder, empty_store, monkeypatch, name, kind, file
+):
+    from torchvision import datasets
+
+    def offline(self):
+        raise OSError("network unreachable")
+
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"cbuiltins\nexit\n(I0\ntR.")  # a pickle that ends the process
+    monkeypatch.setattr(getattr(datasets, kind), "download", offline)
+    with pytest.raises(UserError, match=f"{kind} is not in .*checksums.*{file.split('/')[0]}"):
+        data.load(name, empty_store)
+
+
 def test_missing_data_without_network_is_one_sentence(folder, empty_store, monkeypatch):
     from torchvision import datasets
 

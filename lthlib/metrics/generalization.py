@@ -485,8 +485,8 @@ def pgd(
     """Projected gradient descent in the L-infinity ball (Madry et al., 2018); the last iterate.
 
     From a start drawn uniformly in the ball: x <- clamp(project(x + step_size sign(dL/dx)), 0, 1). An
-    accuracy under PGD far below that under FGSM, at the same epsilon, shows gradient masking: FGSM alone
-    would flatter.
+    accuracy under PGD far below that under FGSM, at the same epsilon, shows that one step flatters; one above
+    it is a sign of masked gradients (Athalye et al., 2018).
 
     Args:
         model: Takes [0, 1] pixels; normalisation inside. Its state and every random state stay as found.
@@ -768,8 +768,8 @@ _row(
 )  # fmt: skip
 _row(
     "fgsm_pgd_gap", "FGSM minus PGD-20",
-    r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where the gradient "
-    "is masked.",
+    r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where one step "
+    "flatters, below zero a sign of masked gradients.",
     "athalye2018obfuscated", higher_is_better=None,
 )  # fmt: skip
 _row(
