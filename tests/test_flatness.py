@@ -293,6 +293,48 @@ def test_tied_weights_and_foreign_parameters_are_named(batch):
         fl.weight_hessian_trace(foreign, *batch)
 
 
+class Layers(nn.Module):
+    """Two layers put together by a function."""
+
+    def __init__(self, forward, conv=None, fc=None, **others):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.fc = conv or nn.Conv2d(2, 3, 3), fc or nn.Linear(48, 3)
+        for name, module in others.items():
+            setattr(self, name, module)
+        self.function = forward
+        self.double().eval()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "missed"),
+    [
+        (lambda m, x: F.linear(m.conv(x).relu().flatten(1), m.fc.weight, m.fc.bias), "fc.weight"),
+        (lambda m, x: m.fc(F.conv2d(x, m.conv.weight, m.conv.bias).relu().flatten(1)), "conv.weight"),
+        (lambda m, x: m.fc.forward(m.conv.forward(x).relu().flatten(1)), "conv.weight"),
+    ],
+)
+def test_weights_used_without_a_call_of_their_module_are_named_and_estimated(batch, forward, missed):
+    model = Layers(forward)
+    with pytest.raises(UserError, match=f"no rule for {missed}, which is used without a call"):
+        fl.weight_hessian_trace(model, *batch)
+    hessian, _, _ = brute_hessian(model, *batch)
+    found = fl.weight_trace(model, *batch, probes=60)
+    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+
+
+def test_a_layer_that_is_never_used_has_no_trace_and_is_no_obstacle(batch):
+    model = Layers(lambda m, x: m.fc(m.conv(x).relu().flatten(1)), unused=nn.Linear(4, 5))
+    hessian, _, _ = brute_hessian(model, *batch)
+    found = fl.weight_trace(model, *batch)
+    assert found.method == "exact"
+    assert found.total == pytest.approx(float(hessian.trace()), rel=1e-11)
+
+
 def test_layers_that_fold_something_into_the_batch_are_named(batch):
     class Patches(nn.Module):
         def __init__(self):
@@ -404,6 +446,14 @@ def test_input_hessian_of_a_smooth_network_is_estimated(batch):
     assert (found.top_residual < 1e-8).all()
 
 
+def test_the_estimator_stops_inventing_directions_where_the_hessian_has_no_more(batch):
+    model = nn.Sequential(nn.Conv2d(2, 3, 6), nn.Flatten(), nn.LogSoftmax(1)).double()  # rank 2 of 72
+    found = fl.input_hessian(model, *batch, probes=40)
+    assert found.method == "hutchinson+lanczos"
+    tops = torch.linalg.eigvalsh(brute_input_hessians(model, *batch))[:, -1]
+    torch.testing.assert_close(found.top, tops, rtol=1e-9, atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------- spectrum
 
 
@@ -423,29 +473,78 @@ def test_top_eigenvalues_of_the_true_masked_hessian(model, batch, masks, pruned,
     torch.testing.assert_close(product, hessian @ columns, rtol=1e-10, atol=1e-12)
 
 
-def test_products_hold_where_a_convolution_feeds_more_than_its_norm(batch):
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return self.fc(F.relu(self.norm(x) + x * x).mean((2, 3)))
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Both().double()
-    model.norm.running_var.fill_(3.0)
-    model.norm.running_mean.fill_(0.5)
-    model.eval()
+@pytest.mark.parametrize("head", ["random", "zero"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.norm(m.conv(x)) + m.conv(x) ** 2,
+        lambda m, x: F.relu(m.norm(h := m.conv(x))) - h,
+        lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight),
+        lambda m, x: m.norm(m.conv(x).relu()),
+    ],
+)
+def test_products_hold_where_a_convolution_feeds_more_than_its_norm(batch, forward, head):
+    norm = nn.BatchNorm2d(3)
+    norm.running_var.fill_(3.0)
+    norm.running_mean.fill_(0.5)
+    model = Layers(lambda m, x: m.fc(F.relu(forward(m, x)).mean((2, 3))), fc=nn.Linear(3, 3), norm=norm)
+    if head == "zero":  # as many begin; the logits then say nothing of what feeds them
+        nn.init.zeros_(model.fc.weight)
     hessian, _, _ = brute_hessian(model, *batch)
-    columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::20]
+    columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::7]
     torch.testing.assert_close(
         fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12
     )
     with pytest.raises(UserError, match="not followed by one"):
         fl.rescale_conv(model, "conv", 2.0, batch[0])
+
+
+def test_a_network_that_uses_one_module_twice_keeps_its_parameters(batch):
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)).double()
+    held = dict(model.named_parameters())
+    hessian, _, _ = brute_hessian(copy.deepcopy(model), *batch)
+    for name, measure in MEASURES.items():
+        if name != "rescaled":
+            measure(model, *batch)
+    assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in held.items()}
+    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(
+        float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5
+    )
+
+
+def test_weights_tied_between_modules_are_tied_in_every_product(batch):
+    first, second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    second.weight = first.weight
+    model = (
+        nn.Sequential(first, nn.BatchNorm2d(2), nn.ReLU(), second, nn.Flatten(), nn.Linear(72, 3))
+        .double()
+        .eval()
+    )
+    hessian, _, _ = brute_hessian(model, *batch)
+    columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::9]
+    torch.testing.assert_close(
+        fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12
+    )
+
+
+def test_a_second_derivative_that_pytorch_has_wrong_is_refused(batch):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            return 2 * x.detach() * gradient + x.roll(1, -1) - x.roll(1, -1).detach()
+
+    model = Layers(lambda m, x: m.fc(Wrong.apply(m.conv(x)).flatten(1)))
+    with pytest.raises(UserError, match="not symmetric"):
+        fl.top_eigenvalues(model, *batch)
+    with pytest.raises(UserError, match="not symmetric"):
+        fl.weight_trace(model, *batch)
 
 
 def test_signed_and_absolute_extremes_differ_where_the_negative_end_is_larger():
@@ -454,6 +553,47 @@ def test_signed_and_absolute_extremes_differ_where_the_negative_end_is_larger():
     assert found.top == pytest.approx(3.0, abs=7e-5)
     assert found.largest_magnitude == pytest.approx(-7.0, abs=7e-5)
     assert extreme_eigenvalues(-matrix).largest_magnitude == pytest.approx(7.0, abs=7e-5)
+
+
+def test_the_negative_end_is_waited_for_where_it_may_be_the_larger():
+    values = torch.cat([torch.linspace(-1, 1, 200).double() ** 3, torch.tensor([-3.1, -3.05, -3.0, 3.02])])
+    for seed in range(5):
+        found = extreme_eigenvalues(torch.diag(values), seed=seed)
+        assert found.converged
+        assert found.largest_magnitude == pytest.approx(-3.1, abs=3e-5)
+        assert found.top == pytest.approx(3.02, abs=3e-5)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6])
+def test_an_early_stop_does_not_take_a_cluster_for_its_top(tolerance):
+    values = torch.cat([torch.linspace(0, 1, 400), torch.tensor([9.0, 9.5, 10.0])]).double()
+    found = [extreme_eigenvalues(torch.diag(values), 1, tolerance, seed=seed) for seed in range(20)]
+    assert all(one.converged and one.top <= 10 + 1e-12 for one in found)
+    assert np.mean([10 - one.top <= 10 * tolerance for one in found]) >= 0.8
+
+
+def test_a_start_in_the_wrong_place_does_not_hide_the_largest():
+    values = torch.cat([torch.linspace(0, 1, 300), torch.tensor([5.0, 7.0])]).double()
+    near = torch.zeros(302).double()
+    near[-2] = 1.0
+    found = extreme_eigenvalues(torch.diag(values), near=near)
+    assert found.top == pytest.approx(7, rel=1e-6)
+    assert extreme_eigenvalues(torch.diag(values), near=0 * near).top == pytest.approx(7, rel=1e-6)
+
+
+def test_sums_over_many_weights_cost_no_digits():
+    values = torch.cat(
+        [torch.rand(300_000, generator=torch.Generator().manual_seed(0)), torch.tensor([50.0])]
+    )
+
+    class Diagonal:
+        shape, dtype, device = (300_001, 300_001), torch.float32, values.device
+
+        def __matmul__(self, vector):
+            return values * vector
+
+    tops = [extreme_eigenvalues(Diagonal(), seed=seed).top for seed in range(3)]
+    np.testing.assert_allclose(tops, 50.0, rtol=2e-7)
 
 
 def test_residual_bounds_hold_before_convergence():
@@ -475,6 +615,16 @@ def test_lanczos_stops_at_an_exhausted_space():
     assert found.top == pytest.approx(5.0, rel=1e-12)
     assert found.products <= 4
     assert extreme_eigenvalues(torch.zeros(4, 4)).top == 0
+
+
+def test_eigenvalues_that_are_multiple_or_beyond_the_rank_are_counted():
+    values = torch.tensor([4.0, 4.0, 4.0, 3.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    found = extreme_eigenvalues(torch.diag(values), k=5)
+    np.testing.assert_allclose(found.largest, [4, 4, 4, 3, 0], atol=1e-10)
+    assert found.converged
+    few = extreme_eigenvalues(torch.diag(values), k=5, max_products=4)
+    assert len(few.largest) == 4
+    assert not few.converged
 
 
 def test_density_has_the_moments_of_the_hessian(model, batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -58,7 +58,7 @@ class Frozen:
         """Return the logits, shape (N, C), with ``weights`` in place of the model's own where given."""
         buffers = {name: b.clone() for name, b in self.buffers.items()} if self.training else self.buffers
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice
-            return functional_call(self.model, {**self.weights, **buffers, **(weights or {})}, (images,))
+            return stateless(self.model, {**self.weights, **buffers, **(weights or {})}, images)
 
     def loss(self, weights: Mapping[str, Tensor] | None = None, images: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over the batch in nats.
@@ -92,6 +92,32 @@ class Frozen:
                 f"got {int(self.labels.min())}..{int(self.labels.max())}."
             )
         return logits.shape[1]
+
+
+def stateless(model: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Return ``model(images)`` with the tensors of ``state`` in place of its own, and leave it as it was.
+
+    PyTorch's `functional_call` alone does not where one module has two names: it leaves a plain tensor for its
+    parameter. So every module is named once here, and a tensor that several modules share is given to each.
+    """
+    tensors = dict(_tensors(model, once=False))
+    holders: dict[int, list[str]] = {}
+    for name, tensor in _tensors(model, once=True):
+        holders.setdefault(id(tensor), []).append(name)
+    named = {
+        holder: value
+        for name, value in state.items()
+        for holder in (holders[id(tensors[name])] if name in tensors else [name])
+    }
+    return functional_call(model, named, (images,), tie_weights=False)
+
+
+def _tensors(model: nn.Module, once: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names of all parameters and buffers; ``once``: of each module under its first name alone."""
+    for prefix, module in model.named_modules(remove_duplicate=once):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
@@ -179,7 +205,7 @@ def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
     with torch.random.fork_rng(devices), torch.no_grad():
         before = _random_state(images)
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        functional_call(model, buffers, (images[:2],))
+        stateless(model, buffers, images[:2])
         return not torch.equal(before, _random_state(images))
 
 
@@ -190,33 +216,75 @@ def _random_state(images: Tensor) -> Tensor:
 def norms_behind(frozen: Frozen) -> dict[str, str]:
     """Return convolution -> the batch norm that alone takes its output, for norms that use running statistics.
 
-    Seen in one forward pass of an image, and checked in a second one without these norms (`folded`): where the
-    logits differ, an output goes elsewhere too, and none is returned.
+    It is read from the graph of a forward pass: nothing may stand between the two, no other operation may take the
+    output, and no other the convolution's parameters.
     """
-    made: dict[Tensor, str] = {}
-    takers: dict[str, list[str]] = {}
+    leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()}
+    logits, nodes = _graph(frozen, leaves)
+    takers: dict[object, list[object]] = {}
+    for node in upstream(logits.grad_fn, {}):
+        for parent, _ in node.next_functions:
+            takers.setdefault(parent, []).append(node)
+    pairs = {}
+    for norm, name in nodes.items():
+        conv = (
+            norm.next_functions[0][0] if _has_running_statistics(frozen.model.get_submodule(name)) else None
+        )
+        if conv in nodes and _holds(norm, name, leaves) and _alone(conv, nodes[conv], leaves, takers):
+            pairs[nodes[conv]] = name
+    with torch.no_grad():  # a subclass may do more with its weights than the graph tells
+        other = folded(frozen, pairs, frozen.images[:2], frozen.weights)
+    return pairs if torch.allclose(other, logits.detach(), 1e-3, 1e-4) else {}
+
+
+def _graph(frozen: Frozen, leaves: Mapping[str, Tensor]) -> tuple[Tensor, dict[object, str]]:
+    """Return the logits of two images, and the node of each convolution and batch norm that is called once -> name."""
+    made: dict[str, list[object]] = {}
 
     def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        for conv in [made[x] for x in inputs if isinstance(x, Tensor) and x in made]:
-            takers.setdefault(conv, []).append(name)
-        if isinstance(module, nn.Conv2d) and f"{name}.weight" in frozen.weights:
-            made[output] = name
+        made.setdefault(name, []).append(output.grad_fn)
 
-    leaves = [(name, module) for name, module in frozen.model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
-    with torch.no_grad():
-        try:
-            logits = frozen(frozen.images[:1])
-        finally:
-            for handle in handles:
-                handle.remove()
-        pairs = {
-            conv: names[0]
-            for conv, names in takers.items()
-            if len(names) == 1 and _has_running_statistics(frozen.model.get_submodule(names[0]))
-        }
-        same = torch.allclose(folded(frozen, pairs, frozen.images[:1], frozen.weights), logits, 1e-3, 1e-4)
-    return pairs if same else {}
+    handles = [
+        module.register_forward_hook(partial(look, name))
+        for name, module in frozen.model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+    ]
+    try:
+        with torch.enable_grad():
+            logits = frozen(frozen.images[:2], leaves)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, {
+        calls[0]: name for name, calls in made.items() if len(calls) == 1 and calls[0] is not None
+    }
+
+
+def _alone(conv: object, name: str, leaves: Mapping[str, Tensor], takers: Mapping[object, list]) -> bool:
+    """Tell whether a node is the convolution of this name, and the only use of its parameters, with one taker."""
+    nodes = [conv, *(parent for parent, _ in conv.next_functions[1:] if parent is not None)]
+    return _holds(conv, name, leaves) and all(len(takers.get(node, ())) == 1 for node in nodes)
+
+
+def _holds(node: object, name: str, leaves: Mapping[str, Tensor]) -> bool:
+    """Tell whether a node's weight and bias are the module's parameters themselves."""
+    found = [getattr(parent, "variable", None) for parent, _ in node.next_functions[1:3]]
+    wanted = [leaves.get(f"{name}.{part}") for part in ("weight", "bias")]
+    return len(found) == 2 and all(one is other for one, other in zip(found, wanted, strict=True))
+
+
+def upstream(root: object, known: Container[object]) -> list:
+    """Return the nodes that one of autograd's depends on and that are not known, itself last, each after its inputs."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node is not None and node not in seen and node not in known:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in node.next_functions)
+    return order
 
 
 def folded(frozen: Frozen, pairs: Mapping[str, str], images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -182,18 +182,32 @@ def trace_obstacles(frozen: Frozen) -> tuple[str, ...]:
 
 
 def _reshaped(frozen: Frozen) -> list[str]:
-    """Name the layers that do not see one image per row, so that rows of gradients are not images."""
-    images, found = frozen.images[:2], []
+    """Name the layers that do not see one image per row, and weights that are used without a call of their module."""
+    images, found, called = frozen.images[:2], [], set()
+    leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()}
 
     def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        called.add(name)
         if len(output) != len(images) or (isinstance(module, nn.Linear) and output.dim() != 2):
             found.append(
                 f"no rule for {name}, which sees shape {tuple(inputs[0].shape)} for {len(images)} images"
             )
 
-    with _watching(frozen.model, look), torch.no_grad():
-        frozen(images)
-    return found
+    with _watching(frozen.model, look), torch.enable_grad():
+        logits = frozen(images, leaves)
+    missed = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if name.rpartition(".")[0] not in called
+        and _rule(frozen.model.get_submodule(name.rpartition(".")[0]))
+    }
+    reached = (
+        grad(logits.sum(), list(missed.values()), allow_unused=True)
+        if missed and logits.requires_grad
+        else ()
+    )
+    astray = [name for name, gradient in zip(missed, reached, strict=False) if gradient is not None]
+    return [*found, *(f"no rule for {name}, which is used without a call of its module" for name in astray)]
 
 
 @contextlib.contextmanager

@@ -10,10 +10,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lthlib.errors import UserError, choose, suggest
-from lthlib.metrics.frozen import Frozen, check_batch, check_finite, evaluating, normal_like, rademacher_like
+from lthlib.metrics.frozen import (
+    Frozen,
+    check_batch,
+    check_finite,
+    evaluating,
+    normal_like,
+    rademacher_like,
+    stateless,
+)
 
 STATISTICS = ("interpolate", "recompute")
 
@@ -250,7 +257,7 @@ def _with_statistics(
             for seen, batch in enumerate(batches):
                 for norm in norms:
                     norm.training, norm.momentum = True, 1 / (seen + 1)
-                functional_call(model, state, (batch,))
+                stateless(model, state, batch)
         finally:
             for norm, (training, momentum) in zip(norms, settings, strict=True):
                 norm.training, norm.momentum = training, momentum
@@ -264,7 +271,7 @@ def _evaluate(
     loss, wrong = 0.0, 0
     with evaluating(model), torch.no_grad():
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            logits = functional_call(model, dict(state), (x,))
+            logits = stateless(model, state, x)
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             wrong += int((logits.argmax(1) != y).sum())
     return (loss / len(images) if math.isfinite(loss) else math.inf), wrong / len(images)

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lthlib.metrics.frozen import draws_random_numbers
+from lthlib.metrics.frozen import draws_random_numbers, stateless, upstream
 
 LINEAR = {
     "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias", "Copy",
@@ -66,7 +65,7 @@ def nonlinear_parts(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     """
     found = ["random numbers in the forward pass (dropout?)"] if draws_random_numbers(model, images) else []
     logits, pixels, owners, leaves = _record(model, images)
-    nodes = _upstream(logits.grad_fn, {})
+    nodes = upstream(logits.grad_fn, {})
     found += [
         *_faults(nodes, owners),
         *_tied(nodes, leaves),
@@ -83,7 +82,7 @@ def _record(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, dict, dic
     owners: dict = {}
     devices = [images.device] if images.is_cuda else []
     with _owned(model, owners), torch.random.fork_rng(devices), torch.enable_grad():
-        logits = functional_call(model, {**weights, **buffers}, (x,))
+        logits = stateless(model, {**weights, **buffers}, x)
     return logits, x, owners, {id(w): name for name, w in weights.items()}
 
 
@@ -106,7 +105,7 @@ def _owned(model: nn.Module, owners: dict) -> Iterator[None]:
     def claim(tensors: object) -> None:
         for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                owners.update(dict.fromkeys(_upstream(tensor.grad_fn, owners), inside[-1]))
+                owners.update(dict.fromkeys(upstream(tensor.grad_fn, owners), inside[-1]))
 
     def enter(label: str):
         def hook(module: nn.Module, args: tuple) -> None:
@@ -128,20 +127,6 @@ def _owned(model: nn.Module, owners: dict) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _upstream(root: object, known: dict) -> list:
-    """Return the unknown nodes that ``root`` depends on, itself last, each after its inputs."""
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node is not None and node not in seen and node not in known:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent, _ in node.next_functions)
-    return order
 
 
 def _operation(node: object) -> str:

@@ -69,6 +69,7 @@ class WeightHessian:
         self.sizes = [frozen.active(name) for name in frozen.weights]
         self._norms = norms_behind(frozen)
         self._graph: tuple[list[Tensor], list[Tensor]] | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,6 +99,13 @@ class WeightHessian:
         """Return the active weights as one vector."""
         return self._gather(list(self.frozen.weights.values()))
 
+    def gradient(self) -> Tensor:
+        """Return the gradient of the loss in the active weights; where there is one graph, it costs nothing more."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for start in range(0, len(self.frozen.images), self.chunk):
+            total += self._gather(self._gradients(start)[1]).detach()
+        return total
+
     def _product(self, vector: Tensor) -> Tensor:
         self.products += 1
         direction, result = self._spread(vector), 0
@@ -108,7 +116,25 @@ class WeightHessian:
                 with twice_differentiable():
                     reached = grad(gradients, weights, direction, retain_graph=whole, materialize_grads=True)
                 result = result + self._gather(reached)
-        return result if isinstance(result, Tensor) else torch.zeros_like(vector)
+        return self._symmetric(vector, result if isinstance(result, Tensor) else torch.zeros_like(vector))
+
+    def _symmetric(self, vector: Tensor, image: Tensor) -> Tensor:
+        """Return the image, after a look at u·Hv = v·Hu: PyTorch's second derivatives are not all right.
+
+        Raises:
+            UserError: Where that does not hold.
+        """
+        if self._first is None:
+            self._first = vector.detach().clone(), image
+        other, its_image = self._first
+        size = other.norm() * image.norm() + vector.norm() * its_image.norm()
+        if (other @ image - vector @ its_image).abs() > torch.finfo(self.dtype).eps ** 0.5 / 4 * size:
+            raise UserError(
+                "The products with this network's Hessian are not symmetric, so PyTorch's second derivative of one of "
+                "its operations is wrong (as that of weight_norm is: remove_parametrizations() puts plain weights in "
+                "its place)."
+            )
+        return image
 
     def _gradients(self, start: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights and differentiable gradients of one chunk's part of the mean loss."""
@@ -149,15 +175,18 @@ class Extremes:
 
     Attributes:
         largest: The k largest eigenvalues with their sign, descending.
-        residuals: ||H v - θ v|| of each: some eigenvalue lies within this distance of it, whatever H is.
-        error_bounds: min(residual, residual²/gap), the sharper bound of Kato and Temple, with the gap taken
-            from the other Ritz values. Rounding is not in it: float32 moves an eigenvalue by some 1e-6 of itself,
-            sometimes 1e-5, for ReLUs within rounding of 0 switch.
+        residuals: ||H v - θ v|| of each: some eigenvalue lies within this distance of it, whatever H is, and none of
+            ``largest`` exceeds the true one of its rank.
+        error_bounds: min(residual, residual²/gap), the sharper bound of Kato and Temple, with a gap that reaches to
+            the nearest end of the other Ritz values' intervals, value ± residual. It holds if every eigenvalue above
+            those has shown: the random part of the start vector sees to it that each does in the end, and nothing
+            proves that it has by now. Rounding is not in it: in float32 it moves an eigenvalue by some 1e-7 of itself.
         smallest: The smallest eigenvalue found (an upper bound of the true one).
         smallest_residual: Its residual.
         products: Hessian-vector products that it took.
-        converged: Whether every error bound is within the tolerance; also of ``smallest`` where it is the
-            larger in magnitude.
+        converged: Whether every error bound is within the tolerance, and every residual within a tenth of its square
+            root (else one Ritz value may stand for several eigenvalues, with a small bound between them); also of
+            ``smallest`` where it may be the larger in magnitude.
     """
 
     largest: np.ndarray
@@ -185,7 +214,7 @@ def top_eigenvalues(
     labels: Tensor,
     masks: Mapping[str, Tensor] | None = None,
     k: int = 1,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-6,
     max_products: int = 80,
     seed: int = 0,
     chunk: int | None = None,
@@ -193,7 +222,9 @@ def top_eigenvalues(
     """Compute the largest eigenvalues of the weight Hessian (lower is flatter) with bounds on their error.
 
     Lanczos with full reorthogonalisation on M H M, until every wanted eigenvalue's error bound falls below
-    ``tolerance`` times the largest magnitude. Memory: one vector of the active weights per product.
+    ``tolerance`` times the largest magnitude (`Extremes.converged`). It starts near the gradient, which lies for a
+    large part in the few sharp directions; as much of a random vector is added, for the gradient alone may lack some
+    of them. Memory: one vector of the active weights, in float64, per product.
 
     Args:
         model: As in `lthlib.metrics.hessian.weight_hessian_trace`; any twice differentiable network.
@@ -203,69 +234,80 @@ def top_eigenvalues(
         k: How many of the largest.
         tolerance: Relative error asked for.
         max_products: Where to stop all the same; ``converged`` is then False.
-        seed: Of the start vector.
+        seed: Of the random part of the start vector.
         chunk: Images at a time, see `WeightHessian`.
 
     Raises:
         UserError: For k below 1 or beyond the number of active weights, and as in `Frozen`.
     """
-    return extreme_eigenvalues(
-        WeightHessian(model, images, labels, masks, chunk), k, tolerance, max_products, seed
-    )
+    hessian = WeightHessian(model, images, labels, masks, chunk)
+    return extreme_eigenvalues(hessian, k, tolerance, max_products, seed, hessian.gradient())
 
 
 def extreme_eigenvalues(
     operator: WeightHessian | Tensor,
     k: int = 1,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-6,
     max_products: int = 80,
     seed: int = 0,
+    near: Tensor | None = None,
 ) -> Extremes:
-    """Do what `top_eigenvalues` does for any symmetric operator or matrix."""
+    """Do what `top_eigenvalues` does for any symmetric operator or matrix; ``near`` is where to start."""
     n = operator.shape[0]
     if not 1 <= k <= n:
         raise UserError(f"k, the number of eigenvalues, must lie in 1..{n}; got {k}.")
-    start = normal_like(torch.empty(n, dtype=operator.dtype, device=operator.device), seed)
+    like = torch.empty(n, dtype=torch.float64, device=operator.device)
+    start = normal_like(like, seed)
+    if near is not None and bool(near.any()):
+        start = start / start.norm() + near.double() / near.double().norm()
     found = None
-    for alphas, betas in _lanczos(operator, start, min(max_products, n)):
-        if len(alphas) >= min(k + 1, n) or betas[-1] == 0:
-            found = _ends(alphas, betas, min(k, len(alphas)), tolerance)
-            if found.converged and len(found.largest) == k:
-                break
+    for alphas, betas in _lanczos(operator, start, min(max_products, n), again=k > 1):
+        found = _ends(alphas, betas, k, tolerance)
+        spaces = int((betas == 0).sum())  # each holds one vector of every multiple eigenvalue
+        if found.converged and (spaces >= k or len(alphas) == n or (spaces == 0 and len(alphas) > k)):
+            break
     return found
 
 
-def _lanczos(operator: WeightHessian | Tensor, start: Tensor, steps: int):
+def _lanczos(operator: WeightHessian | Tensor, start: Tensor, steps: int, again: bool = False):
     """Yield the diagonal and off-diagonal of the tridiagonal matrix after each step.
 
     The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that
-    the Ritz values are exact.
+    the Ritz values are exact. ``again`` goes on with a random vector behind that. Vectors are kept in float64: sums
+    over a million weights in float32 cost more digits than the products do.
     """
-    basis = torch.empty(0, len(start), dtype=start.dtype, device=start.device)
-    vector, alphas, betas = start / start.norm(), [], []
-    for _ in range(steps):
-        basis = torch.cat([basis, vector[None]])
-        image = operator @ vector
+    vector, basis, alphas, betas = start.double() / start.double().norm(), [], [], []
+    for step in range(steps):
+        basis.append(vector)
+        image = (operator @ vector.to(operator.dtype)).double()
         alphas.append(float(vector @ image))
-        for _ in range(2):
-            image = image - basis.T @ (basis @ image)
+        image = _orthogonal_to(basis, image)
         beta = float(image.norm())
         scale = max(map(abs, [*alphas, *betas]))
-        exhausted = beta <= 10 * torch.finfo(start.dtype).eps * scale or len(basis) == len(start)
+        exhausted = beta <= 10 * torch.finfo(operator.dtype).eps * scale or len(basis) == len(start)
         betas.append(0.0 if exhausted else beta)
         yield np.array(alphas), np.array(betas)
-        if exhausted:
+        if exhausted and (not again or len(basis) == len(start)):
             return
-        vector = image / beta
+        image = _orthogonal_to(basis, normal_like(image, step)) if exhausted else image
+        vector = image / image.norm()
+
+
+def _orthogonal_to(basis: list[Tensor], vector: Tensor) -> Tensor:
+    for known in [*basis, *basis]:
+        vector = vector - (known @ vector) * known
+    return vector
 
 
 def _ends(alphas: np.ndarray, betas: np.ndarray, k: int, tolerance: float) -> Extremes:
     values, vectors = _tridiagonal(alphas, betas)
     residuals = np.abs(betas[-1] * vectors[-1])
-    gaps = np.array([np.delete(np.abs(values - v), i).min(initial=np.inf) for i, v in enumerate(values)])
-    bounds = residuals if len(values) == 1 else np.minimum(residuals, residuals**2 / np.maximum(gaps, 1e-300))
-    wanted = list(range(len(values) - 1, len(values) - 1 - k, -1))
-    asked = [*wanted, 0] if -values[0] > values[-1] else wanted
+    bounds = _bounds(values, residuals)
+    wanted = list(range(len(values) - 1, max(-1, len(values) - 1 - k), -1))
+    rivals = len(values) > 1 and residuals[0] - values[0] > values[-1]
+    asked = [*wanted, 0] if rivals else wanted
+    size = np.abs(values).max()
+    close = (bounds[asked] <= tolerance * size) & (residuals[asked] <= 0.1 * tolerance**0.5 * size)
     return Extremes(
         largest=values[wanted],
         residuals=residuals[wanted],
@@ -273,8 +315,18 @@ def _ends(alphas: np.ndarray, betas: np.ndarray, k: int, tolerance: float) -> Ex
         smallest=float(values[0]),
         smallest_residual=float(residuals[0]),
         products=len(alphas),
-        converged=bool((bounds[asked] <= tolerance * np.abs(values).max()).all()),
+        converged=bool(close.all()) and len(wanted) == k,
     )
+
+
+def _bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Return min(residual, residual²/gap), the gap up to the interval of the nearest other Ritz value."""
+    bounds = residuals.copy()
+    for i, (value, residual) in enumerate(zip(values, residuals, strict=True)):
+        gap = np.delete(np.abs(values - value) - residuals, i).min(initial=np.inf)
+        if np.isfinite(gap) and gap > residual:
+            bounds[i] = residual**2 / gap
+    return bounds
 
 
 def _tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -485,24 +537,38 @@ def estimate_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str =
     signs = [rademacher_like(like, seed, probe) for probe in range(probes)]
     traces = torch.stack([(v * product(v)).sum(1) for v in signs])
     start = normal_like(like, seed, probes)
-    top, residual = _batched_top(product, start, min(probes, start.shape[1]))
+    top, residual = _batched_top(product, start, min(probes, start.shape[1]), seed)
     error = traces.std(0) / probes**0.5
     return InputHessian(traces.mean(0), top, "hutchinson+lanczos", error, residual, reason)
 
 
-def _batched_top(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Run Lanczos on many symmetric matrices at once; return the largest Ritz value and residual of each."""
+def _batched_top(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Run Lanczos on many symmetric matrices at once; return the largest Ritz value and residual of each.
+
+    A matrix whose Krylov space is exhausted goes on with a new random vector: rounding errors are no direction.
+    """
     vector, basis, images = start / start.norm(dim=1, keepdim=True), [], []
-    for _ in range(steps):
+    scale = torch.zeros_like(start[:, :1])
+    for step in range(steps):
         basis.append(vector)
         image = product(vector)
         images.append(image)
-        for _ in range(2):
-            for known in basis:
-                image = image - (known * image).sum(1, keepdim=True) * known
+        scale = torch.maximum(scale, image.norm(dim=1, keepdim=True))
+        image = _orthogonal(image, basis)
+        exhausted = image.norm(dim=1, keepdim=True) <= 10 * torch.finfo(image.dtype).eps * scale
+        if bool(exhausted.any()):
+            image = torch.where(exhausted, _orthogonal(normal_like(start, seed, steps, step), basis), image)
         vector = image / image.norm(dim=1, keepdim=True).clamp_min(torch.finfo(image.dtype).tiny)
     q, hq = torch.stack(basis, dim=2), torch.stack(images, dim=2)
     projected = q.transpose(1, 2) @ hq
     values, coordinates = torch.linalg.eigh((projected + projected.transpose(1, 2)) / 2)
     ritz = coordinates[..., -1:]
     return values[:, -1], (hq @ ritz - values[:, -1, None, None] * (q @ ritz)).flatten(1).norm(dim=1)
+
+
+def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:
+    for known in [*basis, *basis]:
+        vectors = vectors - (known * vectors).sum(1, keepdim=True) * known
+    return vectors
