@@ -92,7 +92,7 @@ def builder(network: str) -> Callable[[], nn.Module]:
     The network takes [0, 1] pixels (N, C, H, W), normalises them itself, and returns logits.
 
     Raises:
-        UserError: Where there is no such function.
+        UserError: Where there is no such function, or what it returns is no network.
     """
     module, _, name = network.partition(":")
     try:
@@ -101,6 +101,12 @@ def builder(network: str) -> Callable[[], nn.Module]:
         raise UserError(
             f"There is no function {network!r} ({error}): name it as package.module:function."
         ) from error
+    try:
+        made = found()
+    except TypeError as error:
+        raise UserError(f"{network!r} is no function without arguments ({error}).") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{network!r} returns a {type(made).__name__}, no network (torch.nn.Module).")
     return found
 
 

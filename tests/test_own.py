@@ -1,9 +1,13 @@
 """Networks from files: what is said of them is what is said of the same networks as tickets."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lthlib import masks, own, verdict
+from lthlib.__main__ import main
 from lthlib.errors import UserError
 from lthlib.evaluate import collect
 from lthlib.grid import grid_from
@@ -183,7 +188,105 @@ def test_the_mask_is_the_zeros(networks, store):
 
 
 def test_a_builder_is_named_by_module_and_function():
-    assert own.builder("collections:OrderedDict") is __import__("collections").OrderedDict
+    assert own.builder("torch.nn:Identity") is nn.Identity
     for name in ("collections", "collections:nothing", "nowhere.to.be:found", ":", ""):
         with pytest.raises(UserError, match=r"package\.module:function"):
             own.builder(name)
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, stride=4), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 7 * 7, 10)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.norm(self.conv(x))).flatten(1))
+"""
+
+GRID = """
+data: mnist5k
+arch: resnet8
+methods: [omp]
+rounds: [4]
+seeds: [0]
+precision: float32
+dimensions:
+  calibration: {n_test: 100, n_corrupted: 5, n_bootstrap: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder with a network of somebody else's, its weights in four forms, and a grid."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "theirs.py").write_text(NETWORK)
+    (folder / "mine.yaml").write_text(GRID)
+    scope: dict = {}
+    exec(NETWORK, scope)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = scope["Net"]()
+    safetensors.torch.save_file(model.state_dict(), folder / "dense.safetensors")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({**weights, "conv.weight": 0 * weights["conv.weight"]}, folder / "empty.pt")
+    torch.save({**weights, "fc.bias": weights["fc.bias"] / 0}, folder / "broken.pt")
+    torch.save({"conv.weight": weights["conv.weight"]}, folder / "other.pt")
+    prune.l1_unstructured(model.conv, "weight", amount=0.5)
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "half.pt")
+    return folder
+
+
+def test_the_command_judges_networks_from_files(foreign, store):
+    root = Path(own.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "lthlib", "check", "mine.yaml", "dense.safetensors", "half.pt", "empty.pt",
+         "--network", "theirs:Net", "--rows", "rows.csv"],
+        cwd=foreign, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "LTHLIB_STORE": str(store.root)},
+    )  # fmt: skip
+    assert run.returncode in (0, 2), run.stderr
+    assert "half: 50.0 % of the convolution weights are zero" in run.stdout
+    assert "empty: 100.0 % of the convolution weights are zero" in run.stdout
+    assert run.stdout.count(" won. ") == 2
+    assert (run.returncode == 0) == (run.stdout.count("LTH-PASS") == 2)
+    rows = pd.read_csv(foreign / "rows.csv")
+    assert set(rows["method"]) == {"dense", "half", "empty"}
+    assert rows.groupby("method")["sparsity"].first().to_dict() == {"dense": 0, "half": 0.5, "empty": 1}
+    assert rows["value"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.pt"], "There is no file nowhere.pt"),
+        (["broken.pt"], "fc.bias in broken.pt holds numbers that are not finite"),
+        (["other.pt"], "other.pt does not fit the network: it lacks conv.bias"),
+        (["half.pt", "--network", "theirs:Nett"], "There is no function 'theirs:Nett'"),
+        (["half.pt", "--network", "theirs:nn"], "'theirs:nn' is no function without arguments"),
+        (["half.pt", "--network", "theirs:nn.Linear"], "There is no function 'theirs:nn.Linear'"),
+        (["half.pt", "--network", "torch:relu"], "'torch:relu' is no function without arguments"),
+        (["half.pt", "--network", "builtins:dict"], "'builtins:dict' returns a dict, no network"),
+    ],
+)
+def test_the_command_says_in_a_sentence_what_is_wrong(foreign, store, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(foreign)
+    monkeypatch.syspath_prepend(str(foreign))
+    monkeypatch.setenv("LTHLIB_STORE", str(store.root))
+    network = [] if "--network" in arguments else ["--network", "theirs:Net"]
+    assert main(["check", "mine.yaml", "dense.safetensors", *arguments, *network]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+
+
+def test_the_command_without_a_builder_names_the_layers_that_the_grid_s_network_lacks(
+    foreign, monkeypatch, capsys
+):
+    monkeypatch.chdir(foreign)
+    assert main(["check", "mine.yaml", "dense.safetensors", "half.pt"]) == 1
+    assert "does not fit the network" in capsys.readouterr().err
