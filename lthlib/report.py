@@ -292,16 +292,30 @@ def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) 
     return PagePlan(grid.name, study_name(study), topic, method, label, title, settings)
 
 
-def recorded_grids(but: str) -> list[Path]:
-    """Return the grid files of all recorded results, except the grid of a name."""
-    found = []
+def recorded_grids(but: str) -> list[Grid]:
+    """Return the grids of all recorded results, except the one of a name.
+
+    Where a grid asks for all methods, these are the methods of its results, not those added since.
+    """
+    found, archive = [], Archive.read(ROOT / RESULTS)
     for folder in sorted(p.parent for p in (ROOT / RESULTS).glob("*/manifest.json")):
         path = ROOT / "workflow" / "grids" / f"{folder.name}.yml"
         if folder.name != but:
             if not path.exists():
                 raise UserError(f"{folder} holds recorded results of a grid that has no file {path}.")
-            found.append(path)
+            mine = [record.entry for record in archive.values() if record.folder == folder]
+            known = {entry["info"]["ticket"]["method"] for entry in mine}
+            grid = read_grid(path, recorded=True)
+            studies = tuple(_with_methods(study, known) for study in grid.studies)
+            found.append(replace(grid, studies=studies))
     return found
+
+
+def _with_methods(study: Study, known: Collection[str]) -> Study:
+    """Return a study of all methods with those of a record alone, and any other study as it is."""
+    if set(study.methods) != set(METHODS) - {"dense"}:
+        return study
+    return replace(study, methods=tuple(name for name in study.methods if name in known))
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -412,7 +426,7 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
             that says why takes the place of each missing page.
     """
     plan, store = read_grid(grid), Store()
-    others = [read_grid(path, recorded=True) for path in recorded_grids(plan.name)]
+    others = recorded_grids(plan.name)
     undone = [job for job in jobs(plan) if unfinished and not done_file(plan, job).exists()]
     sections = [_answer(plan, table(plan, store, without=undone), folder, undone)]
     sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]

@@ -16,7 +16,9 @@ import safetensors.numpy
 import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
-from lthlib.evaluate import COLUMNS, DIMENSIONS
+from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive
+from lthlib.pruners import METHODS
+from lthlib.report import recorded_grids
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -44,6 +46,16 @@ def copy_of_the_checkout(folder):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder
+
+
+def test_a_new_method_leaves_recorded_results_as_they_were(monkeypatch):
+    """Studies of all methods were recorded before it was there; the book is to show them all the same."""
+    monkeypatch.setitem(METHODS, "brand-new", METHODS["omp"])
+    kept = {record.entry["ticket"] for record in Archive.read(ROOT / "book/results").values()}
+    wanted = {
+        ticket.id for grid in recorded_grids("") for study in grid.studies for ticket in study.tickets()
+    }
+    assert wanted == kept
 
 
 @pytest.fixture(scope="module")
