@@ -316,7 +316,10 @@ def _find(ticket: Ticket, method: Method, source: Trained | None, images: data.D
     if found.masks is not None:
         dead = [name for name, mask in found.masks.items() if not mask.any()]
         if dead:
-            say(f"note: {ticket.id} has no weight left in {', '.join(dead)} (layer collapse)")
+            say(
+                f"note: {ticket.id} has no weight left in {', '.join(dead)} (layer collapse): it is trained all the "
+                "same; a lower sparsity, or a method with a share for each layer (rp-layerwise, rp-erk), avoids it"
+            )
     return found
 
 

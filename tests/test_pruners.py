@@ -614,6 +614,13 @@ def test_a_score_that_overflows_names_its_layer(value):
         synflow.drop_lowest_(weights, written(gradients), {k: w.bool() for k, w in weights.items()}, 20, 3)
 
 
+def test_a_flow_that_no_precision_holds_is_not_answered_with_more_precision():
+    model = network()
+    model.bn1.weight.data[3] = math.inf
+    with pytest.raises(UserError, match=r"not finite in torch\.float64: look for infinite weights, scales"):
+        find("synflow", moment("synflow", model=model))
+
+
 # ----------------------------------------------------------------------------- RigL and SET
 
 

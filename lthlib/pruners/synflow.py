@@ -84,7 +84,7 @@ def flow(model: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor, dict[str
     with _by_patches(model) as uses:
         total = model(torch.ones(1, *image_shape, dtype=some.dtype, device=some.device)).sum()
     if not total.isfinite():
-        raise UserError(f"The synaptic flow through this network is not finite in {some.dtype}: use float64.")
+        raise _not_finite("this network", some.dtype)
     factored = {name: each for name, each in uses.items() if each and all(each)}
     whole = {name: weight for name, weight in weights.items() if name not in factored}
     products = [product for each in factored.values() for _, product in each]
@@ -142,6 +142,13 @@ def _size(conv: nn.Conv2d, image: Tensor) -> list[int]:
             image.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
         )
     ]
+
+
+def _not_finite(what: str, dtype: torch.dtype) -> UserError:
+    way = "use float64 (option precision)"
+    if dtype == torch.float64:
+        way = "look for infinite weights, scales or running statistics, or train with a lower learning rate"
+    return UserError(f"The synaptic flow through {what} is not finite in {dtype}: {way}.")
 
 
 def schedule(n_weights: int, n_keep: int, rounds: int, kind: str) -> list[int]:
@@ -231,9 +238,7 @@ def _below(
         part = slice(start, start + n_rows)
         score = slope.rows(part).mul_(weight[part])
         if not score.max() < np.inf:
-            raise UserError(
-                f"The synaptic flow through layer {name!r} is not finite in {weight.dtype}: use float64."
-            )
+            raise _not_finite(f"layer {name!r}", weight.dtype)
         low = (score <= bound).logical_and_(mask[part]).view(-1).nonzero()[:, 0]
         places.append((low + start * weight.shape[1]).cpu().numpy())
         scores.append(score.view(-1)[low].cpu().numpy())
