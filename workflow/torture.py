@@ -4,9 +4,11 @@
     .venv/bin/python workflow/torture.py --kills 50 --seed 1 --grid workflow/grids/quick.yml
 
 In copies of the checkout, each with a store of its own: one run undisturbed, as the reference; then runs that lose a
-random process to ``kill -9`` at a random moment (the driver, the zygote, Snakemake, a worker, a page, its kernel, the
-book's build, the client of one of them), each followed by the next, until one reaches the end. Then everything is
-compared, removed, and begun again, until the number of kills is reached.
+random process to ``kill -9`` at a random moment, each followed by the next, until one reaches the end. Then everything
+is compared, removed, and begun again, until the number of kills is reached. What is killed is drawn first, of the kinds
+killed least (the driver, the zygote, Snakemake, a worker, a page, its kernel, the table of rows, the book's front and
+build, the client of one of them), then how long that kind has been seen running by then: whoever lives for a second
+only is hit as often as who lives throughout.
 
 Compared bit for bit: ``rows.csv`` with every column (it holds no time), masks, weights, rewind points and logits, the
 numbers and arrays of every evaluation. Not compared: when and how long, which `provenance` and `cost` hold.
@@ -16,6 +18,7 @@ And: nothing whole is made twice, no process outlives its run, no temporary file
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -54,6 +57,8 @@ GRID = {
 ROLES = ("driver", "zygote", "snakemake", "worker", "page", "kernel", "rows", "front", "book", "client")
 PATIENCE = 900.0  # seconds without an end after which a run counts as stuck
 GRACE = 5.0  # seconds within which a killed run's processes have to be gone
+LOOK = 0.05  # seconds between looks at what runs
+WIDTHS = (4, 10, 8, 14, 0)  # of the columns of what is printed
 UNTIMED = ("cost", "provenance", "history")  # of ticket.json
 
 
@@ -70,9 +75,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         outcome = torture(folder, options.grid, options.kills, random.Random(options.seed))
-    print(outcome.table())
     for fault in outcome.faults:
         print(f"FAULT: {fault}", file=sys.stderr)
+    print("killed: " + ", ".join(f"{role} {outcome.killed[role]}" for role in ROLES))
     print(
         f"{outcome.n_kills} kills, {outcome.n_ends} ends compared with the reference, {len(outcome.faults)} faults"
     )
@@ -83,7 +88,7 @@ def main() -> int:
 class Outcome:
     """What was killed, what became of it, and what went wrong."""
 
-    lines: list[tuple[str, ...]] = field(default_factory=list)
+    n_runs: int = 0
     faults: list[str] = field(default_factory=list)
     killed: Counter[str] = field(default_factory=Counter)
     n_ends: int = 0
@@ -93,56 +98,49 @@ class Outcome:
         """How many processes were killed."""
         return sum(self.killed.values())
 
-    def table(self) -> str:
-        """Return one line a run: victim, moment, how the run ended, what it had finished by then."""
-        head = ("run", "killed", "after", "the run then", "whole artifacts")
-        lines = [head, *self.lines]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    def tell(self, *line: object) -> None:
+        """Print one line for a run: victim, moment, how the run ended, what it had finished by then."""
+        self.n_runs += 1
+        tqdm.write("  ".join(str(x).ljust(w) for x, w in zip((self.n_runs, *line), WIDTHS, strict=True)))
 
 
 def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -> Outcome:
     """Run a grid undisturbed, then kill it ``n_kills`` times; compare every end with the undisturbed one."""
     reference, victim = Checkout(folder / "reference", grid), Checkout(folder / "tortured", grid)
     outcome = Outcome()
-    began = time.monotonic()
     run = reference.start()
-    if run.wait(PATIENCE) != 0:
+    lives = dict.fromkeys(ROLES, 0.0)
+    if watch(reference, run, lives) != 0:
         raise SystemExit(f"The undisturbed run failed:\n{reference.last_words()}")
-    seconds = time.monotonic() - began
+    tqdm.write("run   killed      after     the run then    whole artifacts")
     expected = contents(reference)
     with tqdm(total=n_kills, desc="kills", unit="kill") as bar:
         while outcome.n_kills < n_kills:
             before = outcome.n_kills
-            one_run(victim, seconds, rng, outcome, may_kill=True)
+            one_run(victim, lives, rng, outcome, may_kill=True)
             bar.update(outcome.n_kills - before)
             if victim.ended:
                 judge(victim, expected, outcome)
     while not victim.ended:
-        one_run(victim, seconds, rng, outcome, may_kill=False)
+        one_run(victim, lives, rng, outcome, may_kill=False)
     if victim.folder.exists():
         judge(victim, expected, outcome)
     return outcome
 
 
 def one_run(
-    checkout: Checkout, seconds: float, rng: random.Random, outcome: Outcome, *, may_kill: bool
+    checkout: Checkout, lives: dict[str, float], rng: random.Random, outcome: Outcome, *, may_kill: bool
 ) -> None:
-    """Start a run and kill one of its processes at a random moment, if it takes that long."""
+    """Start a run and kill one of its processes, unless it ends before."""
     whole = checkout.finished()
     began = time.monotonic()
     run = checkout.start()
-    moment = rng.uniform(0.0, seconds)
     killed, after = "-", "-"
-    try:
-        run.wait(moment if may_kill else PATIENCE)
-    except subprocess.TimeoutExpired:
-        present = checkout.processes(run.pid)
-        role = min(sorted(present), key=lambda name: (outcome.killed[name], rng.random()))
-        pid = rng.choice(present[role])
-        os.kill(pid, signal.SIGKILL)
-        outcome.killed[role] += 1
-        killed, after = role, f"{time.monotonic() - began:.0f} s"
+    if may_kill:
+        role = min(ROLES, key=lambda name: (outcome.killed[name], rng.random()))
+        if watch(checkout, run, {}, (role, rng.uniform(0.0, lives[role]), rng)) is None:
+            outcome.killed[role] += 1
+            killed, after = role, f"{time.monotonic() - began:.0f} s"
     try:
         status = run.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -158,7 +156,35 @@ def one_run(
     if status != 0 and killed == "-":
         outcome.faults.append(f"a run that nobody disturbed ended with {status}: {checkout.last_words()}")
     ending = "ended well" if status == 0 else "was dead" if killed == "driver" else f"ended with {status}"
-    outcome.lines.append((str(len(outcome.lines) + 1), killed, after, ending, str(len(checkout.finished()))))
+    outcome.tell(killed, after, ending, len(checkout.finished()))
+
+
+def watch(
+    checkout: Checkout,
+    run: subprocess.Popen,
+    lives: dict[str, float],
+    victim: tuple[str, float, random.Random] | None = None,
+) -> int | None:
+    """Watch a run to its end and return its exit status; None after the kill of a process, or if it seems stuck.
+
+    Args:
+        checkout: Where it runs.
+        run: Its driver.
+        lives: Takes the seconds during which a process of each role was there.
+        victim: A role, the seconds that it may be there, and what draws one of several.
+    """
+    last = began = time.monotonic()
+    while run.poll() is None and last < began + PATIENCE:
+        time.sleep(LOOK)
+        present = checkout.processes(run.pid)
+        passed, last = time.monotonic() - last, time.monotonic()
+        for role in present:
+            lives[role] = lives.get(role, 0.0) + passed
+        if victim and victim[0] in present and lives[victim[0]] > victim[1]:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended: the next one, then
+                os.kill(victim[2].choice(present[victim[0]]), signal.SIGKILL)
+                return None
+    return run.poll()
 
 
 def judge(checkout: Checkout, expected: dict[str, object], outcome: Outcome) -> None:
@@ -245,18 +271,19 @@ class Checkout:
     def processes(self, driver: int) -> dict[str, list[int]]:
         """Return the process ids of a run by role."""
         found: dict[str, list[int]] = {}
-        kernels_of: dict[str, list[psutil.Process]] = {}
+        pages: dict[str, list[psutil.Process]] = {}
         for process in self._processes():
             role, log = _role(process, driver)
             if role == "page":
-                kernels_of.setdefault(log, []).append(process)
+                pages.setdefault(log, []).append(process)
             else:
                 found.setdefault(role, []).append(process.pid)
-        for group in kernels_of.values():  # a page's process starts its kernel, which writes to the same log
-            first, *kernels = sorted(group, key=lambda p: (p.create_time(), p.pid))
+        for group in pages.values():  # a page's process starts its kernel, which writes to the same log
+            first, *kernels = sorted(group, key=_age)
             found.setdefault("page", []).append(first.pid)
-            found.setdefault("kernel", []).extend(kernel.pid for kernel in kernels)
-        return {role: pids for role, pids in found.items() if pids}
+            if kernels:
+                found.setdefault("kernel", []).extend(kernel.pid for kernel in kernels)
+        return found
 
     def processes_left(self) -> list[str]:
         """Return what still runs here once everything has had the time to notice the end."""
@@ -266,13 +293,12 @@ class Checkout:
         return [_describe(process) for process in left]
 
     def _processes(self) -> Iterator[psutil.Process]:
-        for process in psutil.process_iter():
-            try:
-                here = process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE
-            except psutil.Error:
-                continue
-            if here:
-                yield process
+        for pid in psutil.pids():
+            with contextlib.suppress(
+                OSError, psutil.Error
+            ):  # another's, ended, or without parents to bury it
+                if os.readlink(f"/proc/{pid}/cwd") == str(self.folder):
+                    yield psutil.Process(pid)
 
     def finished(self) -> dict[str, tuple[int, int]]:
         """Return what is whole by now and must not be made again: artifacts, and pages that the workflow has noted."""
@@ -306,19 +332,30 @@ def _role(process: psutil.Process, driver: int) -> tuple[str, str]:
         return "driver", ""
     try:
         command, parent = " ".join(process.cmdline()), process.ppid()
-        log = os.readlink(f"/proc/{process.pid}/fd/1")
+        open_files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
     except (psutil.Error, OSError):
         return "client", ""  # it is ending
     if "lthlib.zygote" not in command:
-        return "client", log
+        return "client", ""
     if parent == driver:
-        return "zygote", log
-    if "/pages/" in log:
-        return "page", log
-    name = Path(log).stem
-    return (
-        name if name in ("rows", "front", "book") else "worker" if log.endswith(".log") else "snakemake"
-    ), log
+        return "zygote", ""
+    # A kernel's standard output is a pipe to itself; the page's log it keeps open beside that.
+    logs = [name for name in open_files if "/_build/" in name and name.endswith(".log")]
+    if not logs:
+        return "snakemake", ""
+    name = Path(logs[0]).stem
+    if "/pages/" in logs[0]:
+        return "page", logs[0]
+    return {"rows": "rows", "front": "front", "book": "book", "unfinished-book": "book"}.get(
+        name, "worker"
+    ), logs[0]
+
+
+def _age(process: psutil.Process) -> tuple[float, int]:
+    try:
+        return process.create_time(), process.pid
+    except psutil.Error:
+        return float("inf"), process.pid
 
 
 def _describe(process: psutil.Process) -> str:
