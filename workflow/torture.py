@@ -4,7 +4,7 @@
     .venv/bin/python workflow/torture.py --kills 50 --seed 1 --grid workflow/grids/quick.yml
 
 In copies of the checkout, each with a store of its own: one run undisturbed, as the reference; then runs that lose a
-random process to ``kill -9`` at a random moment, each followed by the next, until one reaches the end. Then everything
+random process, or several, to ``kill -9`` at random moments, each followed by the next, until one reaches the end. Then everything
 is compared, removed, and begun again, until the number of kills is reached. What is killed is drawn first, of the kinds
 killed least (the driver, the zygote, Snakemake, a worker, a page, its kernel, the table of rows, the book's front and
 build, the client of one of them), then how long that kind has been seen running by then: whoever lives for a second
@@ -57,8 +57,9 @@ GRID = {
 ROLES = ("driver", "zygote", "snakemake", "worker", "page", "kernel", "rows", "front", "book", "client")
 PATIENCE = 900.0  # seconds without an end after which a run counts as stuck
 GRACE = 5.0  # seconds within which a killed run's processes have to be gone
+MORE = 0.6  # probability of another kill in the same run
 LOOK = 0.05  # seconds between looks at what runs
-WIDTHS = (4, 10, 8, 14, 0)  # of the columns of what is printed
+WIDTHS = (4, 32, 8, 14, 0)  # of the columns of what is printed
 UNTIMED = ("cost", "provenance", "history")  # of ticket.json
 
 
@@ -99,9 +100,11 @@ class Outcome:
         return sum(self.killed.values())
 
     def tell(self, *line: object) -> None:
-        """Print one line for a run: victim, moment, how the run ended, what it had finished by then."""
+        """Print one line for a run: victims, moment, how it ended, what was finished by then; at first, their names."""
+        head = ("run", "killed", "last at", "the run then", "whole artifacts")
+        for cells in (head, line) if not self.n_runs else (line,):
+            tqdm.write("  ".join(str(cell).ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)))
         self.n_runs += 1
-        tqdm.write("  ".join(str(x).ljust(w) for x, w in zip((self.n_runs, *line), WIDTHS, strict=True)))
 
 
 def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -> Outcome:
@@ -112,51 +115,53 @@ def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -
     lives = dict.fromkeys(ROLES, 0.0)
     if watch(reference, run, lives) != 0:
         raise SystemExit(f"The undisturbed run failed:\n{reference.last_words()}")
-    tqdm.write("run   killed      after     the run then    whole artifacts")
     expected = contents(reference)
     with tqdm(total=n_kills, desc="kills", unit="kill") as bar:
         while outcome.n_kills < n_kills:
             before = outcome.n_kills
-            one_run(victim, lives, rng, outcome, may_kill=True)
+            one_run(victim, lives, rng, outcome, n_kills - before)
             bar.update(outcome.n_kills - before)
             if victim.ended:
                 judge(victim, expected, outcome)
     while not victim.ended:
-        one_run(victim, lives, rng, outcome, may_kill=False)
+        one_run(victim, lives, rng, outcome, 0)
     if victim.folder.exists():
         judge(victim, expected, outcome)
     return outcome
 
 
 def one_run(
-    checkout: Checkout, lives: dict[str, float], rng: random.Random, outcome: Outcome, *, may_kill: bool
+    checkout: Checkout, lives: dict[str, float], rng: random.Random, outcome: Outcome, most: int
 ) -> None:
-    """Start a run and kill one of its processes, unless it ends before."""
+    """Start a run and kill at most so many of its processes, one after the other, unless it ends before."""
     whole = checkout.finished()
     began = time.monotonic()
     run = checkout.start()
-    killed, after = "-", "-"
-    if may_kill:
+    killed: list[str] = []
+    while len(killed) < most and (not killed or rng.random() < MORE):
         role = min(ROLES, key=lambda name: (outcome.killed[name], rng.random()))
-        if watch(checkout, run, {}, (role, rng.uniform(0.0, lives[role]), rng)) is None:
-            outcome.killed[role] += 1
-            killed, after = role, f"{time.monotonic() - began:.0f} s"
+        if watch(checkout, run, {}, (role, rng.uniform(0.0, lives[role]), rng)) is not None:
+            break
+        outcome.killed[role] += 1
+        killed.append(role)
+    after = f"{time.monotonic() - began:.0f} s" if killed else "-"
+    names = ", ".join(killed) or "-"
     try:
         status = run.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        outcome.faults.append(f"the run after the kill of {killed} did not end in {PATIENCE:.0f} s")
+        outcome.faults.append(f"the run after the kill of {names} did not end in {PATIENCE:.0f} s")
         status = None
         run.kill()
-    if rng.random() < 0.5 or status == 0 or not may_kill:  # else the next one starts beside what is dying
+    if rng.random() < 0.5 or status == 0 or not killed:  # else the next one starts beside what is dying
         left = checkout.processes_left()
-        outcome.faults += [f"after the kill of {killed}, {name} lived on" for name in left]
+        outcome.faults += [f"after the kill of {names}, {name} lived on" for name in left]
     again = checkout.made_again(whole)
-    outcome.faults += [f"made twice around the kill of {killed}: {name}" for name in again]
+    outcome.faults += [f"made twice around the kill of {names}: {name}" for name in again]
     checkout.ended = status == 0
-    if status != 0 and killed == "-":
+    if status != 0 and not killed:
         outcome.faults.append(f"a run that nobody disturbed ended with {status}: {checkout.last_words()}")
-    ending = "ended well" if status == 0 else "was dead" if killed == "driver" else f"ended with {status}"
-    outcome.tell(killed, after, ending, len(checkout.finished()))
+    ending = "ended well" if status == 0 else "was dead" if "driver" in killed else f"ended with {status}"
+    outcome.tell(outcome.n_runs + 1, names, after, ending, len(checkout.finished()))
 
 
 def watch(
