@@ -6,7 +6,9 @@ The functions named like commands (`tickets`, `rows`, `front`, `record`) are wha
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +37,7 @@ from lthlib.evaluate import (
 from lthlib.grid import ON_METHODS, Grid, read_grid, study_name
 from lthlib.models import ARCHITECTURES
 from lthlib.pruners import METHODS
-from lthlib.store import ROOT, Store, say, write_atomically
+from lthlib.store import ROOT, Store, say, seal, unseal, write_atomically
 from lthlib.study import Study
 from lthlib.tickets import TICKET_ID, Ticket, obtain
 
@@ -132,7 +134,7 @@ def verify(grid: Grid, store: Store) -> None:
         Archive.check(folder)
     if LATENCY.exists():
         recorded_json(LATENCY)
-    needed = {job: _artifacts(grid, job) for job in jobs(grid) if done_file(grid, job).exists()}
+    needed = {job: _artifacts(grid, job) for job in jobs(grid) if _is_done(grid, job)}
     store.tidy()
     lost = store.check({key for keys in needed.values() for key in keys} | _kept(grid, store))
     blind = {key.split("/")[1] for key in lost if key.startswith("predictions/")}
@@ -142,8 +144,31 @@ def verify(grid: Grid, store: Store) -> None:
                 store.drop(key)  # whoever measures anew predicts anew
                 lost.add(key)
         if not lost.isdisjoint(keys):
-            done_file(grid, job).unlink(missing_ok=True)
-            rows_file(grid).unlink(missing_ok=True)  # a job runs again only where something lacks it
+            _run_again(grid, job)
+
+
+def _is_done(grid: Grid, job: Job) -> bool:
+    """Say whether a job left word that it is done; word that is damaged, or another job's, is taken back."""
+    file = done_file(grid, job)
+    if not os.path.lexists(file):
+        return False
+    try:
+        if unseal(file)["job"] == [job.study, job.method, job.seed]:
+            return True
+        fault = "it is another job's"
+    except ValueError:
+        fault = "it is not what was written"
+    except OSError as error:
+        fault = f"it cannot be read ({error.strerror})"
+    say(f"damaged: {file}: {fault}; the job is gone through again")
+    _run_again(grid, job)
+    return False
+
+
+def _run_again(grid: Grid, job: Job) -> None:
+    """Let the workflow run a job again, and whatever is made of it."""
+    for file in (done_file(grid, job), rows_file(grid)):  # a job runs again only where something lacks it
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
 
 
 def _artifacts(grid: Grid, job: Job) -> list[str]:
@@ -187,7 +212,9 @@ def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = N
         for dimension, parameters in plan.dimensions.items():
             evaluate(ticket, dimension, store, parameters, plan.precision)
     if done is not None:
-        write_atomically(done, json.dumps([ticket.id for ticket in mine], indent=1) + "\n")
+        write_atomically(
+            done, seal({"job": [study, method, seed], "tickets": [ticket.id for ticket in mine]})
+        )
 
 
 def plan(grid: Grid) -> dict[str, dict[str, float]]:

@@ -2,8 +2,8 @@
 
 Every result that costs time (tickets, logits, decoded images, evaluations) is an *artifact*: a folder under the
 store's root, named by its key. A maker writes the folder under a temporary name; the store adds a manifest with the
-size and SHA-256 of each file, and renames it into place. Whatever a reader finds under the key is therefore finished,
-and is checked against its manifest before use: damage is set aside, said, and made again.
+key, and size and SHA-256 of each file, and renames it into place. Whatever a reader finds under the key is therefore
+finished, and is checked against its manifest before use: damage is set aside, said, and made again.
 """
 
 from __future__ import annotations
@@ -187,6 +187,15 @@ class Store:
                         self._clear(key, fault)
         return faulty
 
+    def set_aside(self) -> set[str]:
+        """Return the names of the damaged artifacts that were set aside so far.
+
+        Raises:
+            UserError: Where the store cannot be read.
+        """
+        with self._guard():
+            return {path.name for path in (self.root / "damaged").glob("*")}
+
     def drop(self, key: str) -> None:
         """Remove an artifact, so that whoever asks for it next makes it again; one that is absent stays so."""
         with self._guard(), self._lock(key):
@@ -213,7 +222,12 @@ class Store:
             return "absent"
         try:
             manifest = unseal(path / MANIFEST)
+            if manifest.get("key", key) != key:  # manifests written before there was a key in them lack it
+                return f"what lies there is {manifest['key']}"
             check_files(path, manifest["files"])
+            strange = {p.relative_to(path).as_posix() for p in path.rglob("[!.]*") if not p.is_dir()}
+            if strange := strange - {MANIFEST, *manifest["files"]}:
+                return f"{min(strange)} does not belong there"
         except FileNotFoundError as error:
             return f"{Path(error.filename).name} is missing"
         except ValueError as error:
@@ -247,7 +261,7 @@ class Store:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
                 files[file.relative_to(temporary).as_posix()] = [file.stat().st_size, sha256(file)]
-            write_atomically(temporary / MANIFEST, seal({"version": version, "files": files}))
+            write_atomically(temporary / MANIFEST, seal({"key": key, "version": version, "files": files}))
             path = self.path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, path)

@@ -121,6 +121,39 @@ def test_what_was_damaged_is_made_again_with_the_same_numbers(copy):
     assert all(Store(root / "store").path(key).exists() for key in keys if key.split("/")[0] in NEEDED)
 
 
+def done_files(root):
+    return [next((root / "_build").rglob(f"{job}.json")) for job in JOBS]
+
+
+def into_a_folder(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").touch()
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), into_a_folder], ids=[*DAMAGES, "a folder"])
+def test_damaged_word_that_a_job_is_done_is_taken_back(copy, damage, capsys):
+    root, grid, _ = copy
+    rows = report.rows_file(grid)
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.touch()
+    damage(done_files(root)[1])
+    report.verify(grid, Store(root / "store"))
+    assert done(root) == ["dense-s0"]
+    if damage is not DAMAGES["missing"]:
+        assert "lth-s0.json" in capsys.readouterr().err
+        assert not rows.exists()
+
+
+def test_another_jobs_word_does_not_count(copy, capsys):
+    root, grid, _ = copy
+    dense, lth = done_files(root)
+    lth.write_bytes(dense.read_bytes())
+    report.verify(grid, Store(root / "store"))
+    assert done(root) == ["dense-s0"]
+    assert "it is another job's" in capsys.readouterr().err
+
+
 def test_a_missing_artifact_is_made_again(copy):
     root, grid, _ = copy
     shutil.rmtree(root / "store/evaluations")

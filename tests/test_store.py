@@ -120,6 +120,32 @@ def test_no_flipped_bit_of_a_sealed_file_goes_unseen(tmp_path):
             unseal(path)
 
 
+def test_another_artifact_in_its_place_is_seen(tmp_path, capsys):
+    """Whole by its own manifest, and of the same version: only the key tells."""
+    store = Store(tmp_path)
+    one, two = (store.get(f"k/{name}", "1", writer(name)) for name in ("one", "two"))
+    one.rename(tmp_path / "other")
+    two.rename(one)
+    (tmp_path / "other").rename(two)
+    fresh = Store(tmp_path)
+    assert not fresh.has("k/one", "1")
+    assert fresh.check(["k/one", "k/two"]) == {"k/one", "k/two"}
+    assert "what lies there is k/two" in capsys.readouterr().err
+    assert (fresh.get("k/one", "1", writer("one")) / "value.txt").read_text() == "one"
+
+
+def test_a_file_too_many_is_seen_unless_it_is_hidden(tmp_path, capsys):
+    """Who reads a ticket asks whether there are masks: another's must not count as its own."""
+    store = Store(tmp_path)
+    path = store.get("k/a", "1", writer("one"))
+    (path / ".nfs0001").write_text("a network file system keeps what someone still reads")
+    assert store.check(["k/a"]) == set()
+    (path / "masks.safetensors").write_text("another's")
+    assert store.check(["k/a"]) == {"k/a"}
+    assert "masks.safetensors does not belong there" in capsys.readouterr().err
+    assert len(store.set_aside()) == 1
+
+
 def test_a_maker_that_fails_leaves_nothing(tmp_path):
     def fails(folder):
         (folder / "half").write_text("half")
@@ -268,7 +294,7 @@ def test_a_manifest_tells_sizes_and_hashes(tmp_path):
     path = Store(tmp_path).get("a", "7", writer("abc"))
     manifest = unseal(path / MANIFEST)
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, appendix B.1
-    assert manifest == {"version": "7", "files": {"value.txt": [3, abc]}}
+    assert manifest == {"key": "a", "version": "7", "files": {"value.txt": [3, abc]}}
 
 
 def test_write_atomically_replaces_whole_files(tmp_path):

@@ -65,9 +65,10 @@ def main() -> int:
             scratch(options.profile),
             zygote(holding=lock) if options.profile == "local" else nullcontext(),
         ):
-            before = set_aside()
+            before = Store().set_aside()
             status, failed = run(options)
             partial = bool(failed) and build_unfinished(options.grid)
+            aside = Store().set_aside() - before
     except UserError as error:
         say(f"error: {error}")
         return 1
@@ -76,14 +77,9 @@ def main() -> int:
             raise
         say(f"error: this checkout or the folder for temporary files cannot be used: {why(error)}.")
         return 1
-    for name in sorted(set_aside() - before):
+    for name in sorted(aside):
         say(f"damaged: {Store().root / 'damaged' / name} was set aside; what needs it makes it again")
     return finish(options.grid, status, failed, partial, time.monotonic() - began)
-
-
-def set_aside() -> set[str]:
-    """Return the names of the damaged results that the store has set aside so far."""
-    return {path.name for path in (Store().root / "damaged").glob("*")}
 
 
 @contextmanager
@@ -209,13 +205,27 @@ def build_unfinished(grid: str) -> bool:
     return True
 
 
+def alike(failed: list[Step]) -> list[tuple[tuple[str, ...], list[Step]]]:
+    """Return the steps that failed by what they said last: a full disk stops many, and is one thing to mend."""
+    groups: dict[tuple[str, ...], list[Step]] = {}
+    for step in failed:
+        groups.setdefault(last_words(step), []).append(step)
+    return [*groups.items()]
+
+
+def last_words(step: Step) -> tuple[str, ...]:
+    """Return the last lines of a step's log, from the error on where it tells of one the person can mend."""
+    text = step.log.read_text(errors="replace") if step.log and step.log.exists() else ""
+    lines = [line.rsplit("\r", 1)[-1] for line in text.strip().split("\n")][-4:]
+    errors = [n for n, line in enumerate(lines) if line.startswith("error: ")]
+    return tuple(filter(None, [*lines[errors[-1] if errors else 0 :], step.message]))
+
+
 def finish(grid: str, status: int, failed: list[Step], partial: bool, seconds: float) -> int:
     """Say how it ended and where things lie."""
-    for step in failed:
-        text = step.log.read_text(errors="replace") if step.log and step.log.exists() else ""
-        lines = [line.rsplit("\r", 1)[-1] for line in text.strip().split("\n")][-4:]
-        lines += [step.message] if step.message else []
-        say(f"\nfailed: {step}\n  " + "\n  ".join(filter(None, [*lines, f"log: {step.log}"])))
+    for last, steps in alike(failed):
+        logs = [f"log: {step.log}" for step in steps if step.log]
+        say("\nfailed: " + "\n        ".join(map(str, steps)) + "\n  " + "\n  ".join([*last, *logs]))
     book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{Path(grid).stem}/rows.csv"
     if status == REFUSED:
         return 1
