@@ -35,6 +35,7 @@ UNFINISHED_LOG = Path("_build/unfinished-book.log")
 CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS")
 SECONDS = 2.0  # between looks at the logs of running jobs
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
+DAMAGED = "damaged: "  # what the store says of results that it sets aside
 GENERATED = Path("book/_generated")
 SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
 
@@ -77,7 +78,8 @@ def main() -> int:
             raise
         say(f"error: this checkout or the folder for temporary files cannot be used: {why(error)}.")
         return 1
-    for name in sorted(aside):
+    said = LOG.read_text()
+    for name in (name for name in sorted(aside) if name not in said):
         say(f"damaged: {Store().root / 'damaged' / name} was set aside; what needs it makes it again")
     return finish(options.grid, status, failed, partial, time.monotonic() - began)
 
@@ -153,6 +155,8 @@ def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
                 record.write(line)
                 tail.append(line)
                 progress.read(line)
+                if line.startswith(DAMAGED):
+                    bar.write(line.rstrip(), file=sys.stderr)
             if time.monotonic() > shown + pause:
                 shown = time.monotonic()
                 bar.n = max(bar.n, 100 * progress.fraction())

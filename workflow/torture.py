@@ -2,6 +2,7 @@
 
     make torture                             20 kills of a tiny grid, a quarter of an hour on two cores
     .venv/bin/python workflow/torture.py --kills 50 --seed 1 --grid workflow/grids/quick.yml
+    .venv/bin/python workflow/torture.py --damage 100
 
 In copies of the checkout, each with a store of its own: one run undisturbed, as the reference; then runs that lose a
 random process, or several, to ``kill -9`` at random moments, each followed by the next, until one reaches the end. Then
@@ -13,6 +14,11 @@ for a second only is hit as often as who lives throughout.
 Compared bit for bit: ``rows.csv`` with every column (it holds no time), masks, weights, rewind points and logits, the
 numbers and arrays of every evaluation. Not compared: when and how long, which `provenance` and `cost` hold.
 And: nothing whole is made twice, no process outlives its run, no temporary file stays, no run waits for a dead one.
+
+``--damage`` does to files what the rest does to processes: in the finished checkout it shortens, flips a bit in,
+empties, removes, replaces and exchanges files, some at a time, in the store, among the recorded results and among the
+files that say which jobs are done. The next run has to name each, set it aside and end with the same bits; of recorded
+results, which nobody can make again, it has to say how to get them back, and to do nothing.
 """
 
 from __future__ import annotations
@@ -58,6 +64,7 @@ ROLES = ("driver", "zygote", "snakemake", "worker", "page", "kernel", "rows", "f
 PATIENCE = 900.0  # seconds without an end after which a run counts as stuck
 GRACE = 5.0  # seconds within which a killed run's processes have to be gone
 MORE = 0.6  # probability of another kill in the same run
+AT_ONCE = 20  # files damaged before a run
 LOOK = 0.05  # seconds between looks at what runs
 WIDTHS = (4, 32, 8, 14, 0)  # of the columns of what is printed
 UNTIMED = ("cost", "provenance", "history")  # of ticket.json
@@ -66,21 +73,26 @@ UNTIMED = ("cost", "provenance", "history")  # of ticket.json
 def main() -> int:
     """Torture a grid; return 0 if nothing was lost, wasted or left behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
+    parser.add_argument("--kills", type=int, help="how many processes to kill (20, or none beside --damage)")
+    parser.add_argument("--damage", type=int, default=0, help="how many files to damage")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--grid", type=Path, help="a grid file (default: a tiny grid of its own)")
     parser.add_argument(
         "--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)"
     )
     options = parser.parse_args()
+    n_kills = (0 if options.damage else 20) if options.kills is None else options.kills
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
-        outcome = torture(folder, options.grid, options.kills, random.Random(options.seed))
+        outcome = torture(folder, options.grid, n_kills, options.damage, random.Random(options.seed))
     for fault in outcome.faults:
         print(f"FAULT: {fault}", file=sys.stderr)
-    print("killed: " + ", ".join(f"{role} {outcome.killed[role]}" for role in ROLES))
+    for word, counted in (("killed", outcome.killed), ("damaged", outcome.damaged)):
+        if counted:
+            print(f"{word}: " + ", ".join(f"{name} {n}" for name, n in sorted(counted.items())))
     print(
-        f"{outcome.n_kills} kills, {outcome.n_ends} ends compared with the reference, {len(outcome.faults)} faults"
+        f"{outcome.n_kills} kills, {outcome.damaged.total()} damages, {outcome.n_ends} ends compared with the "
+        f"reference, {len(outcome.faults)} faults"
     )
     return 1 if outcome.faults else 0
 
@@ -92,12 +104,13 @@ class Outcome:
     n_runs: int = 0
     faults: list[str] = field(default_factory=list)
     killed: Counter[str] = field(default_factory=Counter)
+    damaged: Counter[str] = field(default_factory=Counter)
     n_ends: int = 0
 
     @property
     def n_kills(self) -> int:
         """How many processes were killed."""
-        return sum(self.killed.values())
+        return self.killed.total()
 
     def tell(self, *line: object) -> None:
         """Print one line for a run: victims, moment, how it ended, what was finished by then; at first, their names."""
@@ -107,8 +120,8 @@ class Outcome:
         self.n_runs += 1
 
 
-def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -> Outcome:
-    """Run a grid undisturbed, then kill it ``n_kills`` times; compare every end with the undisturbed one."""
+def torture(folder: Path, grid: Path | None, n_kills: int, n_damages: int, rng: random.Random) -> Outcome:
+    """Run a grid undisturbed, then kill and damage it so often; compare every end with the undisturbed one."""
     reference, victim = Checkout(folder / "reference", grid), Checkout(folder / "tortured", grid)
     outcome = Outcome()
     run = reference.start()
@@ -116,6 +129,22 @@ def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -
     if watch(reference, run, lives) != 0:
         raise SystemExit(f"The undisturbed run failed:\n{reference.last_words()}")
     expected = contents(reference)
+    if n_kills:
+        kill(victim, expected, lives, n_kills, rng, outcome)
+    if n_damages:
+        damage(reference, expected, n_damages, rng, outcome)
+    return outcome
+
+
+def kill(
+    victim: Checkout,
+    expected: dict[str, object],
+    lives: dict[str, float],
+    n_kills: int,
+    rng: random.Random,
+    outcome: Outcome,
+) -> None:
+    """Kill runs again and again, each going on from what the last one left."""
     with tqdm(total=n_kills, desc="kills", unit="kill") as bar:
         while outcome.n_kills < n_kills:
             before = outcome.n_kills
@@ -127,7 +156,6 @@ def torture(folder: Path, grid: Path | None, n_kills: int, rng: random.Random) -
         one_run(victim, lives, rng, outcome, 0)
     if victim.folder.exists():
         judge(victim, expected, outcome)
-    return outcome
 
 
 def one_run(
@@ -193,17 +221,126 @@ def watch(
     return run.poll()
 
 
-def judge(checkout: Checkout, expected: dict[str, object], outcome: Outcome) -> None:
+def judge(
+    checkout: Checkout,
+    expected: dict[str, object],
+    outcome: Outcome,
+    may_lack: tuple[str, ...] = (),
+    clear: bool = True,
+) -> None:
     """Compare a finished run with the reference, and look for what it should not have left; then remove it."""
     found = contents(checkout)
     outcome.n_ends += 1
-    outcome.faults += [f"missing: {name}" for name in expected.keys() - found.keys()]
+    lacking = [name for name in expected.keys() - found.keys() if not name.startswith(may_lack)]
+    outcome.faults += [f"missing: {name}" for name in lacking]
     outcome.faults += [f"not in the reference: {name}" for name in found.keys() - expected.keys()]
     outcome.faults += [
         f"different: {n}" for n in expected.keys() & found.keys() if not same(expected[n], found[n])
     ]
     outcome.faults += [f"left behind: {path}" for path in checkout.rubbish()]
-    checkout.clear()
+    if clear:
+        checkout.clear()
+
+
+def damage(
+    checkout: Checkout, expected: dict[str, object], n: int, rng: random.Random, outcome: Outcome
+) -> None:
+    """Damage files of a finished checkout, some before each run, and see what the run makes of it."""
+    checkout.record()
+    with tqdm(total=n, desc="damages", unit="file") as bar:
+        while outcome.damaged.total() < n:
+            most, spoilt, recorded = min(AT_ONCE, n - outcome.damaged.total()), {}, set()
+            while len(spoilt) + len(recorded) < most:
+                place = rng.choice(("store", "store", "store", "done", "recorded"))
+                path = checkout.a_file(place, rng)
+                if path is None:
+                    continue
+                whole = path.parent if place == "store" else path
+                way = rng.choice(sorted(WAYS))
+                if whole in spoilt or path in recorded or not WAYS[way](path, checkout.alike(path), rng):
+                    continue
+                outcome.damaged[f"{way} ({place})"] += 1
+                recorded.add(path) if place == "recorded" else spoilt.update({whole: way})
+            bar.update(most)
+            if recorded:
+                mourn(checkout, recorded, outcome)
+            mend(checkout, expected, spoilt, outcome)
+
+
+def mourn(checkout: Checkout, recorded: set[Path], outcome: Outcome) -> None:
+    """Run beside damaged recorded results, which must be refused; then get these back."""
+    status = checkout.start().wait(PATIENCE)
+    if status != 1 or "git checkout -- book/results/" not in checkout.last_words():
+        names = ", ".join(sorted(path.name for path in recorded))
+        outcome.faults.append(f"damaged records ({names}): status {status}, {checkout.last_words()}")
+    checkout.get_records_back()
+
+
+def mend(checkout: Checkout, expected: dict[str, object], spoilt: dict[Path, str], outcome: Outcome) -> None:
+    """Run after damage; everything has to be named and set aside, and to be as before or absent until it is needed."""
+    status, said = checkout.start().wait(PATIENCE), checkout.log.read_text()
+    if status != 0:
+        outcome.faults.append(f"the run after damage ended with {status}: {checkout.last_words()}")
+    store = checkout.folder / "store"
+    artifacts = {path for path in spoilt if path.is_relative_to(store)}
+    for path, way in spoilt.items():
+        names = [f"damaged: {path}"]
+        if path in artifacts:
+            names.append(f"damaged: {store}/damaged/{'--'.join(path.relative_to(store).parts)}")
+        elif way == "removed":  # the job is gone through again, and that is all
+            continue
+        if not any(name in said for name in names):
+            outcome.faults.append(f"not reported: {path} ({way})")
+    aside = checkout.folder / "store/damaged"
+    n_aside = len([*aside.glob("*")])
+    if n_aside != len(artifacts):
+        outcome.faults.append(f"{len(artifacts)} artifacts damaged, {n_aside} set aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    judge(checkout, expected, outcome, may_lack=("rewind-points/",), clear=False)
+    n = outcome.n_runs + 1
+    outcome.tell(n, f"{len(spoilt)} files damaged", "-", f"ended with {status}", len(checkout.finished()))
+
+
+def _write(path: Path, content: bytes) -> bool:
+    if path.read_bytes() == content:
+        return False
+    path.write_bytes(content)
+    return True
+
+
+def _flip(path: Path, _: list[Path], rng: random.Random) -> bool:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return _write(path, bytes(content))
+
+
+def _remove(path: Path, _: list[Path], rng: random.Random) -> bool:
+    path.unlink()
+    return True
+
+
+def _make_a_folder(path: Path, _: list[Path], rng: random.Random) -> bool:
+    path.unlink()
+    path.mkdir()
+    return True
+
+
+def _take_anothers(path: Path, alike: list[Path], rng: random.Random) -> bool:
+    return bool(alike) and _write(path, rng.choice(alike).read_bytes())
+
+
+WAYS = {
+    "truncated": lambda path, _, rng: _write(
+        path, path.read_bytes()[: rng.randrange(path.stat().st_size - 1)]
+    ),
+    "bit flipped": _flip,
+    "emptied": lambda path, _, rng: _write(path, b""),
+    "lengthened": lambda path, _, rng: _write(path, path.read_bytes() + b"x"),
+    "removed": _remove,
+    "made a folder": _make_a_folder,
+    "another's": _take_anothers,
+}
+"""Ways to damage a file, given those of its kind; each says whether it did."""
 
 
 def contents(checkout: Checkout) -> dict[str, object]:
@@ -216,6 +353,8 @@ def contents(checkout: Checkout) -> dict[str, object]:
         values = json.loads((path / "values.json").read_text())
         with np.load(path / "arrays.npz") as arrays:
             found[str(path.relative_to(store))] = {"values": values["values"], **dict(arrays)}
+    for path in sorted(store.glob("predictions/**/*.npy")):
+        found[str(path.relative_to(store))] = path.read_bytes()
     for path in sorted(store.glob("tickets/*/ticket.json")):
         info = json.loads(path.read_text())
         found[str(path.relative_to(store))] = {k: v for k, v in info.items() if k not in UNTIMED}
@@ -269,6 +408,48 @@ class Checkout:
                 [sys.executable, "workflow/report.py", str(self.grid)],
                 cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
+
+    def record(self) -> None:
+        """Record the results of its grid, and keep a copy of the record."""
+        command = [sys.executable, "-m", "lthlib", "record", str(self.grid)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "LTHLIB_STORE": str(self.folder / "store"),
+        }
+        subprocess.run(command, cwd=self.folder, env=environment, check=True, stderr=subprocess.DEVNULL)
+        shutil.copytree(self.records, self.folder.parent / "records", dirs_exist_ok=True)
+
+    def get_records_back(self) -> None:
+        """Do what ``git checkout`` does where the results are committed."""
+        shutil.rmtree(self.records)
+        shutil.copytree(self.folder.parent / "records", self.records)
+
+    @property
+    def records(self) -> Path:
+        """Where the recorded results of its grid are."""
+        return self.folder / "book/results" / self.grid.stem
+
+    def a_file(self, place: str, rng: random.Random) -> Path | None:
+        """Draw a file of the store (first one of its parts), of the recorded results, or that says what is done."""
+        folder = {"done": self.folder / "_build/jobs", "recorded": self.records}.get(place)
+        if folder is None:
+            parts = {
+                p for p in (self.folder / "store").iterdir() if p.name not in ("tmp", "damaged", "locks")
+            }
+            folder = rng.choice(sorted(p for p in parts if any(p.rglob("manifest.json"))))
+        suffix = ".json" if place == "done" else ""
+        found = sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file())
+        return rng.choice(found) if found else None
+
+    def alike(self, path: Path) -> list[Path]:
+        """Return the other files of its name in the same part of the store; elsewhere those of its kind beside it."""
+        parts = path.relative_to(self.folder).parts
+        if parts[0] == "store":
+            found = (self.folder / "store" / parts[1]).rglob(path.name)
+        else:
+            found = path.parent.glob(f"*{path.suffix}")
+        return sorted(p for p in found if p != path and p.is_file())
 
     def last_words(self) -> str:
         """Return the last lines of the latest run."""
