@@ -5,7 +5,7 @@
 # make status [GRID=...]               in another terminal: how far a run is, and how long it still takes
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
-# make torture                         kill a tiny grid again and again, and compare what it ends with
+# make torture                         kill a tiny grid again and again, or damage its files, and compare what it ends with
 # make lock                            resolve the dependencies anew
 
 GRID    ?= workflow/grids/quick.yml
