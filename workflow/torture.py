@@ -63,7 +63,7 @@ GRID = {
 ROLES = ("driver", "zygote", "snakemake", "worker", "page", "kernel", "rows", "front", "book", "client")
 PATIENCE = 900.0  # seconds without an end after which a run counts as stuck
 GRACE = 5.0  # seconds within which a killed run's processes have to be gone
-MORE = 0.6  # probability of another kill in the same run
+MORE = 0.75  # probability of another kill in the same run
 AT_ONCE = 20  # files damaged before a run
 LOOK = 0.05  # seconds between looks at what runs
 WIDTHS = (4, 32, 8, 14, 0)  # of the columns of what is printed
@@ -168,8 +168,9 @@ def one_run(
     killed: list[str] = []
     while len(killed) < most and (not killed or rng.random() < MORE):
         role = min(ROLES, key=lambda name: (outcome.killed[name], rng.random()))
-        moment = lives[role] * rng.random() ** 2  # rather early: a run that ends first was in vain
+        moment = lives[role] * rng.random() ** 3  # rather early: a run that ends first was in vain
         if watch(checkout, run, {}, (role, moment, rng)) is not None:
+            lives[role] *= 0.7
             break
         outcome.killed[role] += 1
         killed.append(role)
