@@ -134,16 +134,17 @@ def verify(grid: Grid, store: Store) -> None:
         Archive.check(folder)
     if LATENCY.exists():
         recorded_json(LATENCY)
-    needed = {job: _artifacts(grid, job) for job in jobs(grid) if _is_done(grid, job)}
+    needed = {job: _artifacts(grid, job) for job in jobs(grid)}
+    finished = [job for job in needed if _is_done(grid, job)]
     store.tidy()
-    lost = store.check({key for keys in needed.values() for key in keys} | _kept(grid, store))
+    lost = store.check({key for job in finished for key in needed[job]} | _kept(grid, store))
     blind = {key.split("/")[1] for key in lost if key.startswith("predictions/")}
     for job, keys in needed.items():
         for key in keys:
             if key.startswith("evaluations/") and key.split("/")[1] in blind:
                 store.drop(key)  # whoever measures anew predicts anew
                 lost.add(key)
-        if not lost.isdisjoint(keys):
+        if job in finished and not lost.isdisjoint(keys):
             _run_again(grid, job)
 
 

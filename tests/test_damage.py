@@ -145,6 +145,19 @@ def test_damaged_word_that_a_job_is_done_is_taken_back(copy, damage, capsys):
         assert not rows.exists()
 
 
+def test_damaged_logits_are_made_again_though_the_job_is_not_done_either(copy):
+    """With its evaluations whole, a job that is gone through would not ask for them."""
+    root, grid, table = copy
+    store = Store(root / "store")
+    key = artifact_of(store, "predictions")
+    flip(store.path(key) / "logits.npy")
+    done_files(root)[1].unlink()
+    report.verify(grid, store)
+    assert not store.path(key).exists()
+    pd.testing.assert_frame_equal(report.table(grid, Store(root / "store")), table)
+    assert store.path(key).exists()
+
+
 def test_another_jobs_word_does_not_count(copy, capsys):
     root, grid, _ = copy
     dense, lth = done_files(root)
