@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -108,3 +109,27 @@ def test_a_finished_run_is_judged_by_what_is_missing_new_different_and_left(tmp_
     outcome.faults.clear()
     torture.judge(checkout, expected, outcome, may_lack=("rewind-points/",), clear=False)
     assert "missing" not in {fault.split(":")[0] for fault in outcome.faults}
+
+
+@pytest.mark.parametrize("ends_in_spite_of_it", [False, True])
+def test_the_end_after_the_last_kill_is_judged_once(tmp_path, monkeypatch, ends_in_spite_of_it):
+    victim = SimpleNamespace(rows=tmp_path / "rows.csv", ended=False)
+
+    def one_run(checkout, lives, rng, outcome, most):
+        outcome.killed["zygote"] += min(most, 1)
+        checkout.ended = ends_in_spite_of_it or not most
+        if checkout.ended:
+            checkout.rows.touch()
+
+    judged = []
+
+    def judge(checkout, expected, outcome):
+        judged.append(checkout.rows.read_bytes())
+        checkout.rows.unlink()
+
+    monkeypatch.setattr(torture, "one_run", one_run)
+    monkeypatch.setattr(torture, "judge", judge)
+    outcome = torture.Outcome()
+    torture.kill(victim, {}, {}, 1, random.Random(0), outcome)
+    assert outcome.n_kills == 1
+    assert len(judged) == 1

@@ -154,7 +154,7 @@ def kill(
                 judge(victim, expected, outcome)
     while not victim.ended:
         one_run(victim, lives, rng, outcome, 0)
-    if victim.folder.exists():
+    if victim.rows.exists():  # else the last kill's run ended well, and was judged and cleared away
         judge(victim, expected, outcome)
 
 
