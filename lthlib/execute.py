@@ -309,8 +309,10 @@ def execute(
     except OSError as problem:
         raise UserError(f"Cannot start a kernel: {problem}.") from None
     _drop_progress(page)
+    failed.unlink(
+        missing_ok=True
+    )  # first, so that whatever is killed in between, no page has a failed one beside it
     _save(page, output)
-    failed.unlink(missing_ok=True)
 
 
 def read_template(path: Path) -> NotebookNode:

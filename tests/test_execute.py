@@ -298,8 +298,11 @@ def test_a_page_runs_on_this_interpreter_with_its_parameters_and_the_library(tem
         parameters="x: int | None = None\ny = 'a'",
     )
     before = path.read_bytes()
-    (tmp_path / "page.failed.ipynb").write_text("stale")
+    stale, seen, save = tmp_path / "page.failed.ipynb", [], module._save
+    stale.write_text("stale")
+    monkeypatch.setattr(module, "_save", lambda *given: seen.append(stale.exists()) or save(*given))
     execute(path, tmp_path / "page.ipynb", {"x": 3, "y": 'a"\\\n{z}'})
+    assert seen == [False]  # a page that is killed here leaves nothing beside the new one
     page = nbformat.read(tmp_path / "page.ipynb", as_version=4)
     assert json.loads(texts(tmp_path / "page.ipynb")) == [
         3,
