@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from lthlib import compute, data, estimate, overlaps, verdict
+from lthlib import compute, data, estimate, overlaps, reproducibility, verdict
 from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
@@ -132,8 +132,9 @@ def verify(grid: Grid, store: Store) -> None:
     """
     for folder in sorted((ROOT / RESULTS).glob("[!.]*/")):
         Archive.check(folder)
-    if LATENCY.exists():
-        recorded_json(LATENCY)
+    for path in (LATENCY, reproducibility.RERUNS, reproducibility.AGREEMENT):
+        if path.exists():
+            recorded_json(path)
     needed = {job: _artifacts(grid, job) for job in jobs(grid)}
     finished = [job for job in needed if _is_done(grid, job)]
     store.tidy()
@@ -149,13 +150,18 @@ def verify(grid: Grid, store: Store) -> None:
 
 
 def _is_done(grid: Grid, job: Job) -> bool:
-    """Say whether a job left word that it is done; word that is damaged, or another job's, is taken back."""
+    """Say whether a job left word that it is done; word that is damaged, or another job's, is taken back.
+
+    A job that was done with other settings is not done. Its word stays: the workflow sees by itself that they changed,
+    and where they are changed back, nothing has to run.
+    """
     file = done_file(grid, job)
     if not os.path.lexists(file):
         return False
     try:
-        if unseal(file)["job"] == [job.study, job.method, job.seed]:
-            return True
+        found, settings = unseal(file), job_settings(grid, job)
+        if found["job"] == [job.study, job.method, job.seed]:
+            return found.get("settings", settings) == settings
         fault = "it is another job's"
     except ValueError:
         fault = "it is not what was written"
@@ -213,9 +219,8 @@ def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = N
         for dimension, parameters in plan.dimensions.items():
             evaluate(ticket, dimension, store, parameters, plan.precision)
     if done is not None:
-        write_atomically(
-            done, seal({"job": [study, method, seed], "tickets": [ticket.id for ticket in mine]})
-        )
+        word = {"job": [study, method, seed], "settings": job_settings(plan, Job(study, method, seed))}
+        write_atomically(done, seal({**word, "tickets": [ticket.id for ticket in mine]}))
 
 
 def plan(grid: Grid) -> dict[str, dict[str, float]]:
@@ -470,6 +475,8 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
     write_atomically(folder / "status.md", _status(plans, folder))
     write_atomically(folder / "methods.md", _methods(plans))
     write_atomically(folder / "cost.md", estimate.chapter_table())
+    for name, text in reproducibility.chapter_tables().items():
+        write_atomically(folder / name, text)
     write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
 
 

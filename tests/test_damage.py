@@ -167,6 +167,20 @@ def test_another_jobs_word_does_not_count(copy, capsys):
     assert "it is another job's" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change", [{"recipe": {"epochs": 3}}, {"dimensions": {"calibration": {"n_bins": 7}}}]
+)
+def test_a_look_at_a_grid_with_other_settings_takes_no_word_back(copy, change):
+    """The workflow runs those jobs by itself; where the settings are changed back, nothing is left to do."""
+    root, _, _ = copy
+    before = done(root)
+    path = root / "small.yml"
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, **change}))
+    report.verify(read_grid(path), Store(root / "store"))
+    assert done(root) == before != []
+
+
 def test_a_missing_artifact_is_made_again(copy):
     root, grid, _ = copy
     shutil.rmtree(root / "store/evaluations")

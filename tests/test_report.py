@@ -21,6 +21,9 @@ from lthlib.pruners import METHODS
 from lthlib.report import recorded_grids
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "workflow"))
+import reruns  # noqa: E402
+
 SMALL = {
     "generalization": {"n_test": 300},
     "calibration": {"n_test": 300},
@@ -169,6 +172,35 @@ def test_every_page_of_the_contents_is_built_and_has_figures(checkout, done):
         assert page.is_file()
         if file.endswith("comparison"):
             assert "<img" in page.read_text()
+
+
+CHANGES = {change.what: change for change in reruns.CHANGES}
+
+
+@pytest.mark.parametrize(
+    ("change", "methods", "pages", "rest"),
+    [
+        ("a line in the store's own file", [], 0, []),
+        ("a page of prose", [], 0, ["book"]),
+        ("a line in the search for SNIP's masks", ["snip"], 11, ["book", "front", "rows"]),
+        ("a setting of the recipe", ["dense", "lth", "snip"], 15, ["book", "front", "rows"]),
+    ],
+)
+def test_a_change_makes_again_what_depends_on_it_and_nothing_else(
+    checkout, done, change, methods, pages, rest
+):
+    """Pages are a comparison and one a method, on four dimensions and on the methods; the last show all methods."""
+    grid = "workflow/grids/tiny.yml"
+    with reruns.made(CHANGES[change], checkout, grid):
+        plan = reruns.planned(checkout, grid)
+    assert plan.pop("job", []) == [
+        f"mnist5k-resnet8/{method}-s{seed}" for method in methods for seed in (0, 1)
+    ]
+    shown = plan.pop("page", [])
+    assert len(shown) == pages
+    if methods == ["snip"]:
+        assert [page for page in shown if page.endswith("/lth")] == ["tiny/mnist5k-resnet8/methods/lth"]
+    assert sorted(plan) == rest
 
 
 def test_a_second_run_changes_nothing_and_is_quick(checkout, done):
