@@ -163,12 +163,17 @@ def _between_seeds(table: pd.DataFrame) -> dict[str, dict[str, object]]:
 def survey(folder: Path) -> dict[str, object]:
     """Run the grid in every way and precision; return what `compared` says of each."""
     runs, seeds = [], {}
-    for precision in PRECISIONS:
-        reference = Place(folder / precision / "reference", precision, [0, 1])
+    places = {  # all copied first: the checkout may change while they run
+        precision: (
+            Place(folder / precision / "reference", precision, [0, 1]),
+            [Place(folder / precision / str(i), precision, [0]) for i in range(len(WAYS))],
+        )
+        for precision in PRECISIONS
+    }
+    for precision, (reference, others) in places.items():
         reference.run("--cores", "1")
         seeds[precision] = _between_seeds(reference.table())
-        for i, (way, run) in enumerate(WAYS.items()):
-            place = Place(folder / precision / str(i), precision, [0])
+        for place, (way, run) in zip(others, WAYS.items(), strict=True):
             run(place, reference)
             runs.append({"precision": precision, "way": way, **compared(place, reference)})
             print(f"{precision}: {way}", file=sys.stderr, flush=True)
