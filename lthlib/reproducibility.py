@@ -13,6 +13,7 @@ RERUNS = ROOT / "book" / "results" / "reruns.json"  # by workflow/reruns.py
 AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by workflow/agreement.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
 REST = ("rows", "front", "book")
+GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
 
 
 def chapter_tables() -> dict[str, str]:
@@ -54,8 +55,10 @@ def agreement_tables(found: Mapping) -> str:
     lines = []
     for run in found["runs"]:
         rows = [sum(part[name] for part in run["dimensions"].values()) for name in ("same", "rows")]
-        masks = [_masks(run[f"masks_{when}"]) for when in ("at_init", "trained")]
-        lines.append([run["precision"], run["way"], _of(run["networks"]), *masks, _of(rows)])
+        made = [_of(run["networks"]), *(_masks(run[f"masks_{when}"]) for when in ("at_init", "trained"))]
+        if run["way"].endswith(GIVEN):
+            made = ["given"] * len(made)
+        lines.append([run["precision"], run["way"], *made, _of(rows)])
     same = _markdown(head, lines)
     return f"{same}\n\n{_tolerances(found)}\n\n{_provenance(found['provenance'])}\n"
 

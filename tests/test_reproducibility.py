@@ -151,8 +151,9 @@ def test_the_tables_of_agreement_say_how_many_and_how_far():
         "precision": "float32", "way": "two threads a job", "networks": [1, 2], "masks_at_init": [3, 3, 0, 30],
         "masks_trained": [0, 2, 5, 1000], "dimensions": dict.fromkeys(DIMENSIONS, part),
     }  # fmt: skip
+    given = {**run, "way": "two threads a job, measuring only"}
     record = {
-        "runs": [run],
+        "runs": [run, given],
         "seeds": {"float32": dict.fromkeys(DIMENSIONS, part)},
         "provenance": PROVENANCE,
     }
@@ -160,7 +161,8 @@ def test_the_tables_of_agreement_say_how_many_and_how_far():
     n = len(DIMENSIONS)
     line = "1 of 2 | all 3 | 0 of 2; 0.5 % of the weights kept are others | " + f"{3 * n} of {4 * n}"
     assert line in text
-    assert "| Calibration | 0.02 (0) | 0.02 (0) |" in text
+    assert f"measuring only | given | given | given | {3 * n} of {4 * n} |" in text
+    assert "| Calibration | 0.02 (0) | 0.02 (0) | 0.02 (0) |" in text
 
 
 def test_the_chapter_says_how_to_record_what_is_not_recorded(tmp_path, monkeypatch):
