@@ -85,8 +85,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         outcome = torture(folder, options.grid, n_kills, options.damage, random.Random(options.seed))
-    for fault in outcome.faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
+    outcome.tell_faults()
     for word, counted in (("killed", outcome.killed), ("damaged", outcome.damaged)):
         if counted:
             print(f"{word}: " + ", ".join(f"{name} {n}" for name, n in sorted(counted.items())))
@@ -102,6 +101,7 @@ class Outcome:
     """What was killed, what became of it, and what went wrong."""
 
     n_runs: int = 0
+    n_told: int = 0
     faults: list[str] = field(default_factory=list)
     killed: Counter[str] = field(default_factory=Counter)
     damaged: Counter[str] = field(default_factory=Counter)
@@ -118,6 +118,13 @@ class Outcome:
         for cells in (head, line) if not self.n_runs else (line,):
             tqdm.write("  ".join(str(cell).ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)))
         self.n_runs += 1
+        self.tell_faults()
+
+    def tell_faults(self) -> None:
+        """Print the faults not yet printed: a torture of an hour may be stopped at its first."""
+        for fault in self.faults[self.n_told :]:
+            tqdm.write(f"FAULT: {fault}", file=sys.stderr)
+        self.n_told = len(self.faults)
 
 
 def torture(folder: Path, grid: Path | None, n_kills: int, n_damages: int, rng: random.Random) -> Outcome:
