@@ -43,9 +43,9 @@ from papermill.execute import raise_for_execution_errors
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from lthlib import lifeline, zygote
+from lthlib import generated, lifeline, zygote
 from lthlib.errors import UserError, check_plain, choose, shown
-from lthlib.store import say, write_atomically
+from lthlib.store import say
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 PATIENCE = 120  # seconds for a kernel to start and for its last output to arrive, many pages at once
@@ -422,7 +422,7 @@ def _keep(page: NotebookNode, failed: Path) -> str:
 
 def _save(page: NotebookNode, path: Path) -> None:
     try:
-        write_atomically(path, nbformat.writes(page) + "\n")
+        generated.write(path, nbformat.writes(page) + "\n")
     except OSError as problem:
         raise UserError(f"Cannot write {path}: {problem.strerror}. Nothing was left half-written.") from None
 

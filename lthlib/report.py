@@ -5,10 +5,10 @@ The functions named like commands (`tickets`, `rows`, `front`, `record`) are wha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from lthlib import compute, data, estimate, overlaps, reproducibility, verdict
+from lthlib import compute, data, estimate, generated, overlaps, reproducibility, verdict
 from lthlib.code_version import code_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
@@ -117,7 +117,7 @@ def done_file(grid: Grid, job: Job) -> Path:
 
 def rows_file(grid: Grid) -> Path:
     """Return the tidy table of a finished grid."""
-    return ROOT / "book" / "_generated" / grid.name / "rows.csv"
+    return ROOT / generated.FOLDER / grid.name / "rows.csv"
 
 
 def verify(grid: Grid, store: Store) -> None:
@@ -125,7 +125,8 @@ def verify(grid: Grid, store: Store) -> None:
 
     Damaged results are set aside, and the jobs that made them lose the file that says they are done: they run again,
     and whatever is made of them. So do those whose logits are damaged. What else the store holds of these tickets and
-    data sets is checked, too, and made again when something needs it.
+    data sets is checked, too, and made again when something needs it. A job that is not done, for its run was killed,
+    takes the table of rows with it: beside a whole table and a whole book, the workflow would not miss it.
 
     Raises:
         UserError: Where recorded results are damaged: these cannot be made again.
@@ -135,6 +136,7 @@ def verify(grid: Grid, store: Store) -> None:
     for path in (LATENCY, reproducibility.RERUNS, reproducibility.AGREEMENT):
         if path.exists():
             recorded_json(path)
+    generated.check()
     needed = {job: _artifacts(grid, job) for job in jobs(grid)}
     finished = [job for job in needed if _is_done(grid, job)]
     store.tidy()
@@ -145,7 +147,7 @@ def verify(grid: Grid, store: Store) -> None:
             if key.startswith("evaluations/") and key.split("/")[1] in blind:
                 store.drop(key)  # whoever measures anew predicts anew
                 lost.add(key)
-        if job in finished and not lost.isdisjoint(keys):
+        if not done_file(grid, job).exists() or (job in finished and not lost.isdisjoint(keys)):
             _run_again(grid, job)
 
 
@@ -175,7 +177,7 @@ def _is_done(grid: Grid, job: Job) -> bool:
 def _run_again(grid: Grid, job: Job) -> None:
     """Let the workflow run a job again, and whatever is made of it."""
     for file in (done_file(grid, job), rows_file(grid)):  # a job runs again only where something lacks it
-        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
+        generated.remove(file)
 
 
 def _artifacts(grid: Grid, job: Job) -> list[str]:
@@ -400,7 +402,7 @@ def rows(grid: str, file: Path) -> None:
         file.name: pd.concat([rows_of(found, dimension) for dimension, found in every])[list(COLUMNS)],
     }
     for name, found in tables.items():
-        write_atomically(file.with_name(name), found.to_csv(index=False))
+        generated.write(file.with_name(name), found.to_csv(index=False))
 
 
 def provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
@@ -463,7 +465,7 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
     undone = [job for job in jobs(plan) if unfinished and not done_file(plan, job).exists()]
     sections = [_answer(plan, table(plan, store, without=undone), folder, undone)]
     sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]
-    write_atomically(folder / "answer.md", "\n\n".join(sections) + "\n")
+    generated.write(folder / "answer.md", "\n\n".join(sections) + "\n")
     plans = pages(plan) + [page for other in others for page in pages(other, from_record=True)]
     for stub in folder.rglob(f"*{STUB}"):
         stub.unlink()
@@ -471,13 +473,13 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
         plans = [replace(page, missing=_why_missing(plan, page, undone, folder)) for page in plans]
     for page in plans:
         if page.missing:
-            write_atomically(folder.parent / page.file, _stub(page, grid))
-    write_atomically(folder / "status.md", _status(plans, folder))
-    write_atomically(folder / "methods.md", _methods(plans))
-    write_atomically(folder / "cost.md", estimate.chapter_table())
+            generated.write(folder.parent / page.file, _stub(page, grid))
+    generated.write(folder / "status.md", _status(plans, folder))
+    generated.write(folder / "methods.md", _methods(plans))
+    generated.write(folder / "cost.md", estimate.chapter_table())
     for name, text in reproducibility.chapter_tables().items():
-        write_atomically(folder / name, text)
-    write_atomically(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
+        generated.write(folder / name, text)
+    generated.write(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
 
 
 def _why_missing(grid: Grid, page: PagePlan, undone: Iterable[Job], folder: Path) -> str:
@@ -532,7 +534,9 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
         reached = verdict.reach(judged)
         picture = f"answer-{grid.name}-{study_name(study)}.svg"
-        figures.reach_map(reached).savefig(folder / picture)
+        drawn = io.BytesIO()
+        figures.reach_map(reached).savefig(drawn, format="svg")
+        generated.write(folder / picture, drawn.getvalue())
         passes = verdict.lth_pass(judged)
         caption = (
             "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "

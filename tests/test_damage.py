@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lthlib import evaluate, report
+from lthlib import evaluate, generated, report
 from lthlib.errors import UserError
 from lthlib.evaluate import Archive, recorded_json
 from lthlib.grid import read_grid
@@ -45,6 +45,7 @@ def small(tmp_path_factory):
     (root / "small.yml").write_text(yaml.safe_dump(GRID))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "ROOT", root)
+        patch.setattr(generated, "ROOT", root)
         patch.setenv("LTHLIB_STORE", str(root / "store"))
         grid = read_grid(root / "small.yml")
         for job in report.jobs(grid):
@@ -60,6 +61,7 @@ def copy(small, tmp_path, monkeypatch):
     root, table = small
     shutil.copytree(root, tmp_path / "copy")
     monkeypatch.setattr(report, "ROOT", tmp_path / "copy")
+    monkeypatch.setattr(generated, "ROOT", tmp_path / "copy")
     return tmp_path / "copy", read_grid(tmp_path / "copy/small.yml"), table
 
 
@@ -156,6 +158,18 @@ def test_damaged_logits_are_made_again_though_the_job_is_not_done_either(copy):
     assert not store.path(key).exists()
     pd.testing.assert_frame_equal(report.table(grid, Store(root / "store")), table)
     assert store.path(key).exists()
+
+
+def test_a_job_whose_run_was_killed_takes_the_table_with_it(copy):
+    """Beside a whole table and a whole book, which are newer, the workflow would not miss it."""
+    root, grid, _ = copy
+    rows = report.rows_file(grid)
+    generated.write(rows, "whole")
+    report.verify(grid, Store(root / "store"))
+    assert rows.exists()
+    report.done_file(grid, report.jobs(grid)[1]).unlink()
+    report.verify(grid, Store(root / "store"))
+    assert not rows.exists()
 
 
 def test_another_jobs_word_does_not_count(copy, capsys):

@@ -370,7 +370,7 @@ def test_a_full_disk_is_said_and_the_older_page_stays(template, tmp_path, monkey
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(module.generated, "write", full)
     output = tmp_path / "page.ipynb"
     output.write_text("older")
     with pytest.raises(UserError, match=rf"Cannot write {output}: No space left"):

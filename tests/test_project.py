@@ -19,7 +19,7 @@ from lthlib.report import TOPICS
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
-    "errors", "lifeline", "code_version", "store", "gpus", "compute", "corruptions", "concepts", "listing", "data", "models", "inference", "masks", "pruners",
+    "errors", "lifeline", "code_version", "store", "generated", "gpus", "compute", "corruptions", "concepts", "listing", "data", "models", "inference", "masks", "pruners",
     "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "fork", "execute",
     "pages", "methods_page", "estimate", "own", "reproducibility", "report",
 ]  # fmt: skip

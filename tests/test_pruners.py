@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lthlib import masks, models
+from lthlib import masks, models, pruners
 from lthlib.errors import UserError
 from lthlib.pruners import (
     FAMILIES,
@@ -900,3 +901,11 @@ def test_small_dense_networks_work_and_scale_every_group():
     assert max(ratios.values()) - min(ratios.values()) < 1 / 16
     with pytest.raises(UserError, match=r"one channel in each group there are \d+"):
         fit(model, 10)
+
+
+@pytest.mark.parametrize("source", ["previuos", "rp"])
+def test_a_source_that_is_not_there_is_refused_when_methods_are_gathered(monkeypatch, source):
+    wrong = {**METHODS, "rp": replace(METHODS["rp"], source=source)}
+    monkeypatch.setattr(pruners, "METHODS", wrong)
+    with pytest.raises(UserError, match=f"Unknown source of rp '{source}'.*previous"):
+        pruners._check_sources()

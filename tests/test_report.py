@@ -210,6 +210,23 @@ def test_a_second_run_changes_nothing_and_is_quick(checkout, done):
     assert all(p.stat().st_mtime_ns == t for p, t in {**kept, **pages}.items())
 
 
+def test_a_missing_page_and_a_damaged_table_are_made_again(checkout, done, rows):
+    """As a killed run leaves the one, and a bad disk the other; the book itself is whole, and newer than both."""
+    table, pages = (
+        checkout / "book/_generated/tiny/rows.csv",
+        checkout / "book/_generated/tiny/mnist5k-resnet8",
+    )
+    table.write_bytes(table.read_bytes()[:5000])
+    kept = {p: p.stat().st_mtime_ns for p in pages.rglob("*.ipynb") if p.stem != "snip"}
+    (pages / "calibration/snip.ipynb").unlink()
+    result = report(checkout)
+    assert result.returncode == 0
+    assert f"damaged: {table}: " in result.stderr
+    assert (pages / "calibration/snip.ipynb").is_file()
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    pd.testing.assert_frame_equal(pd.read_csv(table), rows)
+
+
 def test_two_runs_at_once_make_a_damaged_ticket_again_once_and_with_the_same_bits(checkout, done, rows):
     """Nothing else asks for a run: the outputs behind the ticket are whole and newer."""
     ticket = rows.loc[rows["method"] == "snip", "ticket"].iloc[0]

@@ -193,14 +193,12 @@ def build_unfinished(grid: str) -> bool:
     """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
     fork = [sys.executable, "-m", "lthlib.fork"]
     contents = GENERATED / "_toc.yml"
-    for left in ("_generated", "_sources/_generated"):
-        shutil.rmtree(Path("_build/html", left), ignore_errors=True)
     try:
         with UNFINISHED_LOG.open("w") as log:
             for step in (
                 [*fork, "lthlib", "front", grid, str(GENERATED), "--unfinished"],
-                [*fork, "workflow/book.py", "build", "book", "--config", "_config.yml", "--toc", str(ROOT / contents),
-                 "--path-output", "."],
+                [*fork, "workflow/book.py", "--unfinished", "build", "book", "--config", "_config.yml", "--toc",
+                 str(ROOT / contents), "--path-output", "."],
             ):  # fmt: skip
                 if subprocess.run(step, stdout=log, stderr=subprocess.STDOUT).returncode:
                     return False

@@ -12,13 +12,15 @@ book's front and build, the client of one of them), then how long that kind has 
 for a second only is hit as often as who lives throughout.
 
 Compared bit for bit: ``rows.csv`` with every column (it holds no time), masks, weights, rewind points and logits, the
-numbers and arrays of every evaluation. Not compared: when and how long, which `provenance` and `cost` hold.
+numbers and arrays of every evaluation. Of pages and the built book, which tell times, only that each is there. Not
+compared: when and how long, which `provenance` and `cost` hold.
 And: nothing whole is made twice, no process outlives its run, no temporary file stays, no run waits for a dead one.
 
 ``--damage`` does to files what the rest does to processes: in the finished checkout it shortens, flips a bit in,
-empties, removes, replaces and exchanges files, some at a time, in the store, among the recorded results and among the
-files that say which jobs are done. The next run has to name each, set it aside and end with the same bits; of recorded
-results, which nobody can make again, it has to say how to get them back, and to do nothing.
+empties, removes, replaces and exchanges files, some at a time, in the store, among the recorded results, among the
+files that say which jobs are done, in pages, tables and the built book. The next run has to name each, set it aside and
+end with the same bits; of recorded results, which nobody can make again, it has to say how to get them back, and to do
+nothing.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ MORE = 0.75  # probability of another kill in the same run
 AT_ONCE = 20  # files damaged before a run
 LOOK = 0.05  # seconds between looks at what runs
 WIDTHS = (4, 32, 8, 14, 0)  # of the columns of what is printed
+READ = (".ipynb", ".md", ".yml", ".csv", ".html")  # of generated files, those named alike in every run
 UNTIMED = ("cost", "provenance", "history")  # of ticket.json
 
 
@@ -259,7 +262,7 @@ def damage(
         while outcome.damaged.total() < n:
             most, spoilt, recorded = min(AT_ONCE, n - outcome.damaged.total()), {}, set()
             while len(spoilt) + len(recorded) < most:
-                place = rng.choice(("store", "store", "store", "done", "recorded"))
+                place = rng.choice(("store", "store", "store", "done", "recorded", "generated", "book"))
                 path = checkout.a_file(place, rng)
                 if path is None:
                     continue
@@ -366,6 +369,11 @@ def contents(checkout: Checkout) -> dict[str, object]:
     for path in sorted(store.glob("tickets/*/ticket.json")):
         info = json.loads(path.read_text())
         found[str(path.relative_to(store))] = {k: v for k, v in info.items() if k not in UNTIMED}
+    for path in sorted(
+        p for name in ("book/_generated", "_build/html") for p in (checkout.folder / name).rglob("*")
+    ):
+        if path.suffix in READ:
+            found[str(path.relative_to(checkout.folder))] = path.is_file()
     return {name: value for name, value in found.items() if not name.startswith(("damaged/", "tmp/"))}
 
 
@@ -439,8 +447,11 @@ class Checkout:
         return self.folder / "book/results" / self.grid.stem
 
     def a_file(self, place: str, rng: random.Random) -> Path | None:
-        """Draw a file of the store (first one of its parts), of the recorded results, or that says what is done."""
-        folder = {"done": self.folder / "_build/jobs", "recorded": self.records}.get(place)
+        """Draw a file of the store (first one of its parts), or of another place (`damage`)."""
+        folder = {
+            "done": self.folder / "_build/jobs", "recorded": self.records,
+            "generated": self.folder / "book/_generated", "book": self.folder / "_build/html",
+        }.get(place)  # fmt: skip
         if folder is None:
             parts = {
                 p for p in (self.folder / "store").iterdir() if p.name not in ("tmp", "damaged", "locks")

@@ -23,6 +23,7 @@ from lthlib.errors import Registry, UserError, choose, shown, suggest
 from lthlib.masks import Masks
 
 LARGEST = 2**63  # of any number that a grid may hold (`errors.check_plain`)
+SOURCES = ("init", "dense", "previous")  # or another method
 FAMILIES = ("dense", "random", "magnitude", "initialisation", "dynamic", "structured", "control")
 
 
@@ -257,6 +258,16 @@ def find(name: str, moment: Moment) -> Found:
     return found
 
 
+def _check_sources() -> None:
+    """Raise `UserError` where a method's source is neither a network that there is nor another method."""
+    for entry in METHODS.values():
+        choose(
+            entry.source,
+            (*SOURCES, *(name for name in METHODS if name != entry.name)),
+            f"source of {entry.name}",
+        )
+
+
 def _sort() -> None:
     """Order the registry by family, the paper's methods first, whatever the files are called."""
     entries = sorted(METHODS.values(), key=lambda m: (FAMILIES.index(m.family), not m.paper))
@@ -266,4 +277,5 @@ def _sort() -> None:
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+_check_sources()
 _sort()
