@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 from lthlib.store import ROOT, say, seal, sha256, unseal, write_atomically
@@ -18,6 +19,7 @@ HTML = Path("_build/html")
 DOCTREES = Path("_build/.doctrees")  # Sphinx's own notes
 NOTES = Path("_build/sha256")
 BOOK = Path("_build/book.json")
+ASIDE = Path("_build/damaged")
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -29,7 +31,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def check() -> None:
-    """Remove generated files that are not what was written, and say so; have a book built that lacks something.
+    """Set generated files aside that are not what was written, and say so; have a book built that lacks something.
 
     The workflow makes again what is absent.
     """
@@ -47,11 +49,11 @@ def note_book(finished: bool) -> None:
 
 def begin_book() -> None:
     """Make ready for a build: Sphinx goes on from the last one, for which what a killed one left is not fit."""
-    again = (
+    generated = (
         HTML / "_generated",
         HTML / "_sources/_generated",
-    )  # pages of another grid, marks of missing ones
-    left = again if (ROOT / BOOK).exists() else (HTML, DOCTREES)
+    )  # of another grid, or marks of missing pages
+    left = generated if (ROOT / BOOK).exists() else (HTML, DOCTREES)
     remove(ROOT / BOOK)
     for folder in left:
         shutil.rmtree(ROOT / folder, ignore_errors=True)
@@ -74,8 +76,10 @@ def _check(note: Path) -> bool:
     if _is(path, note.read_text(errors="replace")):
         return True
     if os.path.lexists(path):  # else the run that was to make it again was killed, or somebody removed it
-        say(f"damaged: {path}: it is not what was written; it is made again")
-        remove(path)
+        aside = ROOT / ASIDE / f"{time.time_ns()}-{path.name}"  # somebody may have worked on it
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, aside)
+        say(f"damaged: {path}: it is not what was written; set aside in {aside} and made again")
     note.unlink()
     return False
 

@@ -43,7 +43,9 @@ def test_a_damaged_file_is_named_and_made_again_and_the_book_with_it(root, name,
     path, before = root / "book/_generated/grid" / name, files(root)
     damage(path)
     generated.check()
-    assert capsys.readouterr().err == f"damaged: {path}: it is not what was written; it is made again\n"
+    (aside,) = (root / "_build/damaged").iterdir()
+    said = f"damaged: {path}: it is not what was written; set aside in {aside} and made again\n"
+    assert capsys.readouterr().err == said
     assert before - files(root) == {f"book/_generated/grid/{name}", "_build/html/index.html"}
     generated.write(path, "anew")
     generated.check()
