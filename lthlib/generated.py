@@ -49,11 +49,8 @@ def note_book(finished: bool) -> None:
 
 def begin_book() -> None:
     """Make ready for a build: Sphinx goes on from the last one, for which what a killed one left is not fit."""
-    generated = (
-        HTML / "_generated",
-        HTML / "_sources/_generated",
-    )  # of another grid, or marks of missing pages
-    left = generated if (ROOT / BOOK).exists() else (HTML, DOCTREES)
+    pages = [HTML / "_generated", HTML / "_sources/_generated"]  # of another grid, or marks of missing ones
+    left = pages if (ROOT / BOOK).exists() else [HTML, DOCTREES]
     remove(ROOT / BOOK)
     for folder in left:
         shutil.rmtree(ROOT / folder, ignore_errors=True)
