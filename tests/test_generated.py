@@ -75,6 +75,18 @@ def test_a_damaged_book_is_named_and_built_again_from_nothing(root, name, damage
     assert not (root / "_build/html").exists()
 
 
+def test_a_damaged_page_hides_no_damage_to_the_book(root, capsys):
+    """Else the next build would go on from the damaged one, and take it for what it wrote."""
+    damaged = root / "book/_generated/grid/page.ipynb", root / "_build/html/page.html"
+    for path in damaged:
+        path.write_text("x")
+    generated.check()
+    said = capsys.readouterr().err
+    assert all(f"damaged: {path}: " in said for path in damaged)
+    generated.begin_book()
+    assert not (root / "_build/html").exists()
+
+
 @pytest.mark.parametrize("damage", [*DAMAGES.values(), lambda path: path.unlink()], ids=[*DAMAGES, "missing"])
 def test_without_sound_word_of_the_book_it_is_built_again(root, damage):
     damage(root / generated.BOOK)
