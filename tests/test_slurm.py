@@ -100,10 +100,13 @@ def settings(monkeypatch, **environment):
     return yte.process_yaml((ROOT / "workflow/profiles/slurm/config.yaml").read_text(), require_use_yte=True)
 
 
+LATER, LAST = {"slurm_extra": "'--nice=100'"}, {"slurm_extra": "'--nice=200'"}
+
+
 def test_the_clusters_settings_come_from_the_environment(monkeypatch):
     usual = settings(monkeypatch)
     assert usual["default-resources"] == {"mem_mb": "3000 * attempt", "runtime": "240 * attempt"}
-    assert "set-resources" not in usual
+    assert usual["set-resources"] == {"tickets": LATER, "page": LAST}
     given = settings(
         monkeypatch, SBATCH_PARTITION="long", LTHLIB_MINUTES="600", LTHLIB_MB="8000", LTHLIB_THREADS="4", LTHLIB_GPU="1",
         LTHLIB_JOBS="9",
@@ -112,7 +115,7 @@ def test_the_clusters_settings_come_from_the_environment(monkeypatch):
         "slurm_partition": "long", "mem_mb": "8000 * attempt", "runtime": "600 * attempt"
     }  # fmt: skip
     assert given["set-threads"] == {"tickets": 4, "chains": 4}
-    assert given["set-resources"] == {"tickets": {"gpu": 1}, "chains": {"gpu": 1}}
+    assert given["set-resources"] == {"tickets": {**LATER, "gpu": 1}, "chains": {"gpu": 1}, "page": LAST}
     assert given["jobs"] == "9"
 
 
