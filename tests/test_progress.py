@@ -93,6 +93,8 @@ def test_the_time_left_weighs_jobs_by_their_length_and_counts_what_a_running_one
     assert run.left() == pytest.approx(60 + 4)
     assert run.fraction() == pytest.approx(40 / (100 + 4))
     assert run.line() == "lth, seed 0 (d-a) ticket 2 of 3"
+    text += begin(now, "page", 3, "g/d-a/calibration/lth", log.with_name("none.log"))
+    assert read(text).line() == "lth, seed 0 (d-a) ticket 2 of 3 + 1 in the queue"
 
 
 def test_a_long_chain_is_not_shared_out_among_cores(folder, now):

@@ -50,6 +50,10 @@ class Step:
         """What it is compared with where time is reckoned."""
         return KINDS.get(self.rule, self.rule)
 
+    def begun(self) -> bool:
+        """Say whether it works; on a cluster it may be in the queue, and has written no log since."""
+        return self.log is None or (self.log.exists() and self.log.stat().st_mtime >= self.since - 1)
+
     def done(self) -> tuple[int, int] | None:
         """Return how many of its tickets a running job has done, and of how many; None where its log does not say."""
         if self.kind != "job" or self.log is None or not self.log.exists():
@@ -220,11 +224,13 @@ class Run:
         return rates.get(step.kind, 0.0) * self.weight(step) * share
 
     def line(self) -> str:
-        """Return what is running, and how long it still takes, in one line."""
-        steps = sorted(self.running.values(), key=lambda s: s.since)
-        shown = [f"{step}{_ticket(step)}" for step in steps if step.rule != "all"]
-        what = " + ".join(shown[:2]) + (f" + {len(shown) - 2} more" if len(shown) > 2 else "")
-        return what or "preparing"
+        """Return in one line what is running, and how much waits in a cluster's queue."""
+        steps = [step for step in self.running.values() if step.rule != "all"]
+        begun = sorted((step for step in steps if step.begun()), key=lambda s: s.since)
+        shown = [f"{step}{_ticket(step)}" for step in begun]
+        parts = [*shown[:2], *([f"{len(shown) - 2} more"] if len(shown) > 2 else [])]
+        parts += [f"{len(steps) - len(begun)} in the queue"] if len(steps) > len(begun) else []
+        return " + ".join(parts) or "preparing"
 
 
 def _ticket(step: Step) -> str:

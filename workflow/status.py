@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         print(count(kind, known.get(f"{kind}s", {}), Path(grid).stem, run, alive))
     if alive:
         for step in [s for s in run.running.values() if s.rule != "all"][:SHOWN]:
-            print(f"  {'runs' if begun(step) else 'queued'}  {describe(step)}")
+            print(f"  {'runs' if step.begun() else 'queued'}  {describe(step)}")
     for step in failed[-SHOWN:]:
         print(f"  failed {step}: {last_words(step)}\n         log: {step.log}")
     return 1 if failed else 0
@@ -82,7 +82,9 @@ def count(kind: str, names: dict[str, float], grid: str, run: Run, alive: bool) 
     """Return how many of the grid's jobs or pages are done, run, failed and wait."""
     failed = {step.name for step in run.failed.values() if step.kind == kind} & set(names)
     running = (
-        {s.name for s in run.running.values() if s.kind == kind and begun(s)} & set(names) if alive else set()
+        {s.name for s in run.running.values() if s.kind == kind and s.begun()} & set(names)
+        if alive
+        else set()
     )
     there = {name for name in names if output(kind, name, grid).exists()} - failed - running
     waiting = len(names) - len(failed) - len(running) - len(there)
@@ -95,11 +97,6 @@ def output(kind: str, name: str, grid: str) -> Path:
     if kind == "job":
         return Path(f"_build/jobs/{grid}/{name}.json")
     return Path(f"book/_generated/{name}.ipynb")
-
-
-def begun(step: Step) -> bool:
-    """Say whether a step works; on a cluster it may be in the queue, and has written no log since."""
-    return step.log is None or (step.log.exists() and step.log.stat().st_mtime >= step.since - 1)
 
 
 def describe(step: Step) -> str:
