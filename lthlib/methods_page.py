@@ -175,6 +175,8 @@ def leads(page: Page, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
 
 
 def _lead(line) -> str:
+    if line.seeds == 1:
+        return f"{line.mean:+.2f}"
     mark = " ▲" if line.low > 0 else " ▼" if line.high < 0 else ""
     return f"{line.mean:+.2f} [{line.low:+.2f}, {line.high:+.2f}]{mark}"
 

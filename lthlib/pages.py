@@ -134,9 +134,10 @@ def summary_line(page: Page) -> Markdown:
     title = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
     size = f"{study.train_size:,} training images" if study.train_size else "all training images"
     return Markdown(
-        f"Measured on **{title}** ({size}), architecture **{study.arch}**, seed{'s' * (len(study.seeds) > 1)} {seeds}, "
-        f"{study.recipe.epochs} epochs a training, forward passes in {first['precision']}, on {first['processor']}, "
-        f"commit `{first['commit']}`, torch {first['torch']}."
+        f"Networks: **{study.arch}**, trained on **{title}** ({size}), seed{'s' * (len(study.seeds) > 1)} {seeds}, "
+        f"{study.recipe.epochs} epochs a training. Logits and explanations are computed in {first['precision']}; "
+        f"attacks, units and curvatures in float32. On {first['processor']}, commit `{first['commit']}`, torch "
+        f"{first['torch']}."
     )
 
 
@@ -181,7 +182,8 @@ def _interval(line: pd.Series, scale: float, prefix: str) -> str:
         scale * line[f"{prefix}_high" if prefix else "high"],
     )  # fmt: skip
     digits = 4 if abs(mean) >= 100 else 3
-    return f"{mean:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+    spread = f" [{low:.{digits}g}, {high:.{digits}g}]" if line["seeds"] > 1 else ""
+    return f"{mean:.{digits}g}{spread}"
 
 
 def cost_table(page: Page) -> HTML:
@@ -225,7 +227,8 @@ def reading(page: Page) -> Markdown:
         sentences.append(f"- **{METHODS[method].title}** {text}.")
     limit = page.thresholds
     intro = (
-        f"Of the paper's metrics of {dimension}, at allowances of {100 * limit.tolerance:g} percentage point"
+        f"Of {'' if dimension == 'generalization' else 'accuracy and '}the paper's metrics of {dimension}, at "
+        f"allowances of {100 * limit.tolerance:g} percentage point"
         f"{'s' * (limit.tolerance != 0.01)} (fractions), {100 * limit.relative_tolerance:g} % (other units) or "
         f"{limit.k:g} standard errors, whichever is larger:"
     )
@@ -249,11 +252,8 @@ def html_table(table: pd.DataFrame, *, words: bool = False) -> HTML:
 
 
 def standing_round(page: Page) -> int:
-    """Return the highest round at which at least half of the page's methods have not collapsed, else the lowest."""
-    judged = page.judged[page.judged["region"] != ""].drop_duplicates(["method", "round"])
-    share = (judged["region"] != verdict.COLLAPSED).groupby(judged["round"]).mean()
-    standing = share[share >= 0.5]
-    return int(standing.index.max() if len(standing) else share.index.min())
+    """Return `verdict.standing_round` of the page's methods."""
+    return verdict.standing_round(page.judged)
 
 
 def roc_curves(page: Page) -> dict[str, dict[str, np.ndarray]]:
@@ -293,17 +293,28 @@ def sample_sizes(page: Page) -> Markdown:
         ("corrupted_accuracy", "images under each corruption and severity"),
         ("corrupted_ece", "images under each corruption and severity"),
         ("fgsm_accuracy", "attacked by FGSM"), ("pgd_accuracy", "of these also by PGD-20"),
+        ("fidelity", "test images explained"), ("unique_detectors", "scenes dissected"),
+        ("weight_hessian_trace", "training images, as they are, for the curvature in weights"),
+        ("input_hessian_trace", "for that in pixels"), ("pac_bayes_weight_sigma", "for noise"),
+        ("loss_barrier", "along lines"),
     )  # fmt: skip
-    lines = []
+    lines, judged = [], False
     for metric, what in cases:
         for n in rows.loc[rows["metric"] == metric, "n"].unique():
-            known = "" if metric == "ood_auroc" else f": ±{196 * (0.25 / n) ** 0.5:.1f}"
+            judged |= metric.endswith("accuracy") or metric == "corrupted_ece"
+            known = (
+                f": ±{196 * (0.25 / n) ** 0.5:.1f}" if metric.endswith(("accuracy", "corrupted_ece")) else ""
+            )
             lines.append(f"{n:,} {what}{known}")
-    text = (
-        f"**Images:** {'; '.join(lines)}. After the colon, in percentage points, the widest 95 % interval that an "
-        "accuracy on so many images can have (at 50 %). All networks see the same images, so differences between them "
-        "are known better."
-    )
+    text = f"**Images:** {'; '.join(lines)}."
+    if judged:
+        text += (
+            " After the colon, in percentage points, the widest 95 % interval that an accuracy on so many images can "
+            "have (at 50 %)."
+        )
+    text += " All networks see the same images, so differences between them are known better."
+    if masks := page.results.provenance[0]["parameters"].get("n_masks"):
+        text += f" Each explanation is fitted to {masks:,} masks."
     official = rows.loc[rows["metric"] == "official_corruptions", ["value", "n"]]
     if len(official):
         value, n = official.iloc[0]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import yaml
@@ -40,6 +41,9 @@ from lthlib.pruners import METHODS
 from lthlib.store import ROOT, Store, say, seal, unseal, write_atomically
 from lthlib.study import Study
 from lthlib.tickets import TICKET_ID, Ticket, obtain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = "book/results"
 COMPARISON = "comparison"
@@ -534,9 +538,7 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
         reached = verdict.reach(judged)
         picture = f"answer-{grid.name}-{study_name(study)}.svg"
-        drawn = io.BytesIO()
-        figures.reach_map(reached).savefig(drawn, format="svg")
-        generated.write(folder / picture, drawn.getvalue())
+        _draw(figures.reach_map(reached), folder / picture)
         passes = verdict.lth_pass(judged)
         caption = (
             "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "
@@ -544,8 +546,31 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         )
         parts += [_passes(passes), f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```"]
         parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
+        parts += [_scorecard(mine, judged, folder, f"scorecard-{grid.name}-{study_name(study)}.svg")]
         parts += [f"{mine['ticket'].nunique()} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)
+
+
+def _draw(figure: Figure, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", bbox_inches="tight")
+    generated.write(path, drawn.getvalue())
+
+
+def _scorecard(mine: pd.DataFrame, judged: pd.DataFrame, folder: Path, picture: str) -> str:
+    """Draw the paper's first figure of one study, folded away."""
+    from lthlib import figures
+
+    n = verdict.standing_round(judged)
+    shown = mine[(mine["round"] == n) | (mine["method"] == "dense")]
+    _draw(figures.radar(verdict.scorecard(verdict.summarise(shown))), folder / picture)
+    sparsity = judged.loc[judged["round"] == n, "sparsity"].mean()
+    caption = (
+        f"Each metric of the paper at {100 * sparsity:.1f} % sparsity, scaled so that the best network shown is at the "
+        "rim and the worst in the centre, whatever lies between them ([](#how-to-read))."
+    )
+    figure = f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```"
+    return f"````{{dropdown}} At one sparsity, as the paper's first figure has it\n{figure}\n````"
 
 
 def _is_here(study: Study) -> bool:

@@ -29,11 +29,12 @@ class Thresholds:
 
     Attributes:
         tolerance: For metrics that are fractions (accuracy, ROC-AUC, ECE, ...): an absolute shortfall of one
-            percentage point, what the pruning literature calls "matching" in practice.
+            percentage point, what the pruning literature calls "matching" in practice; 2/C of it for a mean over C
+            classes (SCE), which is so much smaller than its counterpart without classes.
         relative_tolerance: For metrics with another unit (nats, curvatures, ...): a shortfall of five percent of the
             dense mean, since no absolute number would suit every unit.
-        k: Standard errors of the difference of the two means that are put down to chance: two, about 95 %. It
-            matters only with two seeds at least, and grows honest with more.
+        k: Standard errors of the difference of the two means that are put down to chance: two, about 95 % with many
+            seeds, 82 % with two of each. It matters only with two seeds at least.
         collapse: A ticket has collapsed when its test accuracy has lost more than this share of the dense network's
             distance to guessing; half-way, it is another classifier, and its other numbers say nothing of pruning.
     """
@@ -81,7 +82,9 @@ def regions(rows: pd.DataFrame, n_classes: int, thresholds: Thresholds | None = 
     sign = better.map({True: 1.0, False: -1.0, None: np.nan}).astype(float)
     lines["shortfall"] = sign * (lines["dense"] - lines["mean"])
     fraction = lines["metric"].map(lambda name: METRICS[name].unit == "fraction").astype(bool)
-    allowance = np.where(fraction, thresholds.tolerance, thresholds.relative_tolerance * lines["dense"].abs())
+    over_classes = lines["metric"].map(lambda name: METRICS[name].over_classes).astype(bool)
+    absolute = thresholds.tolerance * np.where(over_classes, 2 / n_classes, 1.0)
+    allowance = np.where(fraction, absolute, thresholds.relative_tolerance * lines["dense"].abs())
     error = np.hypot(lines["error"], parent["error"].to_numpy() if len(sparse) else [])
     lines["allowed"] = np.maximum(allowance, thresholds.k * error)
     lines["region"] = np.where(lines["shortfall"] <= lines["allowed"], WINNING, DEGRADED)
@@ -182,6 +185,14 @@ def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
         unbroken = group[group["win"].cumprod().astype(bool)]
         table.setdefault(method, {})[column] = unbroken["sparsity"].iloc[-1] if len(unbroken) else math.nan
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def standing_round(judged: pd.DataFrame) -> int:
+    """Return the highest round at which at least half of the methods have not collapsed, else the lowest."""
+    each = judged[judged["region"] != ""].drop_duplicates(["method", "round"])
+    share = (each["region"] != COLLAPSED).groupby(each["round"]).mean()
+    standing = share[share >= 0.5]
+    return int(standing.index.max() if len(standing) else share.index.min())
 
 
 def scorecard(summary: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lthlib.errors import UserError
+from lthlib.metrics.calibration import ece, sce
 from lthlib.verdict import Thresholds, lth_pass, reach, regions, scorecard, summarise
 
 
@@ -34,6 +36,27 @@ def test_directions_and_absolute_tolerance():
     assert region(judged, "lth", 1, "ece") == "winning"
     assert region(judged, "lth", 2, "ece") == "degraded"
     assert region(judged, "lth", 3, "ece") == "winning"  # lower is better
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 23])
+def test_a_mean_over_classes_is_forgiven_what_the_same_error_is_in_it(n):
+    """Of each class 100 images are given 0.79, the rest evenly to the others; 78 are right, 22 evenly the others'.
+
+    ECE is 0.01; each class is 0.01/n off where it is predicted and as much where it is not, so SCE is 0.02/n.
+    """
+    predicted, image = np.repeat(np.arange(n), 100), np.tile(np.arange(100), n)
+    probs = np.full((100 * n, n), 0.21 / (n - 1))
+    probs[np.arange(100 * n), predicted] = 0.79
+    labels = np.where(image < 78, predicted, (predicted + 1 + image % (n - 1)) % n)
+    assert ece(probs, labels) == pytest.approx(0.01)
+    assert sce(probs, labels) == pytest.approx(0.02 / n)
+    table = rows(
+        ("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.9]), ("lth", 2, "test_accuracy", [0.9]),
+        ("dense", 0, "sce", [0.02]), ("lth", 1, "sce", [0.02 + 0.0199 / n]), ("lth", 2, "sce", [0.02 + 0.0201 / n]),
+    )  # fmt: skip
+    judged = regions(table, n)
+    assert region(judged, "lth", 1, "sce") == "winning"
+    assert region(judged, "lth", 2, "sce") == "degraded"
 
 
 def test_relative_tolerance_for_other_units():

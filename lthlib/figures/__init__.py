@@ -181,6 +181,11 @@ def radar(table: pd.DataFrame) -> Figure:
             np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title
         )
     axis.set_xticks(angles, [METRICS[name].title for name in table.columns])
+    for angle, text in zip(angles, axis.get_xticklabels(), strict=True):
+        text.set_horizontalalignment(
+            "left" if np.cos(angle) > 0.1 else "right" if np.cos(angle) < -0.1 else "center"
+        )
     axis.set_yticks([0, 0.5, 1], ["", "", ""])
-    axis.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False)
+    axis.set_ylim(0, 1.02)
+    axis.legend(loc="center left", bbox_to_anchor=(1.4, 0.5), frameon=False)
     return figure

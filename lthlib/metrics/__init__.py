@@ -26,6 +26,8 @@ class Metric:
         definition: One sentence or formula, as LaTeX-flavoured Markdown.
         reference: A BibTeX key of ``book/references.bib``.
         in_verdict: Whether LTH-PASS asks for it (the metrics of the paper do; variants beside them do not).
+        over_classes: Whether it is a mean over C classes of which about two take part in an error, so that a
+            percentage point of it stands for C/2 points of the same thing without classes (SCE beside ECE).
     """
 
     name: str
@@ -36,6 +38,7 @@ class Metric:
     definition: str
     reference: str
     in_verdict: bool = False
+    over_classes: bool = False
 
     @property
     def arrow(self) -> str:
@@ -48,10 +51,12 @@ METRICS: Registry[Metric] = Registry("metric")
 
 def describe(
     name: str, title: str, *, dimension: str, higher_is_better: bool | None, unit: str, definition: str,
-    reference: str, in_verdict: bool = False,
+    reference: str, in_verdict: bool = False, over_classes: bool = False,
 ) -> None:  # fmt: skip
     """Add the row of one metric to `METRICS`; the arguments are the attributes of `Metric`."""
-    METRICS[name] = Metric(name, title, dimension, higher_is_better, unit, definition, reference, in_verdict)
+    METRICS[name] = Metric(
+        name, title, dimension, higher_is_better, unit, definition, reference, in_verdict, over_classes
+    )
 
 
 @dataclass(frozen=True)

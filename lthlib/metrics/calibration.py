@@ -631,7 +631,7 @@ _row(
     "sce", "SCE",
     r"$\frac1C\sum_c\sum_b \frac{n_{bc}}{N}\,|\mathrm{acc}_{bc} - \mathrm{conf}_{bc}|$ over 15 bins of each "
     "class's probability; the same quantity as classwise ECE.",
-    "nixon2019measuring", in_verdict=True,
+    "nixon2019measuring", in_verdict=True, over_classes=True,
 )  # fmt: skip
 _row(
     "nll", "NLL",
@@ -657,7 +657,7 @@ _row(
     "ace", "ACE",
     r"SCE with 15 bins of equal mass in each class: $\frac1C\sum_c\sum_b \frac{n_{bc}}{N}\,"
     r"|\mathrm{acc}_{bc} - \mathrm{conf}_{bc}|$.",
-    "nixon2019measuring",
+    "nixon2019measuring", over_classes=True,
 )  # fmt: skip
 _row(
     "brier_reliability", "Brier reliability",
@@ -668,7 +668,7 @@ _row(
 _row(
     "brier_resolution", "Brier resolution",
     "Mean squared distance of the bins' frequencies from the base rates, summed over classes; "
-    "the sharpness part of the Brier score.",
+    "the resolution part of the Brier score.",
     "murphy1973new", unit="", higher_is_better=True,
 )  # fmt: skip
 _row(
@@ -681,7 +681,7 @@ for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
     _row(
         f"{_name}_recalibrated", f"{_title} (recalibrated)",
         f"{_title} of $\\mathrm{{softmax}}(z/T)$, $T$ fitted on images held out from those it is judged on.",
-        "guo2017calibration", unit="nats" if _name == "nll" else "fraction",
+        "guo2017calibration", unit="nats" if _name == "nll" else "fraction", over_classes=_name == "sce",
     )  # fmt: skip
 
 
@@ -689,7 +689,7 @@ for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
     _row(
         f"corrupted_{_name}", f"{_title} under corruption",
         f"{_title} on test images under one corruption at one severity.",
-        "ovadia2019can", unit="nats" if _name == "nll" else "fraction",
+        "ovadia2019can", unit="nats" if _name == "nll" else "fraction", over_classes=_name == "sce",
     )  # fmt: skip
 
 

@@ -66,8 +66,9 @@ def true_class_margin(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 def keep_classes(logits: ArrayLike, classes: ArrayLike) -> np.ndarray:
     """Logits of some classes alone, (N, C) -> (N, K), to be scored by a softmax over these.
 
-    ImageNet-O is scored this way: its images are foreign to 200 of ImageNet's classes, and the other 800 are
-    left out *before* the softmax, for the in-distribution images too (Hendrycks et al., 2021).
+    ImageNet-O is scored this way: its images are of none of ImageNet's classes, and were chosen for being
+    mistaken for one of 200; the other 800 are left out *before* the softmax, for the in-distribution images too
+    (Hendrycks et al., 2021).
 
     Args:
         logits: Network outputs, (N, C).

@@ -1,7 +1,7 @@
 r"""Exact Hessian traces of the cross-entropy, in the weights and in the pixels.
 
-In a piecewise-linear network every logit z_c is affine in each single weight w_j (and in each pixel), almost
-everywhere, so d²z_c/dw_j² = 0. The chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
+In a piecewise-linear network every logit z_c is affine in each single weight w_j (and in each pixel), away from
+kinks, so d²z_c/dw_j² = 0. The chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
 
     d²L/dw_j² = 1/N Σ_i (dz_i/dw_j)ᵀ (diag(p_i) - p_i p_iᵀ) (dz_i/dw_j) = 1/N Σ_i Σ_k (v_ikᵀ dz_i/dw_j)²,
 

@@ -132,7 +132,7 @@ def largest_sigma(
 ) -> NoiseTolerance:
     """Find where the mean of ``losses(sigma)`` first meets (1 + rise) clean, with an interval.
 
-    σ is doubled from a hundredth of ``sigma_max`` (halved first, where that is too much already) until the bound
+    σ is doubled from a 128th of ``sigma_max`` (halved first, where that is too much already) until the bound
     is passed; of several crossings within a factor 2 it is one. Brent's method closes in to a thousandth, in σ²,
     in which the loss is nearly straight. The interval is σ ± t s / (√draws · slope) from the spread
     s of the draws' losses at σ.

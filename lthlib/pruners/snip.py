@@ -3,9 +3,9 @@
 Give each weight a gate c, so that the network computes with c * w. How much the loss reacts to the gate at c
 = 1 is dL/dc = w dL/dw; the score is its absolute value. One forward and one backward pass.
 
-What follows from the definition, and is tested: in a ReLU network without biases, each layer's sum of w dL/dw
-is the same number, <logits, dL/dlogits>; for a layer behind which a batch normalisation uses the batch's
-statistics it is 0.
+What follows from the definition, and is tested: in a chain of ReLU layers without biases, each layer's sum of
+w dL/dw is the same number, <logits, dL/dlogits>; for a layer behind which a batch normalisation uses the
+batch's statistics it is 0.
 
 Known pitfalls. The absolute value comes after the sum over the batch. BN in train or in eval mode is part of
 the
