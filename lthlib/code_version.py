@@ -19,8 +19,14 @@ from pathlib import Path
 
 Symbol = tuple[str, str]  # module, name defined at its top level
 _PACKAGE = "lthlib"
-_KEEPERS = frozenset(f"{_PACKAGE}.{name}" for name in ("store", "errors", "code_version", "lifeline"))
+_KEEPERS = frozenset(
+    f"{_PACKAGE}.{name}" for name in ("store", "errors", "code_version", "lifeline", "generated")
+)
 """Modules that keep results and word errors: no number depends on them, so a change there makes nothing again."""
+
+_TEXTS = {path: path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))}
+"""The package as it was when this process began, which is what this process runs. A file that is edited later belongs
+to the next process: what this one finishes in the meantime must not pass for a result of the new text."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,18 @@ def code_version(*functions: Callable) -> str:
         functions: Functions or classes defined at the top level of modules of this package.
     """
     return _hash(frozenset((function.__module__, function.__qualname__) for function in functions))
+
+
+def script_version(text: str) -> str:
+    """Return the same for code that is in no module, as a notebook's: of the definitions of this package that it uses.
+
+    Args:
+        text: The code; its own text is not hashed.
+    """
+    tree = ast.parse(text)
+    imported = _imports(tree)
+    used = set().union(*(_references(node, "", imported) for node in tree.body))
+    return _hash(frozenset(symbol for symbol in used if symbol[0]))  # the others are the script's own names
 
 
 @functools.cache
@@ -64,7 +82,7 @@ def _module(name: str) -> _Module:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return _Module({}, {})
-    text = Path(spec.origin).read_text()
+    text = _TEXTS.get(Path(spec.origin)) or Path(spec.origin).read_text()
     tree = ast.parse(text)
     lines = _stripped_lines(text, tree)
     imported = _imports(tree)

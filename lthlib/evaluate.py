@@ -135,7 +135,6 @@ def evaluate(
     """
     subject = Subject(ticket, store, precision)
     settings = DIMENSIONS[dimension].parameters(parameters)
-    measure = DIMENSIONS[dimension].measure()
 
     def make(folder: Path) -> None:
         values, arrays = measured(subject, dimension, settings)
@@ -150,8 +149,7 @@ def evaluate(
         (folder / "values.json").write_text(json.dumps(content))
         np.savez_compressed(folder / "arrays.npz", **arrays)
 
-    version = f"{version_of(ticket, subject.data)}-{code_version(measure, _with_accuracy)}"
-    version += DIMENSIONS[dimension].inputs(subject, settings)
+    version = f"{version_of(ticket, subject.data)}-{measuring(subject, dimension, settings)}"
     folder = store.get(f"evaluations/{ticket.id}/{question(dimension, settings, precision)}", version, make)
     content = json.loads((folder / "values.json").read_text())
     with np.load(folder / "arrays.npz") as arrays:
@@ -159,6 +157,12 @@ def evaluate(
     return Evaluation(
         ticket, facts(ticket, store), [Value(**v) for v in content["values"]], found, content["provenance"]
     )
+
+
+def measuring(subject: Subject, dimension: str, settings: Mapping) -> str:
+    """Return a hash of the code and the foreign images behind a dimension's numbers; the ticket's own come on top."""
+    code = code_version(DIMENSIONS[dimension].measure(), _with_accuracy)
+    return code + DIMENSIONS[dimension].inputs(subject, settings)
 
 
 def measured(

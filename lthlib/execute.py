@@ -264,6 +264,7 @@ def execute(
     *,
     title: str | None = None,
     timeout: float | None = None,
+    of: str = "",
 ) -> None:
     """Execute a template into a page.
 
@@ -276,6 +277,7 @@ def execute(
         parameters: Values for the template's parameters (their types: see the head of this file).
         title: The page's heading in place of the template's own.
         timeout: Seconds that any one cell may take; by default as long as it likes.
+        of: What the page is made from (`lthlib.generated.page_of`), to be noted where it belongs to the book.
 
     Raises:
         UserError: The template, a parameter or the output is at fault. Nothing has been executed or written.
@@ -312,7 +314,7 @@ def execute(
     failed.unlink(
         missing_ok=True
     )  # first, so that whatever is killed in between, no page has a failed one beside it
-    _save(page, output)
+    _save(page, output, of)
 
 
 def read_template(path: Path) -> NotebookNode:
@@ -420,9 +422,9 @@ def _keep(page: NotebookNode, failed: Path) -> str:
     return f"The notebook up to there: {failed}"
 
 
-def _save(page: NotebookNode, path: Path) -> None:
+def _save(page: NotebookNode, path: Path, of: str = "") -> None:
     try:
-        generated.write(path, nbformat.writes(page) + "\n")
+        generated.write(path, nbformat.writes(page) + "\n", of)
     except OSError as problem:
         raise UserError(f"Cannot write {path}: {problem.strerror}. Nothing was left half-written.") from None
 
@@ -474,14 +476,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--title", help="the page's heading, in place of the template's")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for any one cell (default: none)")
+    parser.add_argument("--version", help="of the code behind the page, for a run to know later")
+    parser.add_argument("--results", nargs="*", default=[], help="files that tell of its results, likewise")
     options = parser.parse_args(arguments)
     lifeline.watch()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is an end with a notebook
     # An interrupt leaves tasks of nbclient unfinished, and their complaints would follow the last line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
-        given = _given(options.parameters, options.pairs)
-        execute(options.template, options.output, given, title=options.title, timeout=options.timeout)
+        given, of = _given(options.parameters, options.pairs), ""
+        if options.version:
+            of = generated.page_of(options.template, given, options.title, options.version, options.results)
+        execute(options.template, options.output, given, title=options.title, timeout=options.timeout, of=of)
     except UserError as problem:
         say(str(problem))
         return 2

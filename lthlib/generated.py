@@ -1,15 +1,20 @@
-"""What a run writes for its readers, and whether it still is what was written: tables, pages, the built book.
+"""What a run writes for its readers (tables, pages, the book): whether it is as written, and what it was made from.
 
-Snakemake goes by times: a page that the disk cut short is a page to it, and a newer one; one that is missing matters
-only where something newer lacks it. So the SHA-256 of every generated file is kept, and looked at before a run.
+Snakemake goes by times, and by its notes of the last run. A page that the disk cut short is a page to it, and a newer
+one; a page whose run was killed is missed only where something newer lacks it; a result that was made again in a run
+that was killed before the pages is old news to the next. So each generated file has a note of its own: the SHA-256 of
+its content, and a fingerprint of what it was made from, taken before it was made. Before a run both are looked at
+(`lthlib.verify`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lthlib.store import ROOT, say, seal, sha256, unseal, write_atomically
@@ -17,43 +22,119 @@ from lthlib.store import ROOT, say, seal, sha256, unseal, write_atomically
 FOLDER = Path("book/_generated")
 HTML = Path("_build/html")
 DOCTREES = Path("_build/.doctrees")  # Sphinx's own notes
-NOTES = Path("_build/sha256")
+NOTES = Path("_build/notes")
 BOOK = Path("_build/book.json")
 ASIDE = Path("_build/damaged")
+OF_THE_BOOK = ("book", "_config.yml")
+NOT_OF_THE_BOOK = ("results",)  # of the folder `book`: read by pages, not by the book
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file as `lthlib.store.write_atomically`; of one in the book's generated part, note its SHA-256."""
+def fingerprint(files: Iterable[str | Path], *texts: str) -> str:
+    """Return a hash of the contents of files, one that is missing told from an empty one, and of some texts."""
+    parts = [f"{path} {_content(ROOT / path)}" for path in sorted(map(str, files))]
+    return hashlib.sha256(json.dumps([parts, texts]).encode()).hexdigest()[:16]
+
+
+def page_of(
+    template: str | Path,
+    parameters: Mapping[str, object],
+    title: str | None,
+    version: str,
+    results: Iterable[str],
+) -> str:
+    """Return the fingerprint of a page: of its template, its parameters and title, code, and the results it shows."""
+    return fingerprint(
+        [template, *results], json.dumps(dict(parameters), sort_keys=True), title or "", version
+    )
+
+
+def write(path: Path, content: str | bytes, of: str = "") -> None:
+    """Write a file as `lthlib.store.write_atomically`; of one in the book's generated part, keep a note.
+
+    Args:
+        path: The file.
+        content: All of it.
+        of: `fingerprint` of what it is made from.
+    """
     if path.resolve().is_relative_to(ROOT / FOLDER):
         content = content.encode() if isinstance(content, str) else content
-        write_atomically(_note(path), hashlib.sha256(content).hexdigest())
+        note = {"sha256": hashlib.sha256(content).hexdigest(), "of": of}
+        write_atomically(_note(path), json.dumps(note))
     write_atomically(path, content)
 
 
-def check() -> None:
-    """Set generated files aside that are not what was written, and say so; have a book built that lacks something.
+def is_current(path: Path, of: str, *, look: bool = False) -> bool:
+    """Say whether a generated file is there as it was written, and was made from this.
 
-    The workflow makes again what is absent.
+    One that is there but not as it was written is set aside, and that is said: somebody may have worked on it.
+
+    Args:
+        path: The file.
+        of: `fingerprint` of what it would be made from now.
+        look: Leave it where it is.
     """
-    whole = [_check(note) for note in sorted(p for p in (ROOT / NOTES).rglob("*") if p.is_file())]
-    if not all([*whole, _book_is_whole()]):  # every one is looked at, and named
-        remove(ROOT / HTML / "index.html")
+    if not os.path.lexists(path):  # the run that was to make it again was killed, or somebody removed it
+        return False
+    try:
+        note = json.loads(_note(path).read_bytes())
+        known, made_of = note["sha256"], note["of"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    if _content(path) == known:
+        return made_of == of
+    if not look:
+        aside = ROOT / ASIDE / f"{time.time_ns()}-{path.name}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, aside)
+        say(f"damaged: {path}: it is not what was written; set aside in {aside} and made again")
+    return False
 
 
-def note_book(finished: bool) -> None:
-    """Note the files of the book that has just been built, and whether it lacks no page."""
-    html = ROOT / HTML
-    files = {str(p.relative_to(html)): sha256(p) for p in sorted(html.rglob("*")) if p.is_file()}
-    write_atomically(ROOT / BOOK, seal({"finished": finished, "files": files}))
+def book_is_current(*, look: bool = False) -> bool:
+    """Say whether the built book lacks no page, is as it was written, and was made from what there is now.
+
+    Of one that is not as it was written this is said, and the word of it taken back: `begin_book` does the rest.
+    """
+    word, html = ROOT / BOOK, ROOT / HTML
+    if not word.exists() or not html.exists():
+        return False
+    try:
+        book = unseal(word)
+        damaged = [html / name for name, digest in book["files"].items() if _content(html / name) != digest]
+    except (OSError, ValueError):
+        book, damaged = {}, [word]
+    if damaged and not look:
+        for path in damaged:
+            say(f"damaged: {path}: it is not what was written; the book is built again")
+        remove(word)
+    return not damaged and book["finished"] and book["of"] == book_sources()
 
 
-def begin_book() -> None:
-    """Make ready for a build: Sphinx goes on from the last one, for which what a killed one left is not fit."""
+def book_sources() -> str:
+    """Return a fingerprint of all that the book is built from: prose, pages, looks, settings."""
+    found = []
+    for name in OF_THE_BOOK:
+        below = [ROOT / name, *(ROOT / name).rglob("*")]
+        found += [p.relative_to(ROOT) for p in below if p.is_file() and not p.name.startswith(".")]
+    skipped = tuple(Path("book", name) for name in NOT_OF_THE_BOOK)
+    return fingerprint(p for p in found if not any(p.is_relative_to(folder) for folder in skipped))
+
+
+def begin_book() -> str:
+    """Make ready for a build, and return `book_sources`: Sphinx goes on from the last one, unless it was killed."""
     pages = [HTML / "_generated", HTML / "_sources/_generated"]  # of another grid, or marks of missing ones
     left = pages if (ROOT / BOOK).exists() else [HTML, DOCTREES]
     remove(ROOT / BOOK)
     for folder in left:
         shutil.rmtree(ROOT / folder, ignore_errors=True)
+    return book_sources()
+
+
+def note_book(of: str, finished: bool) -> None:
+    """Note the files of the book that has just been built, what from, and whether it lacks no page."""
+    html = ROOT / HTML
+    files = {str(p.relative_to(html)): sha256(p) for p in sorted(html.rglob("*")) if p.is_file()}
+    write_atomically(ROOT / BOOK, seal({"finished": finished, "of": of, "files": files}))
 
 
 def remove(path: Path) -> None:
@@ -65,43 +146,16 @@ def remove(path: Path) -> None:
 
 
 def _note(path: Path) -> Path:
-    return ROOT / NOTES / path.resolve().relative_to(ROOT / FOLDER)
+    return ROOT / NOTES / f"{path.resolve().relative_to(ROOT / FOLDER)}.json"
 
 
-def _check(note: Path) -> bool:
-    path = ROOT / FOLDER / note.relative_to(ROOT / NOTES)
-    if _is(path, note.read_text(errors="replace")):
-        return True
-    if os.path.lexists(path):  # else the run that was to make it again was killed, or somebody removed it
-        aside = ROOT / ASIDE / f"{time.time_ns()}-{path.name}"  # somebody may have worked on it
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, aside)
-        say(f"damaged: {path}: it is not what was written; set aside in {aside} and made again")
-    note.unlink()
-    return False
+def _content(path: Path) -> str:
+    """Return the SHA-256 of a file, empty where it is not there or is no file.
 
-
-def _book_is_whole() -> bool:
-    """Say whether the book is finished and undamaged; of one that is not, the word is taken back."""
-    word, html = ROOT / BOOK, ROOT / HTML
-    if not word.exists():
-        return False
+    Raises:
+        OSError: It cannot be read; that says nothing about its content.
+    """
     try:
-        book = unseal(word)
-        damaged = [html / name for name, digest in book["files"].items() if not _is(html / name, digest)]
-    except (OSError, ValueError):
-        damaged = [word]
-    if not damaged:
-        return book["finished"]
-    if html.exists():
-        for path in damaged:
-            say(f"damaged: {path}: it is not what was written; the book is built again")
-    remove(word)
-    return False
-
-
-def _is(path: Path, digest: str) -> bool:
-    try:
-        return sha256(path) == digest
-    except OSError:
-        return False
+        return sha256(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return ""

@@ -5,9 +5,10 @@ The functions named like commands (`tickets`, `rows`, `front`, `record`) are wha
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
-import os
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from lthlib import compute, data, estimate, generated, overlaps, reproducibility, verdict
-from lthlib.code_version import code_version
+from lthlib.code_version import code_version, script_version
 from lthlib.corruptions import CORRUPTIONS
 from lthlib.errors import UserError
 from lthlib.evaluate import (
@@ -31,16 +32,18 @@ from lthlib.evaluate import (
     Evaluation,
     collect,
     evaluate,
+    measuring,
     question,
-    recorded_json,
     rows_of,
 )
 from lthlib.grid import ON_METHODS, Grid, read_grid, study_name
+from lthlib.metrics import METRICS
 from lthlib.models import ARCHITECTURES
+from lthlib.predictions import Subject
 from lthlib.pruners import METHODS
-from lthlib.store import ROOT, Store, say, seal, unseal, write_atomically
+from lthlib.store import MANIFEST, ROOT, Store, say, seal, whole_folder, write_atomically
 from lthlib.study import Study
-from lthlib.tickets import TICKET_ID, Ticket, obtain
+from lthlib.tickets import Ticket, version_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
 RESULTS = "book/results"
 COMPARISON = "comparison"
 STUB = "-missing.md"
+CONTENTS, UNFINISHED = "_toc.yml", "_toc.unfinished.yml"
+PICTURES = ("answer", "scorecard")
+RECORDS = (estimate.THROUGHPUT, reproducibility.RERUNS, reproducibility.AGREEMENT)
 TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON_METHODS: "Methods"}
 
 
@@ -96,22 +102,26 @@ def is_chain(job: Job) -> bool:
     return METHODS[job.method].source == "previous"
 
 
-def job_version(grid: Grid, job: Job) -> str:
-    """Return a hash of the code behind a job's tickets and evaluations; another one means: run it again."""
-    method, study = METHODS[job.method], grid.study(job.study)
-    functions = [obtain, evaluate, method.find, ARCHITECTURES[study.arch].build]
-    functions += [method.during] if method.during else []
-    functions += [DIMENSIONS[name].measure() for name in grid.dimensions]
-    functions += [corruption.function for corruption in CORRUPTIONS.values()] + list(data.OOD.values())
-    return code_version(*functions)
-
-
 def job_settings(grid: Grid, job: Job) -> str:
     """Return everything of the grid that a job depends on, as text."""
     study = asdict(grid.study(job.study))
     study["options"] = study["options"].get(job.method, {})
     del study["methods"], study["seeds"]
     return json.dumps([study, grid.dimensions, grid.precision], sort_keys=True, default=list)
+
+
+def job_of(grid: Grid, job: Job, store: Store) -> str:
+    """Return a fingerprint of what a job's results come from: settings, code, its images and foreign ones, its sources.
+
+    It changes when any result of the job would be made anew. It needs the images.
+    """
+    mine = tickets_of(grid, job)
+    first = Subject(mine[0], store, grid.precision)
+    measured = [
+        measuring(first, name, DIMENSIONS[name].parameters(given)) for name, given in grid.dimensions.items()
+    ]
+    networks = [f"{ticket.id} {version_of(ticket, first.data)}" for ticket in mine]
+    return generated.fingerprint((), job_settings(grid, job), *networks, *measured)
 
 
 def done_file(grid: Grid, job: Job) -> Path:
@@ -124,93 +134,8 @@ def rows_file(grid: Grid) -> Path:
     return ROOT / generated.FOLDER / grid.name / "rows.csv"
 
 
-def verify(grid: Grid, store: Store) -> None:
-    """Check what a grid's rows and pages stand on, for the workflow sees only whether files are newer than others.
-
-    Damaged results are set aside, and the jobs that made them lose the file that says they are done: they run again,
-    and whatever is made of them. So do those whose logits are damaged. What else the store holds of these tickets and
-    data sets is checked, too, and made again when something needs it. A job that is not done, for its run was killed,
-    takes the table of rows with it: beside a whole table and a whole book, the workflow would not miss it.
-
-    Raises:
-        UserError: Where recorded results are damaged: these cannot be made again.
-    """
-    for folder in sorted((ROOT / RESULTS).glob("[!.]*/")):
-        Archive.check(folder)
-    for path in (LATENCY, reproducibility.RERUNS, reproducibility.AGREEMENT):
-        if path.exists():
-            recorded_json(path)
-    generated.check()
-    needed = {job: _artifacts(grid, job) for job in jobs(grid)}
-    finished = [job for job in needed if _is_done(grid, job)]
-    store.tidy()
-    lost = store.check({key for job in finished for key in needed[job]} | _kept(grid, store))
-    blind = {key.split("/")[1] for key in lost if key.startswith("predictions/")}
-    for job, keys in needed.items():
-        for key in keys:
-            if key.startswith("evaluations/") and key.split("/")[1] in blind:
-                store.drop(key)  # whoever measures anew predicts anew
-                lost.add(key)
-        if not done_file(grid, job).exists() or (job in finished and not lost.isdisjoint(keys)):
-            _run_again(grid, job)
-
-
-def _is_done(grid: Grid, job: Job) -> bool:
-    """Say whether a job left word that it is done; word that is damaged, or another job's, is taken back.
-
-    A job that was done with other settings is not done. Its word stays: the workflow sees by itself that they changed,
-    and where they are changed back, nothing has to run.
-    """
-    file = done_file(grid, job)
-    if not os.path.lexists(file):
-        return False
-    try:
-        found, settings = unseal(file), job_settings(grid, job)
-        if found["job"] == [job.study, job.method, job.seed]:
-            return found.get("settings", settings) == settings
-        fault = "it is another job's"
-    except ValueError:
-        fault = "it is not what was written"
-    except OSError as error:
-        fault = f"it cannot be read ({error.strerror})"
-    say(f"damaged: {file}: {fault}; the job is gone through again")
-    _run_again(grid, job)
-    return False
-
-
-def _run_again(grid: Grid, job: Job) -> None:
-    """Let the workflow run a job again, and whatever is made of it."""
-    for file in (done_file(grid, job), rows_file(grid)):  # a job runs again only where something lacks it
-        generated.remove(file)
-
-
-def _artifacts(grid: Grid, job: Job) -> list[str]:
-    """Return the keys of what a job leaves in the store for rows and pages."""
-    questions = [
-        question(name, DIMENSIONS[name].parameters(parameters), grid.precision)
-        for name, parameters in grid.dimensions.items()
-    ]
-    return [
-        key
-        for ticket in _tickets_of(grid, job)
-        for key in (f"tickets/{ticket.id}", *(f"evaluations/{ticket.id}/{name}" for name in questions))
-    ]
-
-
-def _kept(grid: Grid, store: Store) -> set[str]:
-    """Return the keys of what the store holds of a grid's tickets and data sets: logits, images, rewind points."""
-    mine = {ticket.id for study in grid.studies for ticket in study.tickets()}
-    shared = tuple(study.data.replace("@", "+").lower() for study in grid.studies)
-    found = set()
-    for key in store.list():
-        name = key.split("/")[1]
-        ticket = TICKET_ID.match(name)
-        if ticket[0] in mine if ticket else name.startswith(shared):
-            found.add(key)
-    return found
-
-
-def _tickets_of(grid: Grid, job: Job) -> list[Ticket]:
+def tickets_of(grid: Grid, job: Job) -> list[Ticket]:
+    """Return the tickets of a job, round by round."""
     every = grid.study(job.study).tickets()
     return [ticket for ticket in every if ticket.method == job.method and ticket.seed == job.seed]
 
@@ -218,15 +143,17 @@ def _tickets_of(grid: Grid, job: Job) -> list[Ticket]:
 def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
     """Train and measure one method with one seed at every round of a study, then write ``done``."""
     plan, store = read_grid(grid), Store()
-    mine = _tickets_of(plan, Job(study, method, seed))
+    job = Job(study, method, seed)
+    mine = tickets_of(plan, job)
     if not mine:
         raise UserError(f"{method} with seed {seed} is not part of {study} in {grid}.")
+    of = job_of(plan, job, store)
     for ticket in tqdm(mine, desc=f"{method}, seed {seed}", unit="ticket"):
         for dimension, parameters in plan.dimensions.items():
             evaluate(ticket, dimension, store, parameters, plan.precision)
     if done is not None:
-        word = {"job": [study, method, seed], "settings": job_settings(plan, Job(study, method, seed))}
-        write_atomically(done, seal({**word, "tickets": [ticket.id for ticket in mine]}))
+        word = {"job": [study, method, seed], "of": of, "tickets": [ticket.id for ticket in mine]}
+        write_atomically(done, seal(word))
 
 
 def plan(grid: Grid) -> dict[str, dict[str, float]]:
@@ -239,7 +166,7 @@ def plan(grid: Grid) -> dict[str, dict[str, float]]:
             epochs[ticket.method, ticket.seed] += n
         for job in (job for job in jobs(grid) if job.study == study_name(study)):
             # On few images, measuring a ticket takes as long as some epochs; on many, next to nothing.
-            measuring = 4 * len(_tickets_of(grid, job))
+            measuring = 4 * len(tickets_of(grid, job))
             weights[job.name] = unit * (epochs[job.method, job.seed] + measuring)
     return {"jobs": weights, "pages": {page.path: 1.0 for page in pages(grid)}}
 
@@ -331,13 +258,58 @@ def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) 
     return PagePlan(grid.name, study_name(study), topic, method, label, title, settings)
 
 
+def every_page(grid: Grid) -> list[PagePlan]:
+    """Return the pages of the book of a grid: its own, and those of recorded results."""
+    others = recorded_grids(grid.name)
+    return pages(grid) + [page for other in others for page in pages(other, from_record=True)]
+
+
+def results_of(grid: Grid, page: PagePlan) -> list[str]:
+    """Return the files that tell of the results on a page: words of its jobs, or the manifest of what is recorded."""
+    if page.grid != grid.name:
+        found = [ROOT / RESULTS / page.grid / MANIFEST]
+    else:
+        mine = [job for job in jobs(grid) if job.study == page.study and job.method in page.shown]
+        found = [done_file(grid, job) for job in mine]
+    latency = ROOT / RESULTS / LATENCY.name
+    if page.topic == ON_METHODS and latency.exists():
+        found.append(latency)
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def page_version(page: PagePlan) -> str:
+    """Return a hash of the code of a page's template that this package holds, and of the words it shows."""
+    cells = json.loads((ROOT / page.template).read_bytes())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return f"{script_version(code)}-{vocabulary()}"
+
+
+def page_of(grid: Grid, page: PagePlan) -> str:
+    """Return a fingerprint of what a page is made from: results, template, parameters, code, words."""
+    return generated.page_of(
+        page.template, page.parameters, page.title, page_version(page), results_of(grid, page)
+    )
+
+
+@functools.cache
+def vocabulary() -> str:
+    """Return a hash of what tables and figures say of things: names, directions, units, definitions, who has a vote."""
+    said = [repr(list(METRICS.values()))]
+    said += [repr((m.name, m.title, m.family, m.reference, m.paper, m.source)) for m in METHODS.values()]
+    said += [repr((d.name, d.title)) for d in DIMENSIONS.values()]
+    said += [repr((name, s.title, s.ood)) for name, s in data.DATASETS.items()]
+    said += [repr((a.name, a.title)) for a in ARCHITECTURES.values()]
+    said += [repr((c.name, c.title, c.group)) for c in CORRUPTIONS.values()]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
+
+
 def recorded_grids(but: str) -> list[Grid]:
     """Return the grids of all recorded results, except the one of a name.
 
     Where a grid asks for all methods, these are the methods of its results, not those added since.
     """
     found, archive = [], Archive.read(ROOT / RESULTS)
-    for folder in sorted(p.parent for p in (ROOT / RESULTS).glob("*/manifest.json")):
+    for folder in sorted(p.parent for p in (ROOT / RESULTS).glob(f"[!.]*/{MANIFEST}")):
         path = ROOT / "workflow" / "grids" / f"{folder.name}.yml"
         if folder.name != but:
             if not path.exists():
@@ -396,9 +368,20 @@ def evaluations(
             )
 
 
+TABLES = ("rows.csv", "costs.csv", "provenance.csv")
+
+
+def tables_of(grid: Grid) -> str:
+    """Return a fingerprint of what the tables of a grid are made from: the words of its jobs, and code."""
+    return generated.fingerprint(
+        [done_file(grid, job) for job in jobs(grid)], code_version(rows), vocabulary()
+    )
+
+
 def rows(grid: str, file: Path) -> None:
     """Write the tidy table of a finished grid, and beside it ``costs.csv`` and ``provenance.csv``."""
     plan, store = read_grid(grid), Store()
+    of = tables_of(plan)
     every = list(evaluations(plan, store))
     tables = {
         "costs.csv": costs(plan, store),
@@ -406,7 +389,7 @@ def rows(grid: str, file: Path) -> None:
         file.name: pd.concat([rows_of(found, dimension) for dimension, found in every])[list(COLUMNS)],
     }
     for name, found in tables.items():
-        generated.write(file.with_name(name), found.to_csv(index=False))
+        generated.write(file.with_name(name), found.to_csv(index=False), of)
 
 
 def provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
@@ -448,7 +431,8 @@ def record(grid: str) -> None:
         ]
     folder = ROOT / RESULTS / plan.name
     shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
-    Archive.write(folder, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    with whole_folder(folder) as new:
+        Archive.write(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
 
 
@@ -465,25 +449,44 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
             that says why takes the place of each missing page.
     """
     plan, store = read_grid(grid), Store()
+    of = "" if unfinished else front_of(plan)
     others = recorded_grids(plan.name)
     undone = [job for job in jobs(plan) if unfinished and not done_file(plan, job).exists()]
-    sections = [_answer(plan, table(plan, store, without=undone), folder, undone)]
-    sections += [_answer(other, table(other, store, from_record=True), folder) for other in others]
-    generated.write(folder / "answer.md", "\n\n".join(sections) + "\n")
-    plans = pages(plan) + [page for other in others for page in pages(other, from_record=True)]
+    files: dict[str, str | bytes] = {}
+    sections = [_answer(plan, table(plan, store, without=undone), files, undone)]
+    sections += [_answer(other, table(other, store, from_record=True), files) for other in others]
+    plans = every_page(plan)
     for stub in folder.rglob(f"*{STUB}"):
         stub.unlink()
     if unfinished:
         plans = [replace(page, missing=_why_missing(plan, page, undone, folder)) for page in plans]
     for page in plans:
         if page.missing:
-            generated.write(folder.parent / page.file, _stub(page, grid))
-    generated.write(folder / "status.md", _status(plans, folder))
-    generated.write(folder / "methods.md", _methods(plans))
-    generated.write(folder / "cost.md", estimate.chapter_table())
-    for name, text in reproducibility.chapter_tables().items():
-        generated.write(folder / name, text)
-    generated.write(folder / "_toc.yml", _contents(plans, ROOT / "book" / "contents.yml"))
+            write_atomically(folder.parent / page.file, _stub(page, grid))
+    files |= {
+        "answer.md": "\n\n".join(sections) + "\n", "status.md": _status(plans, folder), "methods.md": _methods(plans),
+        "cost.md": estimate.chapter_table(), **reproducibility.chapter_tables(),
+        UNFINISHED if unfinished else CONTENTS: _contents(plans, ROOT / "book" / "contents.yml"),
+    }  # fmt: skip
+    for name, content in files.items():
+        generated.write(folder / name, content, of)
+
+
+def front_of(grid: Grid) -> str:
+    """Return a fingerprint of what the front is made from: words of jobs, records, pages, contents, code, settings."""
+    others = recorded_grids(grid.name)
+    files = [done_file(grid, job) for job in jobs(grid)]
+    files += [ROOT / RESULTS / other.name / MANIFEST for other in others]
+    files += [generated.FOLDER / f"{page.path}.ipynb" for page in every_page(grid)]
+    files += [*estimate.PAPER, *RECORDS, "book/contents.yml"]
+    return generated.fingerprint(files, repr([grid, *others]), code_version(front), vocabulary())
+
+
+def front_files(grid: Grid) -> list[str]:
+    """Return the names of the files that `front` writes for a finished grid."""
+    studies = [(g.name, study) for g in (grid, *recorded_grids(grid.name)) for study in g.studies]
+    drawn = [f"{kind}-{name}-{study_name(study)}.svg" for kind in PICTURES for name, study in studies]
+    return [CONTENTS, "answer.md", "status.md", "methods.md", "cost.md", *reproducibility.TABLES, *drawn]
 
 
 def _why_missing(grid: Grid, page: PagePlan, undone: Iterable[Job], folder: Path) -> str:
@@ -522,7 +525,10 @@ def _stub(page: PagePlan, grid: str) -> str:
     )
 
 
-def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Job] = ()) -> str:
+def _answer(
+    grid: Grid, found: pd.DataFrame, files: dict[str, str | bytes], undone: Collection[Job] = ()
+) -> str:
+    """Return the answer of one grid as Markdown; its pictures go to ``files``."""
     from lthlib import figures
 
     figures.use_style()
@@ -538,7 +544,7 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
         reached = verdict.reach(judged)
         picture = f"answer-{grid.name}-{study_name(study)}.svg"
-        _draw(figures.reach_map(reached), folder / picture)
+        files[picture] = _svg(figures.reach_map(reached))
         passes = verdict.lth_pass(judged)
         caption = (
             "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "
@@ -546,24 +552,24 @@ def _answer(grid: Grid, found: pd.DataFrame, folder: Path, undone: Collection[Jo
         )
         parts += [_passes(passes), f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```"]
         parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
-        parts += [_scorecard(mine, judged, folder, f"scorecard-{grid.name}-{study_name(study)}.svg")]
+        parts += [_scorecard(mine, judged, files, f"scorecard-{grid.name}-{study_name(study)}.svg")]
         parts += [f"{mine['ticket'].nunique()} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)
 
 
-def _draw(figure: Figure, path: Path) -> None:
+def _svg(figure: Figure) -> bytes:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", bbox_inches="tight")
-    generated.write(path, drawn.getvalue())
+    return drawn.getvalue()
 
 
-def _scorecard(mine: pd.DataFrame, judged: pd.DataFrame, folder: Path, picture: str) -> str:
+def _scorecard(mine: pd.DataFrame, judged: pd.DataFrame, files: dict[str, str | bytes], picture: str) -> str:
     """Draw the paper's first figure of one study, folded away."""
     from lthlib import figures
 
     n = verdict.standing_round(judged)
     shown = mine[(mine["round"] == n) | (mine["method"] == "dense")]
-    _draw(figures.radar(verdict.scorecard(verdict.summarise(shown))), folder / picture)
+    files[picture] = _svg(figures.radar(verdict.scorecard(verdict.summarise(shown))))
     sparsity = judged.loc[judged["round"] == n, "sparsity"].mean()
     caption = (
         f"Each metric of the paper at {100 * sparsity:.1f} % sparsity, scaled so that the best network shown is at the "

@@ -13,15 +13,15 @@ RERUNS = ROOT / "book" / "results" / "reruns.json"  # by workflow/reruns.py
 AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by workflow/agreement.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
 REST = ("rows", "front", "book")
+TABLES = ("reruns.md", "agreement.md")
 GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
 
 
 def chapter_tables() -> dict[str, str]:
     """Return the tables that the chapter includes, by file name, from what is recorded."""
-    return {
-        "reruns.md": _recorded(RERUNS, reruns_table),
-        "agreement.md": _recorded(AGREEMENT, agreement_tables),
-    }
+    return dict(
+        zip(TABLES, (_recorded(RERUNS, reruns_table), _recorded(AGREEMENT, agreement_tables)), strict=True)
+    )
 
 
 def _recorded(path, table) -> str:

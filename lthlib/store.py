@@ -49,6 +49,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` at the end; a reader finds the old one or the new.
+
+    What a killed writer left is removed by the next one. Between the two renames there is neither, for a moment.
+    """
+    new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+    if old.exists() and not path.exists():  # killed between the renames
+        os.replace(old, path)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def seal(content: Mapping[str, object]) -> str:
     """Return a mapping as JSON that carries its own SHA-256, so that `unseal` sees any damage."""
     return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
@@ -131,7 +154,9 @@ class Store:
     def has(self, key: str, version: str) -> bool:
         """Say whether a whole artifact of this version lies under the key (damage counts as absence)."""
         with self._guard():
-            return self._checked.get(key) == version or self._fault(key, version) is None
+            if self._checked.get(key) == version and self._version(key) == version:
+                return True  # another process, on other code, may have replaced it since
+            return self._fault(key, version) is None
 
     def get(self, key: str, version: str, make: Callable[[Path], None]) -> Path:
         """Return the folder of an artifact, making it first where it is absent, outdated or damaged.
@@ -160,17 +185,23 @@ class Store:
         return path
 
     def list(self) -> Iterator[str]:
-        """Yield the key of every artifact, whole or not."""
+        """Yield the key of every artifact, whole or not; files that something else left between them are none."""
         for folder, below, files in os.walk(self.root):
             parts = Path(folder).relative_to(self.root).parts
             if not parts:
                 below[:] = sorted(set(below) - {"tmp", "damaged", "locks"})
-            elif len(parts) > 1 and files:
+            elif MANIFEST in files or (
+                len(parts) > 1 and files and not any(Path(folder).rglob(f"*/{MANIFEST}"))
+            ):
                 below.clear()
                 yield "/".join(parts)
 
-    def check(self, keys: Iterable[str]) -> set[str]:
-        """Verify artifacts of whatever version; set the damaged aside, and return the keys that are not there whole.
+    def check(self, keys: Iterable[str], *, set_aside: bool = True) -> set[str]:
+        """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside.
+
+        Args:
+            keys: Which.
+            set_aside: Whether those that are damaged are; else this is only said.
 
         Raises:
             UserError: Where the store cannot be read, or what is damaged cannot be set aside.
@@ -180,7 +211,10 @@ class Store:
             with ThreadPoolExecutor() as threads:  # hashing lets others run
                 faults = dict(zip(keys, threads.map(self._fault, keys), strict=True))
             faulty = {key for key, fault in faults.items() if fault is not None}
-            for key in faulty:
+            for key in faulty if not set_aside else ():
+                if faults[key] != "absent":
+                    say(f"damaged: {self.path(key)}: {faults[key]}")
+            for key in faulty if set_aside else ():
                 with self._lock(key):
                     fault = self._fault(key)  # another process may have mended it while we waited
                     if fault is not None:
@@ -215,6 +249,13 @@ class Store:
     def _lock_file(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
 
+    def _version(self, key: str) -> object:
+        """Return the version that lies under a key; None where that cannot be read."""
+        try:
+            return unseal(self.path(key) / MANIFEST)["version"]
+        except (OSError, ValueError, KeyError):
+            return None
+
     def _fault(self, key: str, version: str | None = None) -> str | None:
         """Return None for a whole artifact (of a version), "absent", "outdated", or a sentence about the damage."""
         path = self.path(key)
@@ -242,8 +283,12 @@ class Store:
         path = self.path(key)
         if fault == "absent":
             return
-        if fault == "outdated":
-            shutil.rmtree(path)
+        if fault == "outdated":  # moved first: half of it would pass for damage, were we killed
+            temporary = self.root / "tmp" / key.replace("/", "--")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, temporary)
+            shutil.rmtree(temporary)
             return
         aside = self.root / "damaged" / f"{key.replace('/', '--')}-{time.time_ns()}"
         aside.parent.mkdir(parents=True, exist_ok=True)

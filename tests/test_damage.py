@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from lthlib import evaluate, generated, report
+from lthlib import code_version, data, evaluate, generated, report, verify
 from lthlib.errors import UserError
 from lthlib.evaluate import Archive, recorded_json
 from lthlib.grid import read_grid
@@ -44,8 +46,9 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     (root / "small.yml").write_text(yaml.safe_dump(GRID))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "ROOT", root)
-        patch.setattr(generated, "ROOT", root)
+        for module in (report, generated, verify):
+            patch.setattr(module, "ROOT", root)
+        shutil.copytree(ROOT / "notebooks", root / "notebooks")
         patch.setenv("LTHLIB_STORE", str(root / "store"))
         grid = read_grid(root / "small.yml")
         for job in report.jobs(grid):
@@ -60,8 +63,8 @@ def copy(small, tmp_path, monkeypatch):
     """A copy of it, to be damaged."""
     root, table = small
     shutil.copytree(root, tmp_path / "copy")
-    monkeypatch.setattr(report, "ROOT", tmp_path / "copy")
-    monkeypatch.setattr(generated, "ROOT", tmp_path / "copy")
+    for module in (report, generated, verify):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "copy")
     return tmp_path / "copy", read_grid(tmp_path / "copy/small.yml"), table
 
 
@@ -71,8 +74,13 @@ def artifact_of(store, kind):
     return next((key for key in keys if "-lth-" in key), keys[0])
 
 
-def done(root):
-    return sorted(path.stem for path in (root / "_build").rglob("*.json"))
+def again(grid, root):
+    """The jobs that a run has to go through."""
+    return sorted(
+        Path(name).stem
+        for name in verify.stale(grid, Store(root / "store"))
+        if name.startswith("_build/jobs/")
+    )
 
 
 def test_these_are_all_kinds_of_artifacts(small):
@@ -84,12 +92,11 @@ def test_a_whole_store_is_left_alone(copy):
     before = {
         path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
-    report.verify(grid, Store(root / "store"))
+    assert again(grid, root) == []
     after = {
         path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
     assert before == after
-    assert done(root) == list(JOBS)
 
 
 @pytest.mark.parametrize("of", ["content", "manifest"])
@@ -100,16 +107,25 @@ def test_damage_is_set_aside_and_the_job_behind_it_runs_again(copy, kind, damage
     store = Store(root / "store")
     key = artifact_of(store, kind)
     files = sorted(path for path in store.path(key).iterdir() if path.name != MANIFEST)
-    rows = report.rows_file(grid)
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    rows.touch()
     DAMAGES[damage](files[-1] if of == "content" else store.path(key) / MANIFEST)
-    report.verify(grid, store)
-    assert rows.exists() == (kind not in NEEDED)  # without it, nothing would lack what the job makes
-    assert not store.path(key).exists()
+    assert again(grid, root) == (["lth-s0"] if kind in NEEDED else [])
+    assert store.path(key).exists() == (kind == "data")  # which are looked at on the spot
     assert len(list((root / "store/damaged").iterdir())) == 1
     assert f"damaged: {store.path(key)}" in capsys.readouterr().err
-    assert done(root) == (["dense-s0"] if kind in NEEDED else list(JOBS))
+
+
+def test_a_mere_look_says_what_is_damaged_and_leaves_it(copy, capsys):
+    """A dry run is to change nothing."""
+    root, grid, _ = copy
+    flip(Store(root / "store").path(artifact_of(Store(root / "store"), "tickets")) / "weights.safetensors")
+    generated.write(root / "book/_generated/small/rows.csv", "x", "y")
+    (root / "book/_generated/small/rows.csv").write_text("damaged")
+    done_files(root)[0].write_text("damaged")
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"}
+    looked = verify.stale(grid, Store(root / "store"), look=True)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"} == before
+    assert capsys.readouterr().err.count("damaged: ") == 2
+    assert sorted(looked) == sorted(verify.stale(grid, Store(root / "store")))
 
 
 def test_what_was_damaged_is_made_again_with_the_same_numbers(copy):
@@ -118,9 +134,19 @@ def test_what_was_damaged_is_made_again_with_the_same_numbers(copy):
     keys = [artifact_of(store, kind) for kind in KINDS]
     for key, damage in zip(keys, [*DAMAGES.values(), *DAMAGES.values()], strict=False):
         damage(sorted(store.path(key).iterdir())[-1])
-    report.verify(grid, store)
+    verify.stale(grid, store)
     pd.testing.assert_frame_equal(report.table(grid, Store(root / "store")), table)
     assert all(Store(root / "store").path(key).exists() for key in keys if key.split("/")[0] in NEEDED)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "notes.txt"])
+@pytest.mark.parametrize("kind", ["evaluations", "predictions"])
+def test_a_file_that_something_else_left_between_results_harms_none(copy, kind, name):
+    root, grid, _ = copy
+    store = Store(root / "store")
+    (store.path(artifact_of(store, kind)).parent / name).write_text("x")
+    assert again(grid, root) == []
+    assert not (root / "store/damaged").exists()
 
 
 def done_files(root):
@@ -134,17 +160,12 @@ def into_a_folder(path):
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES.values(), into_a_folder], ids=[*DAMAGES, "a folder"])
-def test_damaged_word_that_a_job_is_done_is_taken_back(copy, damage, capsys):
+def test_damaged_word_that_a_job_is_done_does_not_count(copy, damage, capsys):
     root, grid, _ = copy
-    rows = report.rows_file(grid)
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    rows.touch()
     damage(done_files(root)[1])
-    report.verify(grid, Store(root / "store"))
-    assert done(root) == ["dense-s0"]
+    assert again(grid, root) == ["lth-s0"]
     if damage is not DAMAGES["missing"]:
         assert "lth-s0.json" in capsys.readouterr().err
-        assert not rows.exists()
 
 
 def test_damaged_logits_are_made_again_though_the_job_is_not_done_either(copy):
@@ -154,52 +175,73 @@ def test_damaged_logits_are_made_again_though_the_job_is_not_done_either(copy):
     key = artifact_of(store, "predictions")
     flip(store.path(key) / "logits.npy")
     done_files(root)[1].unlink()
-    report.verify(grid, store)
+    verify.stale(grid, store)
     assert not store.path(key).exists()
     pd.testing.assert_frame_equal(report.table(grid, Store(root / "store")), table)
     assert store.path(key).exists()
-
-
-def test_a_job_whose_run_was_killed_takes_the_table_with_it(copy):
-    """Beside a whole table and a whole book, which are newer, the workflow would not miss it."""
-    root, grid, _ = copy
-    rows = report.rows_file(grid)
-    generated.write(rows, "whole")
-    report.verify(grid, Store(root / "store"))
-    assert rows.exists()
-    report.done_file(grid, report.jobs(grid)[1]).unlink()
-    report.verify(grid, Store(root / "store"))
-    assert not rows.exists()
 
 
 def test_another_jobs_word_does_not_count(copy, capsys):
     root, grid, _ = copy
     dense, lth = done_files(root)
     lth.write_bytes(dense.read_bytes())
-    report.verify(grid, Store(root / "store"))
-    assert done(root) == ["dense-s0"]
+    assert again(grid, root) == ["lth-s0"]
     assert "it is another job's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "change", [{"recipe": {"epochs": 3}}, {"dimensions": {"calibration": {"n_bins": 7}}}]
+    ("change", "jobs"),
+    [
+        ({"recipe": {"epochs": 3}}, list(JOBS)),
+        ({"dimensions": {"calibration": {"n_bins": 7}}}, list(JOBS)),
+        ({"title": "Another title"}, []),
+        ({"thresholds": {"k": 1}}, []),
+    ],
 )
-def test_a_look_at_a_grid_with_other_settings_takes_no_word_back(copy, change):
-    """The workflow runs those jobs by itself; where the settings are changed back, nothing is left to do."""
-    root, _, _ = copy
-    before = done(root)
+def test_other_settings_need_the_jobs_that_depend_on_them_and_back_again_none(copy, change, jobs):
+    root, grid, _ = copy
     path = root / "small.yml"
     content = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**content, **change}))
-    report.verify(read_grid(path), Store(root / "store"))
-    assert done(root) == before != []
+    assert again(read_grid(path), root) == jobs
+    assert again(grid, root) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "jobs"),
+    [
+        ("pruners/lottery.py", "n_keep", "n_keep + 0", ["lth-s0"]),
+        ("pruners/snip.py", "batch(", "batch (", []),
+        ("metrics/generalization.py", "def measure(", "def  measure(", list(JOBS)),
+        ("metrics/calibration.py", "def measure(", "def  measure(", []),
+        ("store.py", "def sha256(", "def  sha256(", []),
+    ],
+)
+def test_other_code_needs_the_jobs_that_depend_on_it(copy, monkeypatch, file, old, new, jobs):
+    root, grid, _ = copy
+    path = Path(code_version.__file__).parent / file
+    assert old in path.read_text()
+    monkeypatch.setitem(code_version._TEXTS, path, path.read_text().replace(old, new))
+    for cached in (code_version._module, code_version._hash):
+        cached.cache_clear()
+    try:
+        assert again(grid, root) == jobs
+    finally:
+        for cached in (code_version._module, code_version._hash):
+            cached.cache_clear()
+
+
+def test_other_images_under_the_same_name_need_all_jobs(copy, monkeypatch):
+    root, grid, _ = copy
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *given: replace(load(*given), digest="other"))
+    assert again(grid, root) == list(JOBS)
 
 
 def test_a_missing_artifact_is_made_again(copy):
     root, grid, _ = copy
     shutil.rmtree(root / "store/evaluations")
-    report.verify(grid, Store(root / "store"))
-    assert done(root) == []
+    assert again(grid, root) == list(JOBS)
 
 
 RECORDED = sorted(path.name for path in (ROOT / "book/results/methods").iterdir())

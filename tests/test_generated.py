@@ -1,4 +1,4 @@
-"""Generated tables, pages and the built book: damaged or missing ones are made again, whole ones are left alone."""
+"""Generated tables, pages and the built book: what is damaged, missing, or made from something else is told apart."""
 
 import pytest
 
@@ -11,78 +11,76 @@ DAMAGES = {
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
+PAGE = "book/_generated/grid/page.ipynb"
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A checkout with two generated files and a book of three."""
+    """A checkout with a generated page and a book of three files."""
     monkeypatch.setattr(generated, "ROOT", tmp_path)
-    generated.write(tmp_path / "book/_generated/grid/rows.csv", "metric,value\n")
-    generated.write(tmp_path / "book/_generated/grid/page.ipynb", b"{}")
+    (tmp_path / "book/results").mkdir(parents=True)
+    (tmp_path / "book/intro.md").write_text("# Intro")
+    (tmp_path / "_config.yml").write_text("title: x")
+    generated.write(tmp_path / PAGE, b"{}", "this")
+    of = generated.begin_book()
     for name in ("index.html", "page.html", "_images/a.png"):
         (tmp_path / "_build/html" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "_build/html" / name).write_text(name)
-    generated.note_book(finished=True)
+    generated.note_book(of, finished=True)
     return tmp_path
 
 
-def files(root):
-    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "sha256" not in p.parts}
+def test_what_is_whole_and_of_this_is_left_alone(root, capsys):
+    assert generated.is_current(root / PAGE, "this")
+    assert generated.book_is_current()
+    assert capsys.readouterr().err == ""
 
 
-def test_what_is_whole_is_left_alone(root, capsys):
-    before = files(root)
-    generated.check()
-    assert files(root) == before
+def test_what_is_of_something_else_is_not_current_and_not_called_damaged(root, capsys):
+    assert not generated.is_current(root / PAGE, "that")
+    assert generated.is_current(root / PAGE, "this")
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("name", ["rows.csv", "page.ipynb"])
-def test_a_damaged_file_is_named_and_made_again_and_the_book_with_it(root, name, damage, capsys):
-    path, before = root / "book/_generated/grid" / name, files(root)
+def test_a_damaged_file_is_named_and_set_aside(root, damage, capsys):
+    path = root / PAGE
     damage(path)
-    generated.check()
+    assert not generated.is_current(path, "this", look=True)
+    assert path.exists()
+    assert not generated.is_current(path, "this")
     (aside,) = (root / "_build/damaged").iterdir()
     said = f"damaged: {path}: it is not what was written; set aside in {aside} and made again\n"
     assert capsys.readouterr().err == said
-    assert before - files(root) == {f"book/_generated/grid/{name}", "_build/html/index.html"}
-    generated.write(path, "anew")
-    generated.check()
-    assert path.read_text() == "anew"
+    assert not path.exists()
+    generated.write(path, "anew", "this")
+    assert generated.is_current(path, "this")
 
 
-def test_a_file_that_was_to_be_made_again_by_a_run_that_was_killed_is_missed_without_a_word(root, capsys):
-    """The workflow removes it before it makes it; beside a newer book nothing would ask for it."""
-    (root / "book/_generated/grid/page.ipynb").unlink()
-    generated.check()
+def test_a_missing_file_is_not_current_without_a_word(root, capsys):
+    """A run that was killed removed it, to make it again."""
+    (root / PAGE).unlink()
+    assert not generated.is_current(root / PAGE, "this")
     assert capsys.readouterr().err == ""
-    assert not (root / "_build/html/index.html").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_file_without_note_is_not_current(root):
+    (root / "book/_generated/grid/other.csv").write_text("x")
+    assert not generated.is_current(root / "book/_generated/grid/other.csv", "")
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), lambda path: path.unlink()], ids=[*DAMAGES, "missing"])
 @pytest.mark.parametrize("name", ["index.html", "page.html", "_images/a.png"])
 def test_a_damaged_book_is_named_and_built_again_from_nothing(root, name, damage, capsys):
     damage(root / "_build/html" / name)
-    generated.check()
+    assert not generated.book_is_current(look=True)
+    assert (root / generated.BOOK).exists()
+    assert not generated.book_is_current()
     said = capsys.readouterr().err
     assert (
         said
         == f"damaged: {root / '_build/html' / name}: it is not what was written; the book is built again\n"
     )
-    assert not (root / "_build/html/index.html").exists()
-    generated.begin_book()
-    assert not (root / "_build/html").exists()
-
-
-def test_a_damaged_page_hides_no_damage_to_the_book(root, capsys):
-    """Else the next build would go on from the damaged one, and take it for what it wrote."""
-    damaged = root / "book/_generated/grid/page.ipynb", root / "_build/html/page.html"
-    for path in damaged:
-        path.write_text("x")
-    generated.check()
-    said = capsys.readouterr().err
-    assert all(f"damaged: {path}: " in said for path in damaged)
     generated.begin_book()
     assert not (root / "_build/html").exists()
 
@@ -90,24 +88,39 @@ def test_a_damaged_page_hides_no_damage_to_the_book(root, capsys):
 @pytest.mark.parametrize("damage", [*DAMAGES.values(), lambda path: path.unlink()], ids=[*DAMAGES, "missing"])
 def test_without_sound_word_of_the_book_it_is_built_again(root, damage):
     damage(root / generated.BOOK)
-    generated.check()
-    assert not (root / "_build/html/index.html").exists()
-    generated.check()  # and again, were that run killed
+    assert not generated.book_is_current()
+    assert not generated.book_is_current()  # and again, were that run killed
     generated.begin_book()
     assert not (root / "_build/html").exists()
 
 
-def test_a_book_that_lacks_pages_is_built_again_though_nothing_is_newer(root, capsys):
-    generated.note_book(finished=False)
-    generated.check()
+def test_a_book_that_lacks_pages_is_not_current(root, capsys):
+    generated.note_book(generated.book_sources(), finished=False)
+    assert not generated.book_is_current()
     assert capsys.readouterr().err == ""
-    assert not (root / "_build/html/index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "belongs"),
+    [
+        ("book/intro.md", True), ("book/new.md", True), ("book/_templates/layout.html", True), ("_config.yml", True),
+        (PAGE, True), ("book/results/x.json", False), ("book/.hidden", False), ("README.md", False),
+    ],
+)  # fmt: skip
+def test_a_book_is_of_its_prose_pages_looks_and_settings_whatever_their_times(root, name, belongs):
+    path = root / name
+    before = path.read_text() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("other")
+    assert generated.book_is_current() == (not belongs)
+    path.unlink() if before is None else path.write_text(before)
+    assert generated.book_is_current()  # restored, with a newer time
 
 
 def test_a_build_goes_on_from_a_whole_one_but_for_generated_pages(root):
     (root / "_build/html/_generated").mkdir()
     generated.begin_book()
-    assert files(root / "_build/html") == {"index.html", "page.html", "_images/a.png"}
+    assert (root / "_build/html/page.html").exists()
     assert not (root / "_build/html/_generated").exists()
     generated.begin_book()  # that build was killed
     assert not (root / "_build/html").exists()
@@ -115,7 +128,22 @@ def test_a_build_goes_on_from_a_whole_one_but_for_generated_pages(root):
 
 def test_a_page_elsewhere_leaves_nothing_beside_it(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
-    noted = sorted((root / "_build/sha256").rglob("*"))
+    noted = sorted((root / generated.NOTES).rglob("*"))
     generated.write(folder / "page.ipynb", "{}")
     assert [p.name for p in folder.iterdir()] == ["page.ipynb"]
-    assert sorted((root / "_build/sha256").rglob("*")) == noted
+    assert sorted((root / generated.NOTES).rglob("*")) == noted
+
+
+def test_a_fingerprint_tells_contents_names_order_of_texts_and_absence(tmp_path, monkeypatch):
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("")
+    prints = [
+        generated.fingerprint(["a"]), generated.fingerprint(["b"]), generated.fingerprint(["c"]),
+        generated.fingerprint(["a"], "x", "y"), generated.fingerprint(["a"], "y", "x"),
+        generated.fingerprint(["a"], "xy"), generated.fingerprint(["a", "b"]),
+    ]  # fmt: skip
+    assert len(set(prints)) == len(prints)
+    assert generated.fingerprint(["b", "a"]) == prints[-1]
+    (tmp_path / "a").write_text("2")
+    assert generated.fingerprint(["a"]) != prints[0]

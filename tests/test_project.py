@@ -21,7 +21,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
     "errors", "lifeline", "code_version", "store", "generated", "gpus", "compute", "corruptions", "concepts", "listing", "data", "models", "inference", "masks", "pruners",
     "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "fork", "execute",
-    "pages", "methods_page", "estimate", "own", "reproducibility", "report",
+    "pages", "methods_page", "estimate", "own", "reproducibility", "report", "verify",
 ]  # fmt: skip
 
 

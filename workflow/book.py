@@ -14,10 +14,10 @@ if __name__ == "__main__":
     finished = sys.argv[1] != "--unfinished"
     if not finished:
         del sys.argv[1]
-    generated.begin_book()
+    of = generated.begin_book()
     try:
         main()
     except SystemExit as end:
         if not end.code:
-            generated.note_book(finished)
+            generated.note_book(of, finished)
         sys.exit(end.code)

@@ -29,7 +29,7 @@ FINISHED = re.compile(r"^Finished jobid: (\d+) ")
 FAILED = re.compile(r"^Error in rule (\w+):$")
 AGAIN = re.compile(r"^Trying to restart job (\d+)\.")
 COUNT = re.compile(r"^(\w+) +(\d+)$")
-GRID = re.compile(r"--config grid=(\S+)")
+GRID = re.compile(r"--config '?grid=(.+?\.ya?ml)\b")
 TICKET = re.compile(r"(\d+)/(\d+) \[")  # of a job's progress bar
 
 

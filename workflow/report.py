@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -34,6 +34,7 @@ LOG = ROOT / "_build" / "snakemake.log"
 UNFINISHED_LOG = Path("_build/unfinished-book.log")
 CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS")
 SECONDS = 2.0  # between looks at the logs of running jobs
+DRY = {"-n", "--dry-run", "--dryrun"}  # Snakemake's options to run nothing
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 DAMAGED = "damaged: "  # what the store says of results that it sets aside
 GENERATED = Path("book/_generated")
@@ -73,11 +74,17 @@ def main() -> int:
     except UserError as error:
         say(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("\ninterrupted; what was finished is kept, and the same command goes on from there")
+        return 130
     except OSError as error:
         if why(error) is None:
             raise
         say(f"error: this checkout or the folder for temporary files cannot be used: {why(error)}.")
         return 1
+    if not DRY.isdisjoint(options.more):
+        print(LOG.read_text(), end="")
+        return status
     said = LOG.read_text()
     for name in (name for name in sorted(aside) if name not in said):
         say(f"damaged: {Store().root / 'damaged' / name} was set aside; what needs it makes it again")
@@ -161,7 +168,7 @@ def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
                 shown = time.monotonic()
                 bar.n = max(bar.n, 100 * progress.fraction())
                 bar.set_description_str(f"{span(progress.left())} left: {progress.line()}")
-    if process.returncode == 0:
+    if process.returncode == 0 and DRY.isdisjoint(options.more):
         remember(progress)
     elif not progress.failed:
         say("".join(tail).rstrip())
@@ -173,8 +180,9 @@ def heard(stream: TextIO) -> Iterator[str | None]:
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
-        for line in stream:
-            lines.put(line)
+        with suppress(ValueError):  # it is closed under us, when a run is interrupted
+            for line in stream:
+                lines.put(line)
         lines.put("")
 
     threading.Thread(target=listen, daemon=True).start()
@@ -192,7 +200,7 @@ def heard(stream: TextIO) -> Iterator[str | None]:
 def build_unfinished(grid: str) -> bool:
     """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
     fork = [sys.executable, "-m", "lthlib.fork"]
-    contents = GENERATED / "_toc.yml"
+    contents = GENERATED / "_toc.unfinished.yml"
     try:
         with UNFINISHED_LOG.open("w") as log:
             for step in (
@@ -203,7 +211,7 @@ def build_unfinished(grid: str) -> bool:
                 if subprocess.run(step, stdout=log, stderr=subprocess.STDOUT).returncode:
                     return False
     finally:
-        contents.unlink(missing_ok=True)  # Snakemake did not write it, and has to
+        contents.unlink(missing_ok=True)
     return True
 
 

@@ -1,6 +1,7 @@
 """Snakemake, after a look at the grid, tied to the run that started it (`lthlib.lifeline`).
 
-A grid that is refused ends with status `REFUSED` and one line that says why.
+A grid that is refused ends with status `REFUSED` and one line that says why. What `lthlib.verify` finds wanting,
+Snakemake is told to make: by itself it would miss a part of it.
 """
 
 import json
@@ -11,12 +12,13 @@ from pathlib import Path
 from progress import PLAN
 from snakemake.cli import main
 
-from lthlib import lifeline, report
+from lthlib import lifeline, report, verify
 from lthlib.errors import UserError
 from lthlib.grid import read_grid
-from lthlib.store import Store, say, write_atomically
+from lthlib.store import Store, say, why, write_atomically
 
 REFUSED = 3
+DRY = {"-n", "--dry-run", "--dryrun"}
 
 if __name__ == "__main__":
     lifeline.watch()
@@ -25,10 +27,16 @@ if __name__ == "__main__":
         os.environ.pop(lifeline.VARIABLE)  # its jobs run elsewhere, where no process has that number
     try:
         found = read_grid(grid)
-        report.verify(found, Store())
+        stale = verify.stale(found, Store(), look=not DRY.isdisjoint(arguments))
         write_atomically(Path(PLAN) / f"{found.name}.json", json.dumps(report.plan(found)))
     except UserError as error:
         say(f"error: {error}")
         sys.exit(REFUSED)
-    sys.argv = ["snakemake", *arguments, "--config", f"grid={grid}"]
+    except OSError as error:
+        if why(error) is None:
+            raise
+        say(f"error: this checkout cannot be used: {why(error)}.")
+        sys.exit(REFUSED)
+    forced = ["--forcerun", *stale] if stale else []
+    sys.argv = ["snakemake", *arguments, *forced, "--config", f"grid={grid}"]
     sys.exit(main())
