@@ -1,6 +1,9 @@
 import importlib
+import shutil
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +114,41 @@ def test_what_keeps_results_is_not_among_what_makes_them():
     files = {name for name, _ in reached}
     assert {"lthlib.tickets", "lthlib.train", "lthlib.predictions", "lthlib.masks"} <= files
     assert files.isdisjoint({"lthlib.store", "lthlib.errors"})
+
+
+def test_a_file_edited_under_a_running_process_does_not_change_what_that_process_calls_its_code(tmp_path):
+    """What it finishes was made by the text that it imported, not by the one that lies there now."""
+    package = tmp_path / "lthlib"
+    shutil.copytree(Path(module.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    program = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from lthlib import listing, code_version
+path = Path(listing.__file__)
+assert path.is_relative_to({str(tmp_path)!r})
+function = next(f for f in vars(listing).values() if getattr(f, "__module__", "") == "lthlib.listing" and callable(f))
+path.write_text(path.read_text().replace("def ", "def  "))
+print(code_version.code_version(function))
+code_version._TEXTS.clear(); code_version._module.cache_clear(); code_version._hash.cache_clear()
+print(code_version.code_version(function))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    before, after = said.stdout.split()
+    assert before != after
+
+
+def test_a_script_depends_on_the_definitions_that_it_uses(version):
+    version()
+    script = "from lthlib_probe import b\nfrom lthlib_probe.c import unused\nx = 3\nb.inner(x)"
+    first = module.script_version(script)
+    assert module.script_version(script + "\nprint(x)") == first
+    for file, old, new, changes in (
+        ("c", "return x", "return x + 1", True),
+        ("c", "return 0", "return 5", False),
+        ("b", "return 1", "return 2", False),
+    ):
+        version(file, old, new)
+        module._hash.cache_clear()
+        assert (module.script_version(script) != first) == changes

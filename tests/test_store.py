@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lthlib.errors import UserError
-from lthlib.store import MANIFEST, Store, seal, unseal, write_atomically
+from lthlib.store import MANIFEST, Store, seal, unseal, whole_folder, write_atomically
 
 
 def writer(text, calls=None):
@@ -36,6 +37,66 @@ def test_another_version_is_made_again(tmp_path):
     store.get("a", "1", writer("old"))
     assert (store.get("a", "2", writer("new")) / "value.txt").read_text() == "new"
     assert not (tmp_path / "damaged").exists()
+
+
+def test_what_another_version_of_the_code_made_meanwhile_is_not_taken_for_ones_own(tmp_path):
+    """Two checkouts of different code on one store; the first has verified its own artifact already."""
+    mine, other = Store(tmp_path), Store(tmp_path)
+    mine.get("a", "1", writer("mine"))
+    other.get("a", "2", writer("other"))
+    assert not mine.has("a", "1")
+    assert (mine.get("a", "1", writer("mine")) / "value.txt").read_text() == "mine"
+
+
+def test_killed_while_it_removes_what_is_outdated_it_leaves_no_damage(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path)
+    store.get("a/b", "1", writer("old"))
+    removed = shutil.rmtree
+
+    def killed(path, **how):
+        if how:
+            return removed(path, **how)
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.get("a/b", "2", writer("new"))
+    monkeypatch.undo()
+    assert (Store(tmp_path).get("a/b", "2", writer("new")) / "value.txt").read_text() == "new"
+    Store(tmp_path).tidy()
+    assert capsys.readouterr().err == ""
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, killed_at):
+    """Killed at any of its steps, it is the old one or the new, and the next time the new."""
+    folder, step = tmp_path / "record", iter(range(100))
+    folder.mkdir()
+    (folder / "value.txt").write_text("old")
+
+    def counted(function):
+        def call(*given, **more):
+            if next(step) == killed_at:
+                raise KeyboardInterrupt
+            return function(*given, **more)
+
+        return call
+
+    def write(text):
+        with whole_folder(folder) as new:
+            (new / "value.txt").write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(os, "replace", counted(os.replace))
+        with contextlib.suppress(KeyboardInterrupt):
+            write("new")
+    assert not folder.exists() or (folder / "value.txt").read_text() in ("old", "new")
+    write("newest")
+    assert (folder / "value.txt").read_text() == "newest"
+    assert [p.name for p in tmp_path.iterdir()] == ["record"]
 
 
 def flip(path):

@@ -118,7 +118,8 @@ def only_run():
             say("another run is under way in this checkout: waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         # We are alone, so Snakemake's own locks and files half-written are those of a run that was killed.
-        for stale in (*SNAKEMAKE_LOCKS.glob("*"), *Path("book/_generated").rglob(".*.tmp")):
+        left = [path for folder in ("book/_generated", "_build") for path in Path(folder).rglob(".*.tmp")]
+        for stale in (*SNAKEMAKE_LOCKS.glob("*"), *left):
             stale.unlink()
         yield handle.fileno()
 
@@ -127,9 +128,13 @@ def cancel_leftovers(log: Path) -> None:
     """Cancel what a killed run left in Slurm's queue: nothing here would wait for it, and it would be done twice."""
     named = SLURM_RUN.search(log.read_text()) if log.exists() else None
     if named and shutil.which("scancel"):
-        subprocess.run(
-            ["scancel", "--quiet", "--me", "--name", named[1]], stderr=subprocess.DEVNULL, timeout=60
-        )
+        command = ["scancel", "--quiet", "--me", "--name", named[1]]
+        try:
+            subprocess.run(command, stderr=subprocess.DEVNULL, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"Slurm does not answer, and jobs of a run that was killed may be in its queue: {' '.join(command)}"
+            ) from None
 
 
 def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
