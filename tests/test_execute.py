@@ -367,7 +367,7 @@ def test_a_page_that_ends_early_is_a_failure(template, tmp_path, cell, options, 
 
 
 def test_a_full_disk_is_said_and_the_older_page_stays(template, tmp_path, monkeypatch):
-    def full(path, content):
+    def full(path, content, of):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(module.generated, "write", full)
