@@ -11,7 +11,7 @@ import io
 import json
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -453,8 +453,8 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
     others = recorded_grids(plan.name)
     undone = [job for job in jobs(plan) if unfinished and not done_file(plan, job).exists()]
     files: dict[str, str | bytes] = {}
-    sections = [_answer(plan, table(plan, store, without=undone), files, undone)]
-    sections += [_answer(other, table(other, store, from_record=True), files) for other in others]
+    sections = [_answer(plan, table(plan, store, without=undone), _classes_of_data, files, undone)]
+    sections += [_answer(g, table(g, store, from_record=True), _recorded_classes, files) for g in others]
     plans = every_page(plan)
     for stub in folder.rglob(f"*{STUB}"):
         stub.unlink()
@@ -526,7 +526,11 @@ def _stub(page: PagePlan, grid: str) -> str:
 
 
 def _answer(
-    grid: Grid, found: pd.DataFrame, files: dict[str, str | bytes], undone: Collection[Job] = ()
+    grid: Grid,
+    found: pd.DataFrame,
+    n_classes: Callable[[Study, pd.DataFrame], int],
+    files: dict[str, str | bytes],
+    undone: Collection[Job] = (),
 ) -> str:
     """Return the answer of one grid as Markdown; its pictures go to ``files``."""
     from lthlib import figures
@@ -540,8 +544,7 @@ def _answer(
         mine = found[(found["dataset"] == study.data) & (found["arch"] == study.arch)]
         if set(mine["method"]) <= {"dense"}:  # of an unfinished grid
             continue
-        classes = len(data.load(study.data, Store()).classes) if _is_here(study) else _recorded_classes(mine)
-        judged = verdict.regions(mine, classes, verdict.Thresholds(**grid.thresholds))
+        judged = verdict.regions(mine, n_classes(study, mine), verdict.Thresholds(**grid.thresholds))
         reached = verdict.reach(judged)
         picture = f"answer-{grid.name}-{study_name(study)}.svg"
         files[picture] = _svg(figures.reach_map(reached))
@@ -579,15 +582,11 @@ def _scorecard(mine: pd.DataFrame, judged: pd.DataFrame, files: dict[str, str | 
     return f"````{{dropdown}} At one sparsity, as the paper's first figure has it\n{figure}\n````"
 
 
-def _is_here(study: Study) -> bool:
-    try:
-        data.load(study.data, Store())
-    except UserError:
-        return False
-    return True
+def _classes_of_data(study: Study, _: pd.DataFrame) -> int:
+    return len(data.load(study.data, Store(), study.train_size).classes)
 
 
-def _recorded_classes(mine: pd.DataFrame) -> int:
+def _recorded_classes(_: Study, mine: pd.DataFrame) -> int:
     for record_ in Archive.read(ROOT / RESULTS).values():
         if record_.entry["ticket"] in set(mine["ticket"]):
             return record_.entry["provenance"]["n_classes"]
