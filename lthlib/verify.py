@@ -37,9 +37,8 @@ def stale(grid: Grid, store: Store, *, look: bool = False) -> list[str]:
             recorded_json(path)
     found = [str(report.done_file(grid, job).relative_to(ROOT)) for job in _undone(grid, store, look)]
     found += _generated(grid, look)
-    if found or not generated.book_is_current(look=look):
-        found.append(str(INDEX))
-    return found
+    book = generated.book_is_current(look=look)  # looked at in any case: a build goes on from what is there
+    return found + [str(INDEX)] * (bool(found) or not book)
 
 
 def _undone(grid: Grid, store: Store, look: bool) -> list[report.Job]:

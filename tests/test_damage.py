@@ -139,6 +139,21 @@ def test_what_was_damaged_is_made_again_with_the_same_numbers(copy):
     assert all(Store(root / "store").path(key).exists() for key in keys if key.split("/")[0] in NEEDED)
 
 
+def test_damage_to_a_table_hides_none_to_the_book(copy, capsys):
+    """Else the next build would go on from the damaged one, and take it for what it wrote."""
+    root, grid, _ = copy
+    paths = root / "book/_generated/small/rows.csv", root / "_build/html/index.html"
+    generated.write(paths[0], "x")
+    paths[1].parent.mkdir(parents=True)
+    paths[1].write_text("x")
+    generated.note_book(generated.book_sources(), finished=True)
+    for path in paths:
+        path.write_text("damaged")
+    verify.stale(grid, Store(root / "store"))
+    said = capsys.readouterr().err
+    assert all(f"damaged: {path}: " in said for path in paths)
+
+
 @pytest.mark.parametrize("name", [".DS_Store", "notes.txt"])
 @pytest.mark.parametrize("kind", ["evaluations", "predictions"])
 def test_a_file_that_something_else_left_between_results_harms_none(copy, kind, name):

@@ -63,7 +63,7 @@ def test_a_new_method_leaves_recorded_results_as_they_were(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    folder = copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
+    folder = copy_of_the_checkout(tmp_path_factory.mktemp("a checkout"))
     quick = yaml.safe_load((ROOT / "workflow/grids/quick.yml").read_text())["dimensions"]
     dimensions = {name: {**(quick[name] or {}), **SMALL.get(name, {})} for name in DIMENSIONS}
     (folder / "workflow/grids/tiny.yml").write_text(yaml.safe_dump({**GRID, "dimensions": dimensions}))
