@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_info
 
 from lthlib.errors import choose
 
@@ -78,6 +79,14 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+@functools.cache
+def blas() -> str:
+    """Return whose kernels linear algebra in NumPy runs on: by processor or `OPENBLAS_CORETYPE`. They round apart."""
+    found = (library for library in threadpool_info() if library["user_api"] == "blas")
+    names = {f"{library['internal_api']} {library.get('architecture', '')}".strip() for library in found}
+    return ", ".join(sorted(names)) or "unknown"
+
+
 def provenance(precision: str) -> dict[str, str | int]:
     """Return what a result must carry so that it can be traced and made again."""
     return {
@@ -86,6 +95,7 @@ def provenance(precision: str) -> dict[str, str | int]:
         **{package: metadata.version(package) for package in ("torch", "numpy")},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
+        "blas": blas(),
         "device": device().type,
         "precision": str(resolve_precision(precision)).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -122,7 +122,18 @@ def test_every_row_can_be_traced(checkout, rows):
     made = pd.read_csv(checkout / "book/_generated/tiny/provenance.csv").set_index(["ticket", "dimension"])
     assert made.index.is_unique
     assert set(made.index) == set(rows[["ticket", "dimension"]].itertuples(index=False, name=None))
-    for name in ("commit", "python", "torch", "numpy", "processor", "device", "precision", "threads", "time"):
+    for name in (
+        "commit",
+        "python",
+        "torch",
+        "numpy",
+        "processor",
+        "blas",
+        "device",
+        "precision",
+        "threads",
+        "time",
+    ):
         assert made[[name, f"trained_{name}"]].notna().all(axis=None)
     assert (made["trained_time"] <= made["time"]).all()
 
