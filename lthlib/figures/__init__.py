@@ -164,7 +164,8 @@ def reach_map(table: pd.DataFrame) -> Figure:
         cbar_kws={"label": "kept up to sparsity [%]"}, xticklabels=titles,
         yticklabels=[METHODS[m].title for m in table.index],
     )  # fmt: skip
-    axis.tick_params(axis="x", rotation=25)
+    for text in axis.get_xticklabels():
+        text.set(rotation=25, ha="right", rotation_mode="anchor")
     axis.tick_params(axis="y", rotation=0)
     return figure
 
