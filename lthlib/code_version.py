@@ -82,7 +82,8 @@ def _module(name: str) -> _Module:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return _Module({}, {})
-    text = _TEXTS.get(Path(spec.origin)) or Path(spec.origin).read_text()
+    path = Path(spec.origin)
+    text = _TEXTS[path] if path in _TEXTS else path.read_text()
     tree = ast.parse(text)
     lines = _stripped_lines(text, tree)
     imported = _imports(tree)

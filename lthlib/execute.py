@@ -313,7 +313,7 @@ def execute(
     _drop_progress(page)
     failed.unlink(
         missing_ok=True
-    )  # first, so that whatever is killed in between, no page has a failed one beside it
+    )  # first: were we killed in between, no page would have a failed one beside it
     _save(page, output, of)
 
 

@@ -226,11 +226,12 @@ def reading(page: Page) -> Markdown:
             text = f"keeps every metric up to {_percent(unbroken)}; at {_percent(broken.head(1))} it loses in {names}"
         sentences.append(f"- **{METHODS[method].title}** {text}.")
     limit = page.thresholds
+    what = ("" if dimension == "generalization" else "accuracy and ") + f"the paper's metrics of {dimension}"
+    points = f"{100 * limit.tolerance:g} percentage point{'s' * (limit.tolerance != 0.01)}"
+    of_sce = f"; of SCE, a mean over classes, {200 * limit.tolerance / n_classes(page.results):g}"
     intro = (
-        f"Of {'' if dimension == 'generalization' else 'accuracy and '}the paper's metrics of {dimension}, at "
-        f"allowances of {100 * limit.tolerance:g} percentage point"
-        f"{'s' * (limit.tolerance != 0.01)} (fractions), {100 * limit.relative_tolerance:g} % (other units) or "
-        f"{limit.k:g} standard errors, whichever is larger:"
+        f"Of {what}, at allowances of {points} (fractions{of_sce * (dimension == 'calibration')}), "
+        f"{100 * limit.relative_tolerance:g} % (other units) or {limit.k:g} standard errors, whichever is larger:"
     )
     return Markdown(intro + "\n\n" + "\n".join(sentences))
 
@@ -298,16 +299,15 @@ def sample_sizes(page: Page) -> Markdown:
         ("input_hessian_trace", "for that in pixels"), ("pac_bayes_weight_sigma", "for noise"),
         ("loss_barrier", "along lines"),
     )  # fmt: skip
-    lines, judged = [], False
+    lines, widths = [], []
     for metric, what in cases:
+        about_accuracy = metric.endswith(("accuracy", "corrupted_ece"))
         for n in rows.loc[rows["metric"] == metric, "n"].unique():
-            judged |= metric.endswith("accuracy") or metric == "corrupted_ece"
-            known = (
-                f": ±{196 * (0.25 / n) ** 0.5:.1f}" if metric.endswith(("accuracy", "corrupted_ece")) else ""
-            )
-            lines.append(f"{n:,} {what}{known}")
+            width = f": ±{196 * (0.25 / n) ** 0.5:.1f}" if about_accuracy else ""
+            lines.append(f"{n:,} {what}{width}")
+            widths.append(width)
     text = f"**Images:** {'; '.join(lines)}."
-    if judged:
+    if any(widths):
         text += (
             " After the colon, in percentage points, the widest 95 % interval that an accuracy on so many images can "
             "have (at 50 %)."

@@ -214,6 +214,16 @@ def test_a_change_makes_again_what_depends_on_it_and_nothing_else(
     assert sorted(plan) == rest
 
 
+def test_a_dry_run_says_once_what_a_run_would_do_and_does_not_say_that_it_is_done(checkout, done):
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "workflow/report.py", "workflow/grids/tiny.yml", "--", "--dry-run"]
+    said = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0
+    assert said.stdout.count("Nothing to be done") == 1
+    assert "Nothing to be done" not in said.stderr
+    assert "book: " not in said.stdout
+
+
 def test_a_second_run_changes_nothing_and_is_quick(checkout, done):
     kept = {p: p.stat().st_mtime_ns for p in (checkout / "store").rglob("*.json") if "jobs" not in p.parts}
     pages = {p: p.stat().st_mtime_ns for p in (checkout / "book/_generated").rglob("*.ipynb")}

@@ -10,17 +10,16 @@ trained anew and once given the reference's networks. How far another seed lies 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
+import recording
 import safetensors.numpy
 import yaml
 from torture import Checkout
@@ -30,7 +29,6 @@ from lthlib.grid import read_grid
 from lthlib.pruners import METHODS
 from lthlib.report import jobs
 from lthlib.reproducibility import AGREEMENT, agreement_tables, deviation
-from lthlib.store import seal, write_atomically
 
 GRID = {
     "title": "One grid, many machines",
@@ -182,17 +180,5 @@ def survey(folder: Path) -> dict[str, object]:
     return {"runs": runs, "seeds": seeds, "provenance": provenance}
 
 
-def main() -> None:
-    """Print the tables, and record them where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="agreement-") as folder:
-        found = survey(Path(folder).resolve())
-    print(agreement_tables(found))
-    if options.record:
-        write_atomically(AGREEMENT, seal(found))
-
-
 if __name__ == "__main__":
-    main()
+    recording.main(__doc__.splitlines()[0], survey, agreement_tables, AGREEMENT)

@@ -20,6 +20,9 @@ PLAN = "_build/plans"
 RATES = "_build/rates.json"
 """Seconds that the steps of the last whole run took, by kind; jobs aside, whose length is the grid's own."""
 
+DRY = {"-n", "--dry-run", "--dryrun"}
+"""Snakemake's options to run nothing."""
+
 USUAL = {"page": 2.0, "rows": 5.0, "front": 10.0, "book": 15.0}
 KINDS = {"tickets": "job", "chains": "job", "page": "page"}  # by rule; other rules are their own kind
 STAMP = re.compile(r"^\[(\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4})\]$")

@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
-from progress import Run, Step, remember, span
+from progress import DRY, Run, Step, remember, span
 from tqdm import tqdm
 
 from lthlib import gpus, lifeline
@@ -34,7 +34,6 @@ LOG = ROOT / "_build" / "snakemake.log"
 UNFINISHED_LOG = Path("_build/unfinished-book.log")
 CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS")
 SECONDS = 2.0  # between looks at the logs of running jobs
-DRY = {"-n", "--dry-run", "--dryrun"}  # Snakemake's options to run nothing
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 DAMAGED = "damaged: "  # what the store says of results that it sets aside
 GENERATED = Path("book/_generated")
@@ -173,8 +172,9 @@ def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
                 shown = time.monotonic()
                 bar.n = max(bar.n, 100 * progress.fraction())
                 bar.set_description_str(f"{span(progress.left())} left: {progress.line()}")
-    if process.returncode == 0 and DRY.isdisjoint(options.more):
-        remember(progress)
+    if process.returncode == 0:
+        if DRY.isdisjoint(options.more):
+            remember(progress)
     elif not progress.failed:
         say("".join(tail).rstrip())
     return process.returncode, list(progress.failed.values())

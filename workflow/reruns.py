@@ -9,24 +9,22 @@ A tiny grid is finished in a copy of the checkout. Then each change is made ther
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import recording
 import yaml
 from progress import DETAIL, KINDS, START
 from torture import GRID, PATIENCE, Checkout
 
 from lthlib import compute
 from lthlib.reproducibility import RERUNS, reruns_table
-from lthlib.store import seal, write_atomically
 
 STUDIED = {**GRID, "title": "What is made again", "method_pages": ["calibration"]}
 OUTDATED = """
@@ -167,17 +165,5 @@ def survey(folder: Path) -> dict[str, object]:
     return {"every": every, "changes": lines, "provenance": compute.provenance("auto")}
 
 
-def main() -> None:
-    """Print the table, and record it where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="reruns-") as folder:
-        found = survey(Path(folder).resolve())
-    print(reruns_table(found))
-    if options.record:
-        write_atomically(RERUNS, seal(found))
-
-
 if __name__ == "__main__":
-    main()
+    recording.main(__doc__.splitlines()[0], survey, reruns_table, RERUNS)

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from progress import PLAN
+from progress import DRY, PLAN
 from snakemake.cli import main
 
 from lthlib import lifeline, report, verify
@@ -18,7 +18,6 @@ from lthlib.grid import read_grid
 from lthlib.store import Store, say, why, write_atomically
 
 REFUSED = 3
-DRY = {"-n", "--dry-run", "--dryrun"}
 
 if __name__ == "__main__":
     lifeline.watch()
