@@ -20,6 +20,7 @@ from pathlib import Path
 from lthlib.store import ROOT, say, seal, sha256, unseal, write_atomically
 
 FOLDER = Path("book/_generated")
+CONTENTS, UNFINISHED = "_toc.yml", "_toc.unfinished.yml"  # in it: the book's contents, those of one that lacks pages
 HTML = Path("_build/html")
 DOCTREES = Path("_build/.doctrees")  # Sphinx's own notes
 NOTES = Path("_build/notes")

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 RESULTS = "book/results"
 COMPARISON = "comparison"
 STUB = "-missing.md"
-CONTENTS, UNFINISHED = "_toc.yml", "_toc.unfinished.yml"
+TABLES = ("rows.csv", "costs.csv", "provenance.csv")
 PICTURES = ("answer", "scorecard")
 RECORDS = (estimate.THROUGHPUT, reproducibility.RERUNS, reproducibility.AGREEMENT)
 TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON_METHODS: "Methods"}
@@ -127,11 +127,6 @@ def job_of(grid: Grid, job: Job, store: Store) -> str:
 def done_file(grid: Grid, job: Job) -> Path:
     """Return the file that says, in this checkout, that a job is done."""
     return ROOT / "_build" / "jobs" / grid.name / f"{job.name}.json"
-
-
-def rows_file(grid: Grid) -> Path:
-    """Return the tidy table of a finished grid."""
-    return ROOT / generated.FOLDER / grid.name / "rows.csv"
 
 
 def tickets_of(grid: Grid, job: Job) -> list[Ticket]:
@@ -368,9 +363,6 @@ def evaluations(
             )
 
 
-TABLES = ("rows.csv", "costs.csv", "provenance.csv")
-
-
 def tables_of(grid: Grid) -> str:
     """Return a fingerprint of what the tables of a grid are made from: the words of its jobs, and code."""
     return generated.fingerprint(
@@ -466,7 +458,7 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
     files |= {
         "answer.md": "\n\n".join(sections) + "\n", "status.md": _status(plans, folder), "methods.md": _methods(plans),
         "cost.md": estimate.chapter_table(), **reproducibility.chapter_tables(),
-        UNFINISHED if unfinished else CONTENTS: _contents(plans, ROOT / "book" / "contents.yml"),
+        generated.UNFINISHED if unfinished else generated.CONTENTS: _contents(plans, ROOT / "book" / "contents.yml"),
     }  # fmt: skip
     for name, content in files.items():
         generated.write(folder / name, content, of)
@@ -486,7 +478,7 @@ def front_files(grid: Grid) -> list[str]:
     """Return the names of the files that `front` writes for a finished grid."""
     studies = [(g.name, study) for g in (grid, *recorded_grids(grid.name)) for study in g.studies]
     drawn = [f"{kind}-{name}-{study_name(study)}.svg" for kind in PICTURES for name, study in studies]
-    return [CONTENTS, "answer.md", "status.md", "methods.md", "cost.md", *reproducibility.TABLES, *drawn]
+    return [generated.CONTENTS, "answer.md", "status.md", "methods.md", "cost.md", *reproducibility.TABLES, *drawn]
 
 
 def _why_missing(grid: Grid, page: PagePlan, undone: Iterable[Job], folder: Path) -> str:

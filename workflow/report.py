@@ -24,7 +24,7 @@ from typing import TextIO
 from progress import DRY, Run, Step, remember, span
 from tqdm import tqdm
 
-from lthlib import gpus, lifeline
+from lthlib import generated, gpus, lifeline
 from lthlib.errors import UserError, choose
 from lthlib.store import ROOT, Store, say, why
 from lthlib.zygote import TemporaryFolder, zygote
@@ -36,7 +36,6 @@ CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU"
 SECONDS = 2.0  # between looks at the logs of running jobs
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 DAMAGED = "damaged: "  # what the store says of results that it sets aside
-GENERATED = Path("book/_generated")
 SNAKEMAKE_LOCKS = ROOT / ".snakemake" / "locks"
 
 
@@ -117,7 +116,7 @@ def only_run():
             say("another run is under way in this checkout: waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         # We are alone, so Snakemake's own locks and files half-written are those of a run that was killed.
-        left = [path for folder in ("book/_generated", "_build") for path in Path(folder).rglob(".*.tmp")]
+        left = [path for folder in (generated.FOLDER, "_build") for path in Path(folder).rglob(".*.tmp")]
         for stale in (*SNAKEMAKE_LOCKS.glob("*"), *left):
             stale.unlink()
         yield handle.fileno()
@@ -205,11 +204,11 @@ def heard(stream: TextIO) -> Iterator[str | None]:
 def build_unfinished(grid: str) -> bool:
     """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
     fork = [sys.executable, "-m", "lthlib.fork"]
-    contents = GENERATED / "_toc.unfinished.yml"
+    contents = generated.FOLDER / generated.UNFINISHED
     try:
         with UNFINISHED_LOG.open("w") as log:
             for step in (
-                [*fork, "lthlib", "front", grid, str(GENERATED), "--unfinished"],
+                [*fork, "lthlib", "front", grid, str(generated.FOLDER), "--unfinished"],
                 [*fork, "workflow/book.py", "--unfinished", "build", "book", "--config", "_config.yml", "--toc",
                  str(ROOT / contents), "--path-output", "."],
             ):  # fmt: skip
@@ -241,7 +240,7 @@ def finish(grid: str, status: int, failed: list[Step], partial: bool, seconds: f
     for last, steps in alike(failed):
         logs = [f"log: {step.log}" for step in steps if step.log]
         say("\nfailed: " + "\n        ".join(map(str, steps)) + "\n  " + "\n  ".join([*last, *logs]))
-    book, rows = ROOT / "_build/html/index.html", ROOT / f"book/_generated/{Path(grid).stem}/rows.csv"
+    book, rows = ROOT / generated.HTML / "index.html", ROOT / generated.FOLDER / Path(grid).stem / "rows.csv"
     if status == REFUSED:
         return 1
     if status:
