@@ -178,9 +178,7 @@ class Browser:
 
     def evaluate(self, session: str, expression: str) -> dict:
         """Run JavaScript in a page, wait for its promise, return its value."""
-        answer = self.call(
-            "Runtime.evaluate", session, expression=expression, awaitPromise=True, returnByValue=True
-        )
+        answer = self.call("Runtime.evaluate", session, expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in answer:
             raise BrowserError(describe_exception(answer["exceptionDetails"]))
         return answer["result"]["value"]
@@ -201,9 +199,13 @@ class Browser:
     def resize(self, session: str, size: tuple[int, int]) -> None:
         """Give a page a screen of ``size`` (width, height) in pixels."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", session, width=size[0], height=size[1], deviceScaleFactor=1,
+            "Emulation.setDeviceMetricsOverride",
+            session,
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
             mobile=False,
-        )  # fmt: skip
+        )
 
     def close(self, session: str) -> None:
         """Close a page's tab."""

@@ -66,10 +66,7 @@ def distances(clean: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 def compare_speed(images: np.ndarray, names: list[str], peers: dict, repeats: int) -> None:
     header = "".join(f"{peer:>18}" for peer in peers)
-    print(
-        "\nMicroseconds per image, mean over severities 1 to 5\n"
-        f"{'':20}{'ours':>9}{header}{'ratio':>8}{'cifar':>9}"
-    )
+    print(f"\nMicroseconds per image, mean over severities 1 to 5\n{'':20}{'ours':>9}{header}{'ratio':>8}{'cifar':>9}")
     totals = np.zeros(2 + len(peers))
     for name in names:
         row = np.zeros(2 + len(peers))
@@ -86,16 +83,12 @@ def compare_speed(images: np.ndarray, names: list[str], peers: dict, repeats: in
             totals += row
         print_row(name, row / len(images) / len(SEVERITIES) * 1e6)
     print_row("sum of common ones", totals / len(images) * 1e6)
-    print(
-        "The sum is over the 5 severities of the common corruptions above; the ratio is to the faster peer."
-    )
+    print("The sum is over the 5 severities of the common corruptions above; the ratio is to the faster peer.")
 
 
 def print_row(name: str, row: np.ndarray) -> None:
     ratio = row[1:-1].min() / row[0] if len(row) > 2 else np.nan
-    print(
-        f"{name:20}{row[0]:9.1f}" + "".join(f"{t:18.1f}" for t in row[1:-1]) + f"{ratio:8.1f}{row[-1]:9.1f}"
-    )
+    print(f"{name:20}{row[0]:9.1f}" + "".join(f"{t:18.1f}" for t in row[1:-1]) + f"{ratio:8.1f}{row[-1]:9.1f}")
 
 
 def compare_pixels(images: np.ndarray, names: list[str], peers: dict) -> None:

@@ -35,9 +35,7 @@ def concept_set(planes) -> ConceptSet:
 
 def clumped(n: int, units: int, rng: np.random.Generator) -> np.ndarray:
     """Activations with heavy tails that differ between images, as a ReLU layer's."""
-    return (rng.gamma(0.5, size=(n, units, LOW, LOW)) * rng.gamma(1, size=(n, units, 1, 1))).astype(
-        np.float32
-    )
+    return (rng.gamma(0.5, size=(n, units, LOW, LOW)) * rng.gamma(1, size=(n, units, 1, 1))).astype(np.float32)
 
 
 def unit_by_unit(acts, limits, concepts):
@@ -108,8 +106,10 @@ def compare_search(acts, limits, concepts, tried: int = 4) -> None:
         slow += seconds / tried
         assert found[u].iou >= iou - 1e-9
     ours = (count + search) / len(limits)
-    print(f"search to length {LENGTH}, per unit, IoU never below: booleans {slow:.3f} s ({tried} units), "
-          f"ours {ours:.2e} s with the census ({count:.2f} s for all): {slow / ours:.0f} x")  # fmt: skip
+    print(
+        f"search to length {LENGTH}, per unit, IoU never below: booleans {slow:.3f} s ({tried} units), "
+        f"ours {ours:.2e} s with the census ({count:.2f} s for all): {slow / ours:.0f} x"
+    )
 
 
 class Repeatable:
@@ -140,17 +140,17 @@ def show_memory(images: int) -> None:
     tallied, _ = timed(dissection.tally, maps, limits, concept_set(planes))
     counted, _ = timed(composition.census, maps, limits, concept_set(planes))
     held = images * maps.units * LOW**2 * 4 / GIB
-    print(f"streamed, {maps.units} units x {images} images (maps: {held:.2f} GiB): peak {peak():.2f} GiB, "
-          f"{before:.2f} before; thresholds {seconds:.1f} s, tally {tallied:.1f} s, "
-          f"census {counted:.1f} s")  # fmt: skip
+    print(
+        f"streamed, {maps.units} units x {images} images (maps: {held:.2f} GiB): peak {peak():.2f} GiB, "
+        f"{before:.2f} before; thresholds {seconds:.1f} s, tally {tallied:.1f} s, "
+        f"census {counted:.1f} s"
+    )
 
 
 def project(images: int, units: int = 2048) -> None:
     """Calculate the peak for `MANY` images from the one measured: what grows with the images, and with the labels."""
 
-    def top(
-        n: int,
-    ) -> float:  # each unit's largest activations: kept, with a chunk's appended, and partitioned
+    def top(n: int) -> float:  # each unit's largest activations: kept, with a chunk's appended, and partitioned
         return 3 * units * 4 * (int(dissection.BRODEN_QUANTILE * n * LOW**2) + 1) / GIB
 
     peaks = 4 * units * MANY / GIB

@@ -107,9 +107,7 @@ def explain_with_lime(model, image: np.ndarray) -> dict[str, float]:
     label, coefs, errors, scores = f[0].argmax(), [], [], []
     for reference in references:
         distances = pairwise_distances(data, data[[reference]], metric="cosine").ravel()
-        intercept, pairs, r2, _ = explainer.base.explain_instance_with_data(
-            data, f, distances, label, 100_000
-        )
+        intercept, pairs, r2, _ = explainer.base.explain_instance_with_data(data, f, distances, label, 100_000)
         coef = np.zeros(len(pairs))
         coef[[number for number, _ in pairs]] = [weight for _, weight in pairs]
         coefs.append(coef)
@@ -137,9 +135,7 @@ def compare_with_lime(model, images: np.ndarray) -> None:
         low_taken, _ = timed(explanations.fidelity_stability, model, block, precision="bfloat16")
         seconds += taken, full_taken, low_taken
         for name in SCORES:
-            worst = max(
-                abs(ours / peer[name] - 1) for ours, peer in zip(full.score(name), peers, strict=True)
-            )
+            worst = max(abs(ours / peer[name] - 1) for ours, peer in zip(full.score(name), peers, strict=True))
             deviation[name] = max(deviation[name], worst)
     peer, full, low = seconds / len(images)
     print(f"seconds per image: lime {peer:.3f} | float32 {full:.3f} | bfloat16 {low:.3f}")
@@ -169,9 +165,7 @@ def compare_with_floor(model, images: np.ndarray) -> None:
 
 def show_large(masks: int = 48) -> None:
     """The scores of ImageNet-sized photographs, streamed through a ResNet-50: what an image takes, and the memory."""
-    model = build(
-        "resnet50", in_channels=3, num_classes=1000, image_size=224, mean=[0.5] * 3, std=[0.25] * 3
-    ).eval()
+    model = build("resnet50", in_channels=3, num_classes=1000, image_size=224, mean=[0.5] * 3, std=[0.25] * 3).eval()
     pictures = [p[:448:2, :448:2] for p in load_sample_images().images]
     few = {"n_fit": 8, "n_eval": 8, "n_neighbours": 2}
     for n in (1, 2):
@@ -180,9 +174,11 @@ def show_large(masks: int = 48) -> None:
         )
         expo, _ = timed(explanations.expo, model, iter(pictures[:n]), method="quickshift", **few)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"224 pixels, ResNet-50, {n} streamed, {found.n_segments.tolist()} quickshift segments: "
-              f"{1000 * lime / n / masks:.0f} s an image with 1,000 masks (from {masks}), "
-              f"ExpO {expo / n:.0f} s (from 8 + 8 neighbours); peak {peak:.2f} GiB")  # fmt: skip
+        print(
+            f"224 pixels, ResNet-50, {n} streamed, {found.n_segments.tolist()} quickshift segments: "
+            f"{1000 * lime / n / masks:.0f} s an image with 1,000 masks (from {masks}), "
+            f"ExpO {expo / n:.0f} s (from 8 + 8 neighbours); peak {peak:.2f} GiB"
+        )
 
 
 def main() -> None:

@@ -136,9 +136,7 @@ class Graph:
         return value
 
 
-def weight_graph(
-    model: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Tensor] | None = None
-) -> Graph:
+def weight_graph(model: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Tensor] | None = None) -> Graph:
     """Make the graph; with masks its products are those of M H M, which PyHessian does not offer."""
     kept = found and [found.get(name, torch.ones_like(w)) for name, w in model.named_parameters()]
     return Graph(F.cross_entropy(model(images), labels), list(model.parameters()), kept)
@@ -162,13 +160,9 @@ def weight_trace(args: argparse.Namespace) -> None:
         args.repeats,
     )
     ratio = cost["exact"] / cost["probe"]
-    print(
-        f"weight trace {exact:.3f}: exact in {cost['exact']:.2f} s = {ratio:.2f} probes of {cost['probe']:.2f} s"
-    )
+    print(f"weight trace {exact:.3f}: exact in {cost['exact']:.2f} s = {ratio:.2f} probes of {cost['probe']:.2f} s")
     spread = float(probes.std()) / exact
-    print(
-        f"  one probe errs by {spread:.0%} (sd), 100 probes by {spread / 10:.1%} at {100 / ratio:.0f}x the cost"
-    )
+    print(f"  one probe errs by {spread:.0%} (sd), 100 probes by {spread / 10:.1%} at {100 / ratio:.0f}x the cost")
 
 
 def input_traces(args: argparse.Namespace) -> None:
@@ -261,8 +255,10 @@ def growth(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     out = subprocess.run(
         [sys.executable, __file__, "--only", "peak", "--threads", str(args.threads), "--images", str(args.images)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     print(out.stdout.strip())
 
 
@@ -284,9 +280,7 @@ PARTS = {part.__name__: part for part in (weight_trace, memory, input_traces, to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2)

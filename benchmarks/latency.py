@@ -34,9 +34,7 @@ TITLE = "ResNet-18, images of 32 x 32 pixels, 10 classes, 90 % sparsity"
 
 def networks() -> dict[str, tuple[nn.Module, masks.Masks]]:
     """Return the networks by name, with their masks; what they answer is of no consequence to their speed."""
-    dense = models.build(
-        "resnet18", in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3
-    )
+    dense = models.build("resnet18", in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
     full = masks.dense(dense)
     n_keep = masks.kept(masks.n_kept(full), ROUND)
 
@@ -103,9 +101,7 @@ def report(rows: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=30)

@@ -90,11 +90,7 @@ def image_pass(model: nn.Module) -> None:
 
 def finding(arch: str, repeats: int) -> None:
     model = models.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
-    train, single, double = (
-        copy.deepcopy(model),
-        copy.deepcopy(model).eval(),
-        copy.deepcopy(model).eval().double(),
-    )
+    train, single, double = (copy.deepcopy(model), copy.deepcopy(model).eval(), copy.deepcopy(model).eval().double())
     x, y = batch(128)
     for name, bare in (("snip", lambda: gradient_pass(train, x, y)), ("grasp", lambda: grasp_passes(train))):
         took = interleaved({"method": finder(name, model), "passes": bare}, repeats)
@@ -151,9 +147,7 @@ def one_selection(name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, choices=range(1, 9))
     parser.add_argument("--arch", nargs="*", default=["resnet18", "vgg16-bn"])

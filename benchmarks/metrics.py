@@ -86,9 +86,7 @@ def report(title: str, times: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("images", 10_000), ("sets", 75), ("classes", 10), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
@@ -123,8 +121,7 @@ def main() -> None:
         {
             "auroc": seconds(options.repeats, lambda: auroc(known, foreign)),
             "scikit-learn": seconds(
-                options.repeats,
-                lambda: roc_auc_score(np.arange(len(many[1])) >= len(known), np.r_[known, foreign]),
+                options.repeats, lambda: roc_auc_score(np.arange(len(many[1])) >= len(known), np.r_[known, foreign])
             ),
         },
     )

@@ -37,9 +37,7 @@ def images(n: int, seed: int) -> Images:
     angle = labels * (2 * torch.pi / 10)
     grid = torch.arange(32) - 15.5
     x, y = 8 * torch.cos(angle), 8 * torch.sin(angle)
-    blob = torch.exp(
-        -((grid - x[:, None]) ** 2)[:, None, :] / 40 - ((grid - y[:, None]) ** 2)[:, :, None] / 40
-    )
+    blob = torch.exp(-((grid - x[:, None]) ** 2)[:, None, :] / 40 - ((grid - y[:, None]) ** 2)[:, :, None] / 40)
     tint = torch.stack([0.5 + 0.5 * torch.cos(angle + k) for k in range(3)], dim=1)[:, None, None, :]
     noise = torch.randn(n, 32, 32, 3, generator=generator)
     pixels = (128 + 60 * blob[..., None] * tint + 45 * noise).clamp(0, 255).to(torch.uint8)
@@ -126,17 +124,14 @@ def main() -> None:
             times[name].append(time.perf_counter() - began)
     base, reference = min(times["published loop"]), found["published loop"]
     reference["sce"] = sce(softmax(reference["logits"]), part.labels)
-    print(
-        f"{options.arch}, {options.images:,} images, {torch.get_num_threads()} threads, {compute.processor()}"
-    )
+    print(f"{options.arch}, {options.images:,} images, {torch.get_num_threads()} threads, {compute.processor()}")
     print("(ECE in the published code's 14 bins)\n")
     print(f"{'':<28}{'seconds':>8}{'ratio':>7}{'changed':>9}{'accuracy':>10}{'ECE':>9}{'SCE':>9}{'NLL':>9}")
     for name, numbers in found.items():
         seconds = min(times[name])
         changed = int((numbers["logits"].argmax(1) != reference["logits"].argmax(1)).sum())
         cells = "".join(
-            f"{numbers[key]:>{w}.5f}"
-            for key, w in (("accuracy", 10), ("ece_lthpass", 9), ("sce", 9), ("nll", 9))
+            f"{numbers[key]:>{w}.5f}" for key, w in (("accuracy", 10), ("ece_lthpass", 9), ("sce", 9), ("nll", 9))
         )
         print(f"{name:<28}{seconds:>8.2f}{base / seconds:>7.1f}{changed:>9,}{cells}")
 

@@ -42,8 +42,7 @@ def make_folder(root: Path, n_images: int, n_classes: int) -> None:
     for i in range(32):
         photo, (width, height) = photos[i % 2], SIDES[i % len(SIDES)]
         left, top = (
-            int(rng.integers(0, extent - side + 1))
-            for extent, side in zip(photo.size, (width, height), strict=True)
+            int(rng.integers(0, extent - side + 1)) for extent, side in zip(photo.size, (width, height), strict=True)
         )
         files.append(root / f"{i}.JPEG")
         photo.crop((left, top, left + width, top + height)).save(files[-1], quality=90)
@@ -118,10 +117,7 @@ def measure_cifar(n: int) -> None:
         options = {"in_channels": 3, "num_classes": 10, "image_size": 32, "mean": half, "std": half}
         model = models.build("resnet20s", **options).eval()
         subject.trained = SimpleNamespace(model=model, version="untrained", masks=None)
-        dimensions = (
-            ("generalization", generalization, {"ood": ["gaussian"]}),
-            ("calibration", calibration, {}),
-        )
+        dimensions = (("generalization", generalization, {"ood": ["gaussian"]}), ("calibration", calibration, {}))
         for name, dimension, more in dimensions:
             began = time.perf_counter()
             values, _ = dimension.measure(subject, extra=False, **more)
@@ -147,27 +143,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         make_folder(Path(root), max(options.images), options.classes)
         environment = {**os.environ, "LTHLIB_DATA": root, "LTHLIB_STORE": str(Path(root) / "store")}
-        command = [
-            sys.executable,
-            __file__,
-            "--width",
-            str(options.width),
-            "--corruption",
-            options.corruption,
-        ]
+        command = [sys.executable, __file__, "--width", str(options.width), "--corruption", options.corruption]
         print("\npeak memory in MiB\n")
         names = ("before", "after test", "after corruption", "logits", "seconds")
         print(f"{'images':>8}" + "".join(f"{name:>18}" for name in names))
-        for n in (
-            1,
-            *options.images,
-        ):  # the first lists the files and measures the mean colours, once for all
+        for n in (1, *options.images):  # the first lists the files and measures the mean colours, once for all
             run = subprocess.run(
-                [*command, "--measure", str(n)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                check=True,
-                text=True,
+                [*command, "--measure", str(n)], env=environment, stdout=subprocess.PIPE, check=True, text=True
             )
             if n == 1:
                 continue

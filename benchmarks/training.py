@@ -36,10 +36,14 @@ class PilImages(Dataset):
 
     def __init__(self, images: Images):
         self.pixels, self.labels = images.pixels.numpy(), images.labels
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,9 +71,7 @@ def plain(model: nn.Module, images: Images) -> Callable[[], object]:
     model.normalize = nn.Identity()  # the transform does it
     for name, mask in some_masks(model).items():
         prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", mask)
-    optimizer = torch.optim.SGD(
-        model.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay
-    )
+    optimizer = torch.optim.SGD(model.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay)
     loader = DataLoader(PilImages(images), RECIPE.batch_size, shuffle=True, drop_last=True, num_workers=2)
 
     def epoch() -> None:
@@ -94,9 +96,7 @@ def medians(makers: dict[str, Callable[[], Callable[[], object]]], repeats: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("images", 4096), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
@@ -119,9 +119,7 @@ def main() -> None:
     n = options.images // RECIPE.batch_size * RECIPE.batch_size
     for name, value in seconds.items():
         print(f"{name:<34} {n / value:8.0f} images/s   {seconds['lthlib, masks'] / value:6.2f} of the first")
-    print(
-        f"lthlib over the plain loop: {seconds['plain loop, torch.nn.utils.prune'] / seconds['lthlib, masks']:.2f} x"
-    )
+    print(f"lthlib over the plain loop: {seconds['plain loop, torch.nn.utils.prune'] / seconds['lthlib, masks']:.2f} x")
     for precision in ("", " in float32"):
         cost = seconds[f"lthlib{precision}, masks"] / seconds[f"lthlib{precision}, no masks"] - 1
         print(f"masks{precision} cost {100 * cost:+.1f} % of the time without")

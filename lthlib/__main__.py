@@ -20,9 +20,7 @@ from lthlib.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status, 1 after an error that the person can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lthlib", description="The steps of a grid, one command each."
-    )
+    parser = argparse.ArgumentParser(prog="python -m lthlib", description="The steps of a grid, one command each.")
     commands = parser.add_subparsers(dest="command", required=True)
     tickets = commands.add_parser("tickets", help="train and measure one method and seed at every round")
     for name in ("grid", "study", "method"):
@@ -41,16 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")
     cost.add_argument("grid")
     cost.add_argument(
-        "--throughput",
-        type=float,
-        help="multiply-accumulates a second (default: measured here, on one core or GPU)",
+        "--throughput", type=float, help="multiply-accumulates a second (default: measured here, on one core or GPU)"
     )
     cost.add_argument("--record", action="store_true", help="put what is measured into book/results")
     check = commands.add_parser("check", help="compare pruned networks of your own with their dense parent")
     check.add_argument("grid")
-    check.add_argument(
-        "dense", type=Path, help="its weights: a state dict, *.safetensors or as torch.save writes it"
-    )
+    check.add_argument("dense", type=Path, help="its weights: a state dict, *.safetensors or as torch.save writes it")
     check.add_argument("pruned", type=Path, nargs="+")
     check.add_argument("--network", help="package.module:function that makes them (default: the grid's arch)")
     check.add_argument("--rows", type=Path, help="where to write the tidy table of all numbers")

@@ -19,9 +19,7 @@ from pathlib import Path
 
 Symbol = tuple[str, str]  # module, name defined at its top level
 _PACKAGE = "lthlib"
-_KEEPERS = frozenset(
-    f"{_PACKAGE}.{name}" for name in ("store", "errors", "code_version", "lifeline", "generated")
-)
+_KEEPERS = frozenset(f"{_PACKAGE}.{name}" for name in ("store", "errors", "code_version", "lifeline", "generated"))
 """Modules that keep results and word errors: no number depends on them, so a change there makes nothing again."""
 
 _TEXTS = {path: path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))}
@@ -101,13 +99,7 @@ def _module(name: str) -> _Module:
 def _defines(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 

@@ -88,9 +88,14 @@ class ConceptSet:
         """Return the set of some of the images, in the given order, with the same labels."""
         indices = np.arange(len(self))[indices]
         return ConceptSet(
-            self.name, _Picked(self.images, indices), _Picked(self.planes, indices), self.labels,
-            self.categories, self.category_of, self.quantile,
-        )  # fmt: skip
+            self.name,
+            _Picked(self.images, indices),
+            _Picked(self.planes, indices),
+            self.labels,
+            self.categories,
+            self.category_of,
+            self.quantile,
+        )
 
 
 def present(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +174,13 @@ def read_broden(path: str | Path, categories: Sequence[str] | None = None) -> Co
     lookup[numbers] = 1 + np.arange(len(numbers))
     rows = _index_rows(files, categories, lookup)
     return ConceptSet(
-        files.name, _BrodenImages(files, rows), _BrodenPlanes(files, rows, lookup),
-        tuple(names[n] for n in numbers), categories, np.array([primary[n] for n in numbers], int),
-    )  # fmt: skip
+        files.name,
+        _BrodenImages(files, rows),
+        _BrodenPlanes(files, rows, lookup),
+        tuple(names[n] for n in numbers),
+        categories,
+        np.array([primary[n] for n in numbers], int),
+    )
 
 
 class _Files:
@@ -320,9 +329,7 @@ class _BrodenPlanes(_Rows):
         where = f"index.csv, line {row.line}: images/{name}"
         with self.files.picture(name) as picture:
             if picture.mode not in ("RGB", "RGBA"):
-                raise UserError(
-                    f"{where} has mode {picture.mode}; a mask is an RGB picture, label number = R + 256 G."
-                )
+                raise UserError(f"{where} has mode {picture.mode}; a mask is an RGB picture, label number = R + 256 G.")
             pixels = np.asarray(picture).astype(np.int64)
         numbers = pixels[..., 0] + 256 * pixels[..., 1]
         inside = numbers < len(self.lookup)
@@ -336,16 +343,19 @@ class _BrodenPlanes(_Rows):
 # --- generated scenes ------------------------------------------------------------------------------------
 
 COLOURS = {
-    "black": (16, 16, 16), "grey": (128, 128, 128), "white": (240, 240, 240), "red": (210, 40, 40),
-    "orange": (240, 140, 30), "yellow": (235, 220, 50), "green": (50, 160, 60), "cyan": (60, 200, 210),
-    "blue": (40, 70, 200), "purple": (150, 60, 170),
-}  # fmt: skip
-GREYS = {
-    "black": (16,), "dark grey": (72,), "grey": (128,), "light grey": (184,), "white": (240,),
-}  # fmt: skip
-TEXTURES = (
-    "horizontal stripes", "vertical stripes", "rising stripes", "falling stripes", "checker", "dots", "noise",
-)  # fmt: skip
+    "black": (16, 16, 16),
+    "grey": (128, 128, 128),
+    "white": (240, 240, 240),
+    "red": (210, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 220, 50),
+    "green": (50, 160, 60),
+    "cyan": (60, 200, 210),
+    "blue": (40, 70, 200),
+    "purple": (150, 60, 170),
+}
+GREYS = {"black": (16,), "dark grey": (72,), "grey": (128,), "light grey": (184,), "white": (240,)}
+TEXTURES = ("horizontal stripes", "vertical stripes", "rising stripes", "falling stripes", "checker", "dots", "noise")
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "diamond")
 PARTS = ("corner", "edge", "centre", "hole")
 
@@ -401,9 +411,14 @@ def scenes(size: int = 32, channels: int = 3, n: int = 1000, seed: int = 0) -> C
     images = np.clip(table[canvas.colour] + light[:, None, None, None], 0, 255).astype(np.uint8)
     groups = {"colour": tuple(palette), "texture": TEXTURES, "shape": SHAPES, "part": PARTS}
     return ConceptSet(
-        f"scenes-{size}x{size}x{channels}", images, canvas.planes(), tuple(sum(groups.values(), ())),
-        tuple(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]), SCENES_QUANTILE,
-    )  # fmt: skip
+        f"scenes-{size}x{size}x{channels}",
+        images,
+        canvas.planes(),
+        tuple(sum(groups.values(), ())),
+        tuple(groups),
+        np.repeat(np.arange(len(groups)), [len(g) for g in groups.values()]),
+        SCENES_QUANTILE,
+    )
 
 
 class _Canvas:
@@ -419,9 +434,7 @@ class _Canvas:
         groups = (self.colour, self.colours), (self.texture, len(TEXTURES)), (self.shape, len(SHAPES))
         first = np.cumsum([1, *(count for _, count in groups)])
         maps = (self.colour, self.texture, self.shape, self.part)
-        return np.stack([np.where(m >= 0, m + f, 0) for m, f in zip(maps, first, strict=True)], 1).astype(
-            np.int16
-        )
+        return np.stack([np.where(m >= 0, m + f, 0) for m, f in zip(maps, first, strict=True)], 1).astype(np.int16)
 
     def paint(self, draw: np.ndarray, where: np.ndarray, noise: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """Cover ``where`` (n, size, size) with two colours in a texture, a quarter plain; return the colours.
@@ -448,9 +461,15 @@ class _Canvas:
         rows, columns = y % period < half, x % period < half
         dots = (y % period - half + 0.5) ** 2 + (x % period - half + 0.5) ** 2 < (0.35 * period) ** 2
         options = (
-            rows, columns, (x + y) % period < half, (x - y) % period < half, rows ^ columns, dots, noise,
+            rows,
+            columns,
+            (x + y) % period < half,
+            (x - y) % period < half,
+            rows ^ columns,
+            dots,
+            noise,
             np.ones_like(rows),
-        )  # fmt: skip
+        )
         pattern = np.empty(noise.shape, bool)
         for k, option in enumerate(options):
             pattern[texture == k] = option[texture == k]

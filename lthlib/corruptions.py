@@ -42,17 +42,13 @@ GROUPS = ("noise", "blur", "weather", "digital", "extra")
 CONSTANTS = ("cifar", "imagenet")
 SOURCES = ("official", "generated")
 
-CHUNK_BYTES = (
-    1 << 17
-)  # per step: larger intermediate arrays cost page faults, four times the time of the noises
+CHUNK_BYTES = 1 << 17  # per step: larger intermediate arrays cost page faults, four times the time of the noises
 CIFAR_UP_TO = 64  # longest "small" side: these take the CIFAR-10-C constants by default
 MIN_SIDE = 8
 LEVEL_SLACK = 1e-4  # grey levels: above float32 rounding, below what a published constant can shift
 MUD, WATER = (63, 42, 20), (175, 238, 238)
 LUMA = (0.299, 0.587, 0.114)
-MOTION_PIECE = (
-    11  # pixels of a line per filter: OpenCV turns to the slower Fourier transform above 129 elements
-)
+MOTION_PIECE = 11  # pixels of a line per filter: OpenCV turns to the slower Fourier transform above 129 elements
 
 
 @dataclass(frozen=True)
@@ -156,13 +152,7 @@ def default_constants(height: int, width: int) -> str:
 
 
 def corrupt(
-    images: np.ndarray,
-    name: str,
-    severity: int,
-    *,
-    constants: str | None = None,
-    seed: int = 0,
-    start: int = 0,
+    images: np.ndarray, name: str, severity: int, *, constants: str | None = None, seed: int = 0, start: int = 0
 ) -> np.ndarray:
     """Corrupt every image of a set.
 
@@ -246,9 +236,7 @@ def _check_images(images: np.ndarray) -> None:
 # given the input byte, known in closed form. One 32-bit word per byte then draws from it by the alias method.
 
 
-@corruption(
-    "Gaussian noise", "noise", cifar=(0.04, 0.06, 0.08, 0.09, 0.10), imagenet=(0.08, 0.12, 0.18, 0.26, 0.38)
-)
+@corruption("Gaussian noise", "noise", cifar=(0.04, 0.06, 0.08, 0.09, 0.10), imagenet=(0.08, 0.12, 0.18, 0.26, 0.38))
 def gaussian_noise(x: np.ndarray, std: float, draws: Draws) -> np.ndarray:
     """Add normal noise of standard deviation ``std`` (1 = white)."""
     return _through_channel(x, _alias_table(gaussian_channel, std), draws)
@@ -260,9 +248,7 @@ def shot_noise(x: np.ndarray, photons: float, draws: Draws) -> np.ndarray:
     return _through_channel(x, _alias_table(shot_channel, photons), draws)
 
 
-@corruption(
-    "Impulse noise", "noise", cifar=(0.01, 0.02, 0.03, 0.05, 0.07), imagenet=(0.03, 0.06, 0.09, 0.17, 0.27)
-)
+@corruption("Impulse noise", "noise", cifar=(0.01, 0.02, 0.03, 0.05, 0.07), imagenet=(0.03, 0.06, 0.09, 0.17, 0.27))
 def impulse_noise(x: np.ndarray, amount: float, draws: Draws) -> np.ndarray:
     """Replace the fraction ``amount`` of the bytes, half by 0, half by 255 (each colour on its own)."""
     return _through_channel(x, _alias_table(impulse_channel, amount), draws)
@@ -455,9 +441,7 @@ def _add_filtered(levels: np.ndarray, padded: np.ndarray, kernels: np.ndarray, b
     import cv2
 
     height, width = levels.shape[1:3]
-    for level, image, kernel, (y, x, rows, columns) in zip(
-        levels, padded, kernels, boxes.tolist(), strict=True
-    ):
+    for level, image, kernel, (y, x, rows, columns) in zip(levels, padded, kernels, boxes.tolist(), strict=True):
         view = image[y : y + height + rows - 1, x : x + width + columns - 1]
         blurred = cv2.filter2D(view, -1, kernel[:rows, :columns], anchor=(0, 0))
         level += blurred.reshape(view.shape)[:height, :width]
@@ -681,17 +665,13 @@ def plasma_fractal(size: int, decay: float, draws: Draws) -> np.ndarray:
     Each halving of the grid divides the amplitude of the uniform noise by ``decay`` squared: the published
     code multiplies the noise by its shrinking scale twice.
     """
-    noise = draws.uniform(
-        -1, 1, (size * size - 1,)
-    ).T.copy()  # images last: every step is contiguous over them
+    noise = draws.uniform(-1, 1, (size * size - 1,)).T.copy()  # images last: every step is contiguous over them
     height = np.zeros((size, size, draws.n), np.float32)
     used, amplitude, step = 0, 1.0, size
     while step >= 2:
         half, points = step // 2, (size // step) ** 2
         corner, shape = height[::step, ::step], (size // step, size // step, draws.n)
-        bumps = [
-            noise[used + k * points : used + (k + 1) * points].reshape(shape) * amplitude for k in range(3)
-        ]
+        bumps = [noise[used + k * points : used + (k + 1) * points].reshape(shape) * amplitude for k in range(3)]
         across, down = corner + np.roll(corner, -1, axis=1), corner + np.roll(corner, -1, axis=0)
         centre = (across + np.roll(across, -1, axis=0)) / 4 + bumps[0]
         height[half::step, half::step] = centre
@@ -736,9 +716,7 @@ def contrast(x: np.ndarray, factor: float, draws: Draws) -> np.ndarray:
     n, height, width, channels = x.shape
     columns = x.reshape(n, height, -1).sum(axis=1, dtype=np.uint32)
     mean = columns.reshape(n, width, channels).sum(axis=1) / (height * width)
-    offset = np.tile((mean * (1 - factor)).astype(np.float32), width)[
-        :, None
-    ]  # as long as a row: no short loops
+    offset = np.tile((mean * (1 - factor)).astype(np.float32), width)[:, None]  # as long as a row: no short loops
     return _truncate(x.reshape(n, height, -1) * np.float32(factor) + offset).reshape(x.shape)
 
 
@@ -747,13 +725,7 @@ def contrast(x: np.ndarray, factor: float, draws: Draws) -> np.ndarray:
     "digital",
     # Displacement, its smoothing and the jitter of the affine map, in pixels of an image with the side that
     # comes last. The published ImageNet table counts in 244ths.
-    cifar=(
-        (0, 0, 2.56, 32),
-        (1.6, 6.4, 2.24, 32),
-        (2.56, 1.92, 1.92, 32),
-        (3.2, 1.28, 1.6, 32),
-        (3.2, 0.96, 0.96, 32),
-    ),
+    cifar=((0, 0, 2.56, 32), (1.6, 6.4, 2.24, 32), (2.56, 1.92, 1.92, 32), (3.2, 1.28, 1.6, 32), (3.2, 0.96, 0.96, 32)),
     imagenet=(
         (488, 170.8, 24.4, 224),
         (488, 19.52, 48.8, 224),
@@ -773,9 +745,7 @@ def elastic_transform(x: np.ndarray, c: tuple[float, float, float, int], draws: 
     height, width = x.shape[1:3]
     scale = min(height, width) / reference
     image = torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))
-    affine = torch.from_numpy(
-        _affine_places(height, width, draws.uniform(-jitter * scale, jitter * scale, (3, 2)))
-    )
+    affine = torch.from_numpy(_affine_places(height, width, draws.uniform(-jitter * scale, jitter * scale, (3, 2))))
     image = _sample(image, affine, repeat_edge=False)
     if shift:
         field = _smooth_field(height, width, smoothing * scale, draws) * np.float32(shift * scale)
@@ -817,9 +787,7 @@ def _sample(image: torch.Tensor, places: torch.Tensor, *, repeat_edge: bool) -> 
         places = (2 * places + 1) / places.new_tensor([width, height]) - 1
     else:  # mirrored about its centre: d c b | a b c d
         places = 2 * places / places.new_tensor([width - 1, height - 1]) - 1
-    return grid_sample(
-        image, places, mode="bilinear", padding_mode="reflection", align_corners=not repeat_edge
-    )
+    return grid_sample(image, places, mode="bilinear", padding_mode="reflection", align_corners=not repeat_edge)
 
 
 @corruption("Pixelate", "digital", cifar=(0.95, 0.9, 0.85, 0.75, 0.65), imagenet=(0.6, 0.5, 0.4, 0.3, 0.25))
@@ -867,9 +835,7 @@ def _swap_red_and_blue(x: np.ndarray) -> np.ndarray:
 # --- The four extra ones ------------------------------------------------------------------------------------
 
 
-@corruption(
-    "Speckle noise", "extra", cifar=(0.06, 0.1, 0.12, 0.16, 0.2), imagenet=(0.15, 0.2, 0.35, 0.45, 0.6)
-)
+@corruption("Speckle noise", "extra", cifar=(0.06, 0.1, 0.12, 0.16, 0.2), imagenet=(0.15, 0.2, 0.35, 0.45, 0.6))
 def speckle_noise(x: np.ndarray, std: float, draws: Draws) -> np.ndarray:
     """Multiply by 1 plus normal noise of standard deviation ``std``."""
     return _through_channel(x, _alias_table(speckle_channel, std), draws)
@@ -1007,9 +973,7 @@ def load_official(
     blocks = np.array(labels, np.int64).reshape(len(SEVERITIES), -1)
     _check_labels(blocks, num_classes, labels_path)
     if (blocks != blocks[0]).any():
-        raise UserError(
-            f"{labels_path} must repeat the same labels for each of the 5 severities; it does not."
-        )
+        raise UserError(f"{labels_path} must repeat the same labels for each of the 5 severities; it does not.")
     part = slice((severity - 1) * blocks.shape[1], severity * blocks.shape[1])
     images = np.array(images[part])
     try:
@@ -1021,9 +985,7 @@ def load_official(
 
 def _map_array(path: Path, rows: int) -> np.ndarray:
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing. Put the published file there, or move the folder away to generate."
-        )
+        raise UserError(f"{path} is missing. Put the published file there, or move the folder away to generate.")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
@@ -1091,9 +1053,7 @@ def stream_official(
             f"{root} has {len(found)} class folders where {expected} are expected"
             + (f"; the two lists differ in {', '.join(odd)}." if odd else ". Give num_classes or classes.")
         )
-    files = [
-        (path, label) for label, wnid in enumerate(wanted) for path in sorted((root / wnid).glob("*.JPEG"))
-    ]
+    files = [(path, label) for label, wnid in enumerate(wanted) for path in sorted((root / wnid).glob("*.JPEG"))]
     if len(files) != rows:
         raise UserError(f"{root} has {len(files):,} JPEG files where {rows:,} are expected.")
     return _read_batches(files if positions is None else [files[i] for i in positions], batch_size)

@@ -57,10 +57,7 @@ class OnDemand:
     """
 
     def __init__(
-        self,
-        read: Callable[[np.ndarray], np.ndarray],
-        positions: np.ndarray,
-        image_shape: tuple[int, int, int],
+        self, read: Callable[[np.ndarray], np.ndarray], positions: np.ndarray, image_shape: tuple[int, int, int]
     ):
         self.read, self._positions, self.shape = read, positions, (len(positions), *image_shape)
 
@@ -257,9 +254,15 @@ def load(name: str, store: Store, train_size: int | None = None) -> DataSet:
             )
         train = train.subset(torch.from_numpy(stratified(train.labels.numpy(), train_size, seed=0)[0]))
     return DataSet(
-        name, tuple(info["classes"]), train, parts.get("validation"), parts["test"], tuple(info["mean"]),
-        tuple(info["std"]), info["digest"],
-    )  # fmt: skip
+        name,
+        tuple(info["classes"]),
+        train,
+        parts.get("validation"),
+        parts["test"],
+        tuple(info["mean"]),
+        tuple(info["std"]),
+        info["digest"],
+    )
 
 
 def ood_images(name: str, like: DataSet, n: int, store: Store) -> Pixels:
@@ -276,9 +279,7 @@ def ood_images(name: str, like: DataSet, n: int, store: Store) -> Pixels:
     """
     if name not in OOD and name not in DATASETS and _in_data_folder(name.split("@")[0]) is None:
         known = [*OOD, *DATASETS, *_folder_names()]
-        raise UserError(
-            f"Unknown out-of-distribution set {name!r}.{suggest(name, known)} Allowed: {', '.join(known)}."
-        )
+        raise UserError(f"Unknown out-of-distribution set {name!r}.{suggest(name, known)} Allowed: {', '.join(known)}.")
 
     def make(folder: Path) -> None:
         images = OOD[name](like, n) if name in OOD else _fitted(name, like, n, store)
@@ -299,9 +300,7 @@ def _rows(path: Path, image_shape: tuple[int, int, int]) -> Pixels:
     if path.stat().st_size <= HELD_UP_TO:
         return torch.from_numpy(np.fromfile(path, np.uint8).reshape(shape))
     return OnDemand(
-        lambda positions: np.memmap(path, np.uint8, "r", shape=shape)[positions],
-        np.arange(shape[0]),
-        image_shape,
+        lambda positions: np.memmap(path, np.uint8, "r", shape=shape)[positions], np.arange(shape[0]), image_shape
     )
 
 
@@ -319,9 +318,7 @@ def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarr
 
     if n_first == len(labels):
         return np.arange(len(labels)), np.arange(0)
-    first, rest = train_test_split(
-        np.arange(len(labels)), train_size=n_first, stratify=labels, random_state=seed
-    )
+    first, rest = train_test_split(np.arange(len(labels)), train_size=n_first, stratify=labels, random_state=seed)
     return np.sort(first), np.sort(rest)
 
 
@@ -340,16 +337,12 @@ def _mnist5k(root: Path) -> tuple[dict, list[str]]:
     return parts, [str(digit) for digit in range(10)]
 
 
-@dataset(
-    "cifar10", title="CIFAR-10", ood=("svhn", "gaussian", "cifar100"), reference="krizhevsky2009learning"
-)
+@dataset("cifar10", title="CIFAR-10", ood=("svhn", "gaussian", "cifar100"), reference="krizhevsky2009learning")
 def _cifar10(root: Path) -> tuple[dict, list[str]]:
     return _cifar("CIFAR10", root)
 
 
-@dataset(
-    "cifar100", title="CIFAR-100", ood=("svhn", "gaussian", "cifar10"), reference="krizhevsky2009learning"
-)
+@dataset("cifar100", title="CIFAR-100", ood=("svhn", "gaussian", "cifar10"), reference="krizhevsky2009learning")
 def _cifar100(root: Path) -> tuple[dict, list[str]]:
     return _cifar("CIFAR100", root)
 
@@ -373,9 +366,7 @@ def _cifar(kind: str, root: Path) -> tuple[dict, list[str]]:
         "test": (test.data, np.asarray(test.targets)),
     }
     if len(labels) <= 5000:
-        raise UserError(
-            f"{kind} in {root} has only {len(labels)} training images; the last 5,000 are held out."
-        )
+        raise UserError(f"{kind} in {root} has only {len(labels)} training images; the last 5,000 are held out.")
     return parts, list(train.classes)
 
 
@@ -435,9 +426,7 @@ def _digits(like: DataSet, n: int) -> Iterator[np.ndarray]:
 
 
 def _fit(image, like: DataSet, box=None) -> np.ndarray:
-    image = image.resize((like.size, like.size), resample=2, box=box).convert(
-        "L" if like.channels == 1 else "RGB"
-    )
+    image = image.resize((like.size, like.size), resample=2, box=box).convert("L" if like.channels == 1 else "RGB")
     return np.asarray(image).reshape(like.size, like.size, like.channels)
 
 
@@ -537,9 +526,7 @@ class _Tree:
                 folders += [os.path.normpath(os.path.join(top, folder)) for folder in inner]
         else:
             found = (info.filename for info in _archive(path).infolist() if not info.is_dir())
-        self.names = sorted(
-            n for n in found if PurePosixPath(n).suffix.lower() in SUFFIXES and "__MACOSX" not in n
-        )
+        self.names = sorted(n for n in found if PurePosixPath(n).suffix.lower() in SUFFIXES and "__MACOSX" not in n)
         self.folders = {p.as_posix() for n in self.names for p in PurePosixPath(n).parents} | set(folders)
 
     def is_flat(self, top: str) -> bool:
@@ -674,15 +661,11 @@ class _Files:
         from PIL import Image
 
         try:
-            content = (
-                (self.path / file).read_bytes() if self.path.is_dir() else _archive(self.path).read(file)
-            )
+            content = (self.path / file).read_bytes() if self.path.is_dir() else _archive(self.path).read(file)
             image = Image.open(io.BytesIO(content))
             image.load()
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{self.path}/{file} is not a readable image ({error}). Replace or remove it."
-            ) from error
+            raise UserError(f"{self.path}/{file} is not a readable image ({error}). Replace or remove it.") from error
         return image
 
     def _image(self, file: str) -> np.ndarray:
@@ -739,13 +722,7 @@ def _decoded(name: str, found: Source, store: Store) -> Path:
             np.save(folder / f"{part}-labels.npy", labels)
             digest.update(labels.data)
         mean, std = _moments(_sampled(parts.get("train", parts["test"])[0]))
-        info = {
-            "classes": classes,
-            "parts": list(parts),
-            "mean": mean,
-            "std": std,
-            "digest": digest.hexdigest()[:16],
-        }
+        info = {"classes": classes, "parts": list(parts), "mean": mean, "std": std, "digest": digest.hexdigest()[:16]}
         (folder / "info.json").write_text(json.dumps(info))
 
     return store.get(key, f"{code_version(function, _moments)}-{stamp}", make)
@@ -777,8 +754,7 @@ def _moments(batches: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation by channel, in [0, 1], from exact integer histograms."""
     values = np.arange(256) / 255
     counts = sum(
-        np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(part.shape[3])])
-        for part in batches
+        np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(part.shape[3])]) for part in batches
     )
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ values

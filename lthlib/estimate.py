@@ -136,9 +136,14 @@ def macs(arch: str, images: Images) -> int:
 def _build(arch: str, images: Images) -> torch.nn.Module:
     channels, size, _ = images.shape
     return models.build(
-        arch, in_channels=channels, num_classes=images.classes, image_size=size,
-        mean=[0.5] * channels, std=[0.25] * channels, seed=0,
-    )  # fmt: skip
+        arch,
+        in_channels=channels,
+        num_classes=images.classes,
+        image_size=size,
+        mean=[0.5] * channels,
+        std=[0.25] * channels,
+        seed=0,
+    )
 
 
 def probe(arch: str, images: Images, batch_size: int, seconds: float = 5.0) -> float:
@@ -207,11 +212,7 @@ def measure(grid: Grid, seconds: float = 5.0) -> dict[str, float]:
 
 def recorded() -> Mapping:
     """Return what `THROUGHPUT` holds: "macs_per_second" by `key`, "provenance"; empty where there is none."""
-    return (
-        json.loads(THROUGHPUT.read_text())
-        if THROUGHPUT.exists()
-        else {"macs_per_second": {}, "provenance": {}}
-    )
+    return json.loads(THROUGHPUT.read_text()) if THROUGHPUT.exists() else {"macs_per_second": {}, "provenance": {}}
 
 
 def _record(found: Mapping[str, float]) -> None:
@@ -234,11 +235,16 @@ def table(grid: Grid, throughput: Mapping[str, float] | float) -> list[dict[str,
         name = key(study.arch, sizes(study).shape)
         speed = throughput if isinstance(throughput, float) else throughput[name]
         total = sum(line.macs for line in mine)
-        lines.append({
-            "study": study_name(study), "networks": sum(line.networks for line in mine),
-            "images": sum(line.images for line in mine), "macs": total, "macs_per_second": speed,
-            "hours": total / speed / 3600,
-        })  # fmt: skip
+        lines.append(
+            {
+                "study": study_name(study),
+                "networks": sum(line.networks for line in mine),
+                "images": sum(line.images for line in mine),
+                "macs": total,
+                "macs_per_second": speed,
+                "hours": total / speed / 3600,
+            }
+        )
     return lines
 
 
@@ -246,9 +252,7 @@ def estimate(grid: str, throughput: float | None = None, record: bool = False) -
     """Print what training a grid costs; measure the throughput here where none is given."""
     plan = read_grid(grid, recorded=True)
     if throughput is not None and not throughput > 0:
-        raise UserError(
-            f"throughput is {throughput:g}; it must be a number of multiply-accumulates a second."
-        )
+        raise UserError(f"throughput is {throughput:g}; it must be a number of multiply-accumulates a second.")
     if throughput is None:
         say("measuring the throughput of this machine, some seconds for each architecture")
         throughput = measure(plan)
@@ -262,9 +266,7 @@ def estimate(grid: str, throughput: float | None = None, record: bool = False) -
             f"{line['macs'] / 1e15:10.3f} P multiply-accumulates at {line['macs_per_second'] / 1e9:8.1f} G/s: "
             f"{line['hours']:10.2f} {unit}"
         )
-    print(
-        f"{'in all':<28} {sum(line['hours'] for line in lines):.2f} {unit} of training, evaluation not counted"
-    )
+    print(f"{'in all':<28} {sum(line['hours'] for line in lines):.2f} {unit} of training, evaluation not counted")
 
 
 def chapter_table() -> str:
@@ -274,10 +276,7 @@ def chapter_table() -> str:
     wanted = {key(study.arch, sizes(study).shape) for grid in grids for study in grid.studies}
     if not wanted <= set(known["macs_per_second"]):
         return f"No throughput is recorded: `python -m lthlib estimate {PAPER[0]} --record` measures one.\n"
-    lines = [
-        "| study | networks | images trained on | multiply-accumulates | core-hours |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| study | networks | images trained on | multiply-accumulates | core-hours |", "|---|---|---|---|---|"]
     total = 0.0
     for grid in grids:
         for line in table(grid, known["macs_per_second"]):
@@ -287,14 +286,13 @@ def chapter_table() -> str:
                 f"${line['macs'] / 1e18:.2g} \\cdot 10^{{18}}$ | {_rounded(line['hours'])} |"
             )
     made = known["provenance"]
-    where = ", ".join(
-        [made["processor"], made["precision"], f"PyTorch {made['torch']}", f"commit {made['commit']}"]
-    )
+    where = ", ".join([made["processor"], made["precision"], f"PyTorch {made['torch']}", f"commit {made['commit']}"])
     lines += [
-        f"| in all | | | | **{_rounded(total)}** |", "",
+        f"| in all | | | | **{_rounded(total)}** |",
+        "",
         f"Training only, by the throughput of one core measured on {made['time'][:10]}: {where}. One core would take "
         f"{_rounded(total / 24 / 365.25)} years.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 

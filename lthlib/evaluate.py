@@ -31,8 +31,19 @@ from lthlib.tickets import Ticket, facts, version_of
 LATENCY = ROOT / "book" / "results" / "latency.json"  # of a machine, not of a grid
 
 COLUMNS = (
-    "dataset", "arch", "method", "sparsity", "seed", "dimension", "metric", "shift", "severity", "n", "value", "ticket",
-)  # fmt: skip
+    "dataset",
+    "arch",
+    "method",
+    "sparsity",
+    "seed",
+    "dimension",
+    "metric",
+    "shift",
+    "severity",
+    "n",
+    "value",
+    "ticket",
+)
 
 
 @dataclass(frozen=True)
@@ -165,9 +176,7 @@ def measuring(subject: Subject, dimension: str, settings: Mapping) -> str:
     return code + DIMENSIONS[dimension].inputs(subject, settings)
 
 
-def measured(
-    subject: Subject, dimension: str, settings: Mapping
-) -> tuple[list[Value], Mapping[str, np.ndarray]]:
+def measured(subject: Subject, dimension: str, settings: Mapping) -> tuple[list[Value], Mapping[str, np.ndarray]]:
     """Measure a subject in one dimension, with all parameters given; the values hold its test accuracy, too."""
     values, arrays = DIMENSIONS[dimension].measure()(subject, **settings)
     values = _with_accuracy(values, subject)
@@ -262,9 +271,14 @@ def collect(
         else:
             found.append(evaluate(ticket, dimension, store, settings, precision))
     return Results(
-        study, dimension, rows_of(found, dimension), _ticket_table(found),
-        {e.ticket.id: e.arrays for e in found}, [e.provenance for e in found], frozenset(from_record),
-    )  # fmt: skip
+        study,
+        dimension,
+        rows_of(found, dimension),
+        _ticket_table(found),
+        {e.ticket.id: e.arrays for e in found},
+        [e.provenance for e in found],
+        frozenset(from_record),
+    )
 
 
 def rows_of(evaluations: Iterable[Evaluation], dimension: str) -> pd.DataFrame:
@@ -277,19 +291,26 @@ def table_of(found: Iterable[tuple[Ticket, float, Sequence[Value]]], dimension: 
     lines = []
     for ticket, sparsity, values in found:
         which = ticket.data, ticket.arch, ticket.method, sparsity, ticket.seed, dimension
-        lines += [
-            (*which, v.metric, v.shift, v.severity, v.n, v.value, ticket.id, ticket.round) for v in values
-        ]
+        lines += [(*which, v.metric, v.shift, v.severity, v.n, v.value, ticket.id, ticket.round) for v in values]
     return pd.DataFrame(lines, columns=[*COLUMNS, "round"])
 
 
 def _ticket_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     counts = ("sparsity", "n_kept", "n_prunable", "n_parameters", "macs", "macs_dense_kernel", "macs_parent")
-    return pd.DataFrame([
-        {"ticket": e.ticket.id, "method": e.ticket.method, "round": e.ticket.round, "seed": e.ticket.seed,
-         **{name: e.info[name] for name in counts}, **e.info["cost"], "density_by_layer": e.info["density_by_layer"]}
-        for e in evaluations
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "ticket": e.ticket.id,
+                "method": e.ticket.method,
+                "round": e.ticket.round,
+                "seed": e.ticket.seed,
+                **{name: e.info[name] for name in counts},
+                **e.info["cost"],
+                "density_by_layer": e.info["density_by_layer"],
+            }
+            for e in evaluations
+        ]
+    )
 
 
 # --- recorded results --------------------------------------------------------------------------------------------
@@ -383,13 +404,17 @@ class Archive:
         files = []
         for dimension, pairs in evaluations.items():
             entries = [
-                {"ticket": e.ticket.id, "question": name, "info": {k: v for k, v in e.info.items() if k != "history"},
-                 "values": [asdict(v) for v in e.values], "arrays": sorted(e.arrays), "provenance": e.provenance}
+                {
+                    "ticket": e.ticket.id,
+                    "question": name,
+                    "info": {k: v for k, v in e.info.items() if k != "history"},
+                    "values": [asdict(v) for v in e.values],
+                    "arrays": sorted(e.arrays),
+                    "provenance": e.provenance,
+                }
                 for name, e in pairs
-            ]  # fmt: skip
-            packed = gzip.compress(
-                json.dumps(entries).encode(), mtime=0
-            )  # the same bytes for the same results
+            ]
+            packed = gzip.compress(json.dumps(entries).encode(), mtime=0)  # the same bytes for the same results
             write_atomically(folder / f"{dimension}.json.gz", packed)
             with (folder / f"{dimension}.npz").open("wb") as file:
                 np.savez_compressed(

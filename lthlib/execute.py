@@ -87,9 +87,7 @@ def parameters_of(notebook: NotebookNode) -> dict[str, Parameter]:
     try:
         statements = ast.parse(cells[0].source).body
     except SyntaxError as problem:
-        raise UserError(
-            f"The parameters cell is not Python: {problem.msg} in line {problem.lineno}."
-        ) from None
+        raise UserError(f"The parameters cell is not Python: {problem.msg} in line {problem.lineno}.") from None
     found: dict[str, Parameter] = {}
     for parameter in map(_declaration, statements):
         if parameter.name in found:
@@ -110,9 +108,7 @@ def _declaration(statement: ast.stmt) -> Parameter:
     try:
         default = ast.literal_eval(value)
     except ValueError:
-        raise UserError(
-            f"The default of the parameter {name!r} must be a literal, not {_line(value)!r}."
-        ) from None
+        raise UserError(f"The default of the parameter {name!r} must be a literal, not {_line(value)!r}.") from None
     return Parameter(name, default, optional="None" in annotation or "Optional" in annotation)
 
 
@@ -129,9 +125,7 @@ def check(parameters: Mapping[str, Any], declared: Mapping[str, Parameter]) -> N
             continue
         why = ""
         try:
-            check_plain(
-                value, name
-            )  # JSON can hold it: what is injected into the notebook is the value itself
+            check_plain(value, name)  # JSON can hold it: what is injected into the notebook is the value itself
         except UserError as error:
             why = f" {error}"
         if why or not _fits(value, parameter.default):
@@ -209,14 +203,7 @@ class PageKernelManager(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         """The one kernel there is."""
-        command = [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--log-level=CRITICAL",
-        ]
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
         return KernelSpec(argv=command, **KERNEL)
 
 
@@ -300,9 +287,7 @@ def execute(
         _PageEngine.execute_notebook(page, KERNEL["name"], progress_bar=False, timeout=limit)
         raise_for_execution_errors(page, None)
         if page.metadata.papermill["exception"]:
-            raise PageError(
-                "SystemExit: the cell ended the page early"
-            )  # papermill takes exit(0) for success
+            raise PageError("SystemExit: the cell ended the page early")  # papermill takes exit(0) for success
     except (PageError, PapermillExecutionError, RuntimeError, TimeoutError, KeyboardInterrupt) as problem:
         message = f"{_where(page, template)}: {_what(problem, timeout)}. {_keep(page, failed)}"
         if isinstance(problem, KeyboardInterrupt):
@@ -311,9 +296,7 @@ def execute(
     except OSError as problem:
         raise UserError(f"Cannot start a kernel: {problem}.") from None
     _drop_progress(page)
-    failed.unlink(
-        missing_ok=True
-    )  # first: were we killed in between, no page would have a failed one beside it
+    failed.unlink(missing_ok=True)  # first: were we killed in between, no page would have a failed one beside it
     _save(page, output, of)
 
 
@@ -352,9 +335,7 @@ def _check_output(output: Path, template: Path) -> None:
 def _prepare(notebook: NotebookNode, parameters: dict, template: Path, output: Path) -> NotebookNode:
     page = copy.deepcopy(notebook)
     if parameters:
-        page = parameterize_notebook(
-            page, parameters, kernel_name=KERNEL["name"], language=KERNEL["language"]
-        )
+        page = parameterize_notebook(page, parameters, kernel_name=KERNEL["name"], language=KERNEL["language"])
         _fold_parameters(page)
     page.metadata["kernelspec"] = dict(KERNEL)
     page.metadata.papermill["input_path"] = str(template)
@@ -449,9 +430,7 @@ def _given(text: str | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]
     except OSError as problem:
         raise UserError(f"Cannot read the parameters {text}: {problem.strerror}.") from None
     except (ValueError, yaml.YAMLError) as problem:
-        raise UserError(
-            f"The parameters are neither JSON nor YAML: {' '.join(str(problem).split())}."
-        ) from None
+        raise UserError(f"The parameters are neither JSON nor YAML: {' '.join(str(problem).split())}.") from None
     return parameters
 
 
@@ -470,9 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lthlib.execute", description=__doc__.splitlines()[0])
     parser.add_argument("template", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--parameters", metavar="JSON_OR_YAML", help="a mapping, or a *.json, *.yml file with one"
-    )
+    parser.add_argument("--parameters", metavar="JSON_OR_YAML", help="a mapping, or a *.json, *.yml file with one")
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--title", help="the page's heading, in place of the template's")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for any one cell (default: none)")

@@ -20,7 +20,7 @@ from pathlib import Path
 from lthlib.store import ROOT, say, seal, sha256, unseal, write_atomically
 
 FOLDER = Path("book/_generated")
-CONTENTS, UNFINISHED = "_toc.yml", "_toc.unfinished.yml"  # in it: the book's contents, those of one that lacks pages
+CONTENTS, UNFINISHED = ("_toc.yml", "_toc.unfinished.yml")  # in it: the book's contents, those of one that lacks pages
 HTML = Path("_build/html")
 DOCTREES = Path("_build/.doctrees")  # Sphinx's own notes
 NOTES = Path("_build/notes")
@@ -37,16 +37,10 @@ def fingerprint(files: Iterable[str | Path], *texts: str) -> str:
 
 
 def page_of(
-    template: str | Path,
-    parameters: Mapping[str, object],
-    title: str | None,
-    version: str,
-    results: Iterable[str],
+    template: str | Path, parameters: Mapping[str, object], title: str | None, version: str, results: Iterable[str]
 ) -> str:
     """Return the fingerprint of a page: of its template, its parameters and title, code, and the results it shows."""
-    return fingerprint(
-        [template, *results], json.dumps(dict(parameters), sort_keys=True), title or "", version
-    )
+    return fingerprint([template, *results], json.dumps(dict(parameters), sort_keys=True), title or "", version)
 
 
 def write(path: Path, content: str | bytes, of: str = "") -> None:

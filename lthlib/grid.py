@@ -20,8 +20,17 @@ from lthlib.study import Study, study_from
 from lthlib.verdict import Thresholds
 
 STUDY_KEYS = (
-    "data", "arch", "methods", "rounds", "sparsities", "seeds", "recipe", "rewind_epoch", "train_size", "options",
-)  # fmt: skip
+    "data",
+    "arch",
+    "methods",
+    "rounds",
+    "sparsities",
+    "seeds",
+    "recipe",
+    "rewind_epoch",
+    "train_size",
+    "options",
+)
 KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds", "method_pages")
 ON_METHODS = "methods"  # the topic of the pages on the tickets themselves
 
@@ -36,9 +45,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[0]!r} stands twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -100,11 +107,7 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
         raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
     except RecursionError:
         raise UserError(f"The grid file {path} cannot be read: it is nested too deep.") from None
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:  # ValueError: not UTF-8, a date or number that cannot be
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, a date or number that cannot be
         raise UserError(f"The grid file {path} cannot be read: {error}") from error
     try:
         grid = grid_from(path.stem, content)
@@ -122,17 +125,9 @@ def grid_from(name: str, content: object) -> Grid:
     check_plain(content, "the grid")
     for key in content:
         choose(key, KEYS, "grid key")
-    for key in (
-        "data",
-        "arch",
-        "rounds" if "sparsities" not in content else "sparsities",
-        "seeds",
-        "dimensions",
-    ):
+    for key in ("data", "arch", "rounds" if "sparsities" not in content else "sparsities", "seeds", "dimensions"):
         if key not in content:
-            raise UserError(
-                f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions."
-            )
+            raise UserError(f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions.")
     shared = {key: content[key] for key in STUDY_KEYS if key in content and key not in ("data", "arch")}
     studies = tuple(
         study_from({**shared, "data": data, "arch": arch})
@@ -146,9 +141,14 @@ def grid_from(name: str, content: object) -> Grid:
     choose(precision, compute.PRECISIONS, "precision")
     dimensions = _dimensions(content["dimensions"])
     return Grid(
-        name, _title(content.get("title", name)), studies, dimensions, precision,
-        _thresholds(content.get("thresholds") or {}), _method_pages(content.get("method_pages"), dimensions),
-    )  # fmt: skip
+        name,
+        _title(content.get("title", name)),
+        studies,
+        dimensions,
+        precision,
+        _thresholds(content.get("thresholds") or {}),
+        _method_pages(content.get("method_pages"), dimensions),
+    )
 
 
 def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str, ...]:
@@ -185,18 +185,14 @@ def _dimensions(value: object) -> dict[str, dict[str, object]]:
     for name, parameters in value.items():
         choose(name, DIMENSIONS, "dimension")
         if parameters is not None and not isinstance(parameters, dict):
-            raise UserError(
-                f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty."
-            )
+            raise UserError(f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty.")
         DIMENSIONS[name].parameters(parameters)
     return {name: dict(parameters or {}) for name, parameters in value.items()}
 
 
 def _thresholds(value: object) -> dict[str, float]:
     if not isinstance(value, dict):
-        raise UserError(
-            f"thresholds is {shown(value)}; it must be a mapping of {', '.join(vars(Thresholds()))}."
-        )
+        raise UserError(f"thresholds is {shown(value)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
     for name in value:
         choose(name, list(vars(Thresholds())), "threshold")
     Thresholds(**value)

@@ -72,9 +72,7 @@ def _rectify_in_place(traced: fx.GraphModule) -> None:
             continue
         source = node.args[0]
         made_by = traced.get_submodule(source.target) if source.op == "call_module" else source.target
-        if len(source.users) == 1 and (
-            isinstance(made_by, nn.Conv2d) or made_by in (operator.add, torch.add)
-        ):
+        if len(source.users) == 1 and (isinstance(made_by, nn.Conv2d) or made_by in (operator.add, torch.add)):
             node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
     traced.recompile()
 

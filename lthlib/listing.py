@@ -71,9 +71,7 @@ def _from_lines(lines: Sequence[str], classes: Sequence[str], path: str) -> dict
         if words == [""] or words[0] == "ImageId":
             continue
         if len(words) < 2 or not words[1]:
-            raise UserError(
-                f"Line {number} of {path} is {line[:80]!r}; a file name and its class are needed."
-            )
+            raise UserError(f"Line {number} of {path} is {line[:80]!r}; a file name and its class are needed.")
         named = words[1] in known or not words[1].isdecimal() or not classes
         if not named and int(words[1]) >= len(classes):
             raise UserError(
@@ -99,9 +97,7 @@ def _devkit(read: Read, name: str, where: str) -> bytes | None:
         ) from error
 
 
-def _from_devkit(
-    lines: Sequence[str], synsets: bytes | None, files: Sequence[str], where: str
-) -> dict[str, str]:
+def _from_devkit(lines: Sequence[str], synsets: bytes | None, files: Sequence[str], where: str) -> dict[str, str]:
     """Look up each image's line by the number in its name, and the WordNet name of the class number in that line."""
     names, found = _wordnet_names(synsets, where), {}
     for file in files:

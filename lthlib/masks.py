@@ -267,9 +267,7 @@ def erk_counts(shapes: Mapping[str, Sequence[int]], n_keep: int) -> dict[str, in
     return _apportion({name: densities[name] * size[name] for name in size}, shares, size, n_keep)
 
 
-def uniform_counts(
-    shapes: Mapping[str, Sequence[int]], n_keep: int, full: Sequence[str] = ()
-) -> dict[str, int]:
+def uniform_counts(shapes: Mapping[str, Sequence[int]], n_keep: int, full: Sequence[str] = ()) -> dict[str, int]:
     """Return how many weights each layer keeps at one density for all, in total exactly ``n_keep``.
 
     No count grows when ``n_keep`` falls, so rounds can nest.
@@ -331,9 +329,7 @@ def _apportion(
 
 def dense(model: nn.Module) -> Masks:
     """Return masks that keep every prunable weight."""
-    return {
-        name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in prunable(model).items()
-    }
+    return {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in prunable(model).items()}
 
 
 def apply_(model: nn.Module, masks: Masks) -> None:
@@ -386,8 +382,7 @@ def chance_jaccard(first: Masks, second: Masks) -> float:
     """
     _check_same(first, second)
     both = sum(
-        int(mask.count_nonzero()) * int(second[name].count_nonzero()) / mask.numel()
-        for name, mask in first.items()
+        int(mask.count_nonzero()) * int(second[name].count_nonzero()) / mask.numel() for name, mask in first.items()
     )
     return _ratio(both, n_kept(first) + n_kept(second) - both)
 
@@ -415,9 +410,7 @@ def _check_same(masks: Masks, tensors: Mapping[str, Tensor]) -> None:
     _check_names(masks, tensors)
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
-            raise UserError(
-                f"The mask of layer {name!r} is {mask.dtype}: make it bool, True where a weight stays."
-            )
+            raise UserError(f"The mask of layer {name!r} is {mask.dtype}: make it bool, True where a weight stays.")
         if mask.shape != tensors[name].shape:
             raise UserError(
                 f"The mask of layer {name!r} has shape {tuple(mask.shape)}, its weight "
@@ -428,9 +421,7 @@ def _check_same(masks: Masks, tensors: Mapping[str, Tensor]) -> None:
 def _check_names(given: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     for name in given:
         if name not in wanted:
-            raise UserError(
-                f"There is a mask for {name!r}, but no such prunable weight.{suggest(name, wanted)}"
-            )
+            raise UserError(f"There is a mask for {name!r}, but no such prunable weight.{suggest(name, wanted)}")
     for name in wanted:
         if name not in given:
             raise UserError(f"There is no mask for layer {name!r}: the masks belong to another architecture.")
@@ -461,9 +452,7 @@ def check_no_empty_layer(masks: Masks, *, allow: bool = False) -> list[str]:
 def save(masks: Masks, path: str | Path) -> None:
     """Write masks to a safetensors file."""
     tensors = {name: mask.contiguous().cpu() for name, mask in masks.items()}
-    Path(path).write_bytes(
-        safetensors.torch.save(tensors)
-    )  # unlike save_file, says OSError where the disk is full
+    Path(path).write_bytes(safetensors.torch.save(tensors))  # unlike save_file, says OSError where the disk is full
 
 
 def load(path: str | Path) -> Masks:
@@ -475,9 +464,7 @@ def load(path: str | Path) -> Masks:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"Cannot read the masks in {path} ({error}): find them again or restore the file."
-        ) from error
+        raise UserError(f"Cannot read the masks in {path} ({error}): find them again or restore the file.") from error
 
 
 # ---------------------------------------------------------------------------- cost
@@ -511,7 +498,5 @@ def unpack(data: bytes, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, 
         bits = np.unpackbits(packed[f"{name}:bits"].numpy(), count=math.prod(shapes[name]))
         masks[name] = torch.from_numpy(bits).bool().view(tuple(shapes[name]))
         values = packed[f"{name}:kept"]
-        state[name] = torch.zeros(tuple(shapes[name]), dtype=values.dtype).masked_scatter_(
-            masks[name], values
-        )
+        state[name] = torch.zeros(tuple(shapes[name]), dtype=values.dtype).masked_scatter_(masks[name], values)
     return state, masks

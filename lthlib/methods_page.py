@@ -100,9 +100,13 @@ def empty_layers(page: Page, about: str | None = None) -> Markdown:
 def mask_overlaps(page: Page, round: int, about: str | None = None) -> pd.DataFrame:
     """Return the overlaps of the page's masks at one round, see `lthlib.overlaps.compare`."""
     return overlaps.compare(
-        page.study, page.store, rounds=[round], about=about, recorded=page.recorded,
+        page.study,
+        page.store,
+        rounds=[round],
+        about=about,
+        recorded=page.recorded,
         compute_missing=page.compute_missing,
-    )  # fmt: skip
+    )
 
 
 def costs(page: Page) -> pd.DataFrame:
@@ -128,9 +132,12 @@ def lead_table(page: Page, references: Sequence[str], about: str | None = None) 
     """
     mine = page.study.methods
     pairs = [
-        (method, reference) for reference in references if reference in mine for method in mine
+        (method, reference)
+        for reference in references
+        if reference in mine
+        for method in mine
         if method not in references and METHODS[method].family != "control" and about in (None, method, reference)
-    ]  # fmt: skip
+    ]
     return _leads(page, pairs, references)
 
 
@@ -216,9 +223,7 @@ def _latency_reading(rows: pd.DataFrame) -> str:
     said = {}
     for name, settings in rows.groupby("network"):
         low, high = 100 * settings["ratio"].min(), 100 * settings["ratio"].max()
-        said[name] = (
-            f"{100 * settings['share'].iloc[0]:.0f} % of the MACs in {low:.0f} to {high:.0f} % of the time"
-        )
+        said[name] = f"{100 * settings['share'].iloc[0]:.0f} % of the MACs in {low:.0f} to {high:.0f} % of the time"
     return (
         f"The mask leaves {said['unstructured mask']}: a dense kernel multiplies by zeros as by any other number. "
         "Channels that are gone are not multiplied by. At equal parameters, the network without them does "

@@ -96,16 +96,7 @@ def build(
         UserError: For an unknown architecture or group, or a width, mean or std that cannot be.
     """
     entry = ARCHITECTURES[arch]
-    spec = Spec(
-        arch,
-        in_channels,
-        num_classes,
-        image_size,
-        tuple(mean),
-        tuple(std),
-        dict(channels or {}) or None,
-        seed,
-    )
+    spec = Spec(arch, in_channels, num_classes, image_size, tuple(mean), tuple(std), dict(channels or {}) or None, seed)
     layers = Layers(spec)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -168,9 +159,7 @@ class Layers:
     def __init__(self, spec: Spec):
         for what, values in (("mean", spec.mean), ("std", spec.std)):
             if len(values) != spec.in_channels or not all(map(math.isfinite, values)):
-                raise UserError(
-                    f"{what} needs one finite number per input channel ({spec.in_channels}), got {values}."
-                )
+                raise UserError(f"{what} needs one finite number per input channel ({spec.in_channels}), got {values}.")
         if min(spec.std) <= 0:
             raise UserError(f"std has to be positive in every channel, got {spec.std}.")
         self.spec = spec
@@ -222,9 +211,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str
-    ):
+    def __init__(self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str):
         super().__init__()
         inner = layers.group(f"{name}.inner", width)
         self.conv1, self.bn1 = layers.conv(inputs, inner, 3, stride), layers.norm(inner)
@@ -244,9 +231,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str
-    ):
+    def __init__(self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str):
         super().__init__()
         first, second = layers.group(f"{name}.inner1", width), layers.group(f"{name}.inner2", width)
         self.conv1, self.bn1 = layers.conv(inputs, first, 1), layers.norm(first)
@@ -269,9 +254,7 @@ class PadShortcut(nn.Module):
     def __init__(self, before: int, after: int):
         super().__init__()
         if after < before:
-            raise UserError(
-                f"A padding shortcut cannot go from {before} to {after} channels: widths must not fall."
-            )
+            raise UserError(f"A padding shortcut cannot go from {before} to {after} channels: widths must not fall.")
         self.pad = ((after - before) // 2, (after - before + 1) // 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -447,10 +430,7 @@ def all_groups(model: nn.Module) -> dict[str, int]:
     """Return the channels of every group that `build` lets one set, in the order of the layers."""
     groups: dict[str, int] = {}
     for module in model.modules():
-        if (
-            isinstance(module, (nn.Conv2d, nn.Linear))
-            and getattr(module, "out_group", "classes") not in FIXED
-        ):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "out_group", "classes") not in FIXED:
             groups[module.out_group] = module.weight.shape[0]
     return groups
 

@@ -68,9 +68,7 @@ def compare(
                     f"The overlap of {a.id} and {b.id} is not among the recorded results in {recorded}: record the "
                     "grid again, or allow computing."
                 )
-            lines.append(
-                (round, seed, a.method, b.method, a.id, b.id, *(found or _compare(a, b, masks, store)))
-            )
+            lines.append((round, seed, a.method, b.method, a.id, b.id, *(found or _compare(a, b, masks, store))))
     return pd.DataFrame(lines, columns=["round", "seed", "a", "b", *COLUMNS])
 
 

@@ -98,9 +98,7 @@ def builder(network: str) -> Callable[[], nn.Module]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"There is no function {network!r} ({error}): name it as package.module:function."
-        ) from error
+        raise UserError(f"There is no function {network!r} ({error}): name it as package.module:function.") from error
     try:
         made = found()
     except TypeError as error:
@@ -170,12 +168,7 @@ class OwnSubject(Subject):
     """A network of your own under examination."""
 
     def __init__(
-        self,
-        label: Label,
-        network: nn.Module,
-        parent: nn.Module | None,
-        store: Store,
-        precision: str = "auto",
+        self, label: Label, network: nn.Module, parent: nn.Module | None, store: Store, precision: str = "auto"
     ):
         super().__init__(label, store, precision)
         self.network, self._parent = network, parent
@@ -185,9 +178,7 @@ class OwnSubject(Subject):
         """The network with the masks that its zeros make; None where no convolution has any."""
         found = {name: weight.detach() != 0 for name, weight in masks.prunable(self.network).items()}
         sparse = any(not mask.all() for mask in found.values())
-        return Trained(
-            self.ticket, self.network.cpu().eval(), found if sparse else None, {}, self.ticket.digest
-        )
+        return Trained(self.ticket, self.network.cpu().eval(), found if sparse else None, {}, self.ticket.digest)
 
     @property
     def parent(self) -> nn.Module | None:
@@ -288,9 +279,7 @@ def _check_output(model: nn.Module, images: data.DataSet) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def check(
-    grid: str, dense: Path, pruned: list[Path], network: str | None = None, rows: Path | None = None
-) -> int:
+def check(grid: str, dense: Path, pruned: list[Path], network: str | None = None, rows: Path | None = None) -> int:
     """Print what `compare_files` finds.
 
     Args:
@@ -320,24 +309,24 @@ def compare_files(
         The tidy rows, and what `lthlib.verdict.regions` says of them.
     """
     if len(plan.studies) > 1:
-        raise UserError(
-            f"{plan.name} has {len(plan.studies)} studies; a grid with one data set and arch is needed."
-        )
+        raise UserError(f"{plan.name} has {len(plan.studies)} studies; a grid with one data set and arch is needed.")
     store, (study,) = Store(), plan.studies
     images = data.load(study.data, store, study.train_size)
-    build = builder(network) if network else lambda: models.build(
-        study.arch, in_channels=images.channels, num_classes=len(images.classes), image_size=images.size,
-        mean=images.mean, std=images.std,
-    )  # fmt: skip
+    build = (
+        builder(network)
+        if network
+        else lambda: models.build(
+            study.arch,
+            in_channels=images.channels,
+            num_classes=len(images.classes),
+            image_size=images.size,
+            mean=images.mean,
+            std=images.std,
+        )
+    )
     parent, networks = load(dense, build), {_name(path, pruned): load(path, build) for path in pruned}
     rows = compare(
-        parent,
-        networks,
-        study.data,
-        store,
-        plan.dimensions,
-        precision=plan.precision,
-        train_size=study.train_size,
+        parent, networks, study.data, store, plan.dimensions, precision=plan.precision, train_size=study.train_size
     )
     return rows, verdict.regions(rows, len(images.classes), verdict.Thresholds(**plan.thresholds))
 
@@ -356,13 +345,9 @@ def summary(judged: pd.DataFrame, name: str) -> str:
     for line in votes.itertuples():
         metric = METRICS[line.metric]
         title = metric.title + ("" if line.shift == "none" else f" ({line.shift})")
-        numbers = "".join(
-            f"{value:>12.4g}" for value in (line.dense, line.mean, line.shortfall, line.allowed)
-        )
+        numbers = "".join(f"{value:>12.4g}" for value in (line.dense, line.mean, line.shortfall, line.allowed))
         lines.append(f"{metric.arrow} {title[:41]:<42}{numbers}  {line.region}")
     (passed,) = verdict.lth_pass(mine).itertuples()
     lost = ", ".join(METRICS[metric].title for metric in passed.lost)
-    said = (
-        "LTH-PASS: it keeps everything that was measured." if passed.passed else f"It does not keep: {lost}."
-    )
+    said = "LTH-PASS: it keeps everything that was measured." if passed.passed else f"It does not keep: {lost}."
     return "\n".join([*lines, "", f"{passed.won} of {passed.of} won. {said}"])

@@ -79,17 +79,20 @@ def load(dimension: str, namespace: Mapping[str, object], template: str | None =
     study = study_from({key: given.pop(key) for key in STUDY if key in given})
     store, recorded = Store(given["store"]), ROOT / given["recorded"] if given["recorded"] else None
     results = collect(
-        study, dimension, store, parameters=given["measure"], precision=given["precision"],
-        compute_missing=given["compute_missing"], recorded=recorded,
-    )  # fmt: skip
+        study,
+        dimension,
+        store,
+        parameters=given["measure"],
+        precision=given["precision"],
+        compute_missing=given["compute_missing"],
+        recorded=recorded,
+    )
     limits = verdict.Thresholds(**_known(given["thresholds"], vars(verdict.Thresholds()), "threshold"))
     judged = verdict.regions(results.rows, n_classes(results), limits)
     page = Page(study, results, judged, limits, store, recorded, given["compute_missing"])
     n_recorded = len(results.recorded)
     if n_recorded < len(results.tickets):
-        print(
-            f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}."
-        )
+        print(f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}.")
     if n_recorded:
         print(f"{n_recorded} evaluations were read from the recorded results in {_short(recorded)}.")
     return page
@@ -161,9 +164,7 @@ def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
     for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
         scale = figures.factor(metric)
         title = (
-            figures.label(metric)
-            + ("" if shift == "none" else f" {shift}")
-            + (f" {severity:g}" if severity else "")
+            figures.label(metric) + ("" if shift == "none" else f" {shift}") + (f" {severity:g}" if severity else "")
         )
         first = group.iloc[0]
         cells = {("dense", "0"): _interval(first, scale, "dense")}
@@ -178,9 +179,10 @@ def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
 
 def _interval(line: pd.Series, scale: float, prefix: str) -> str:
     mean, low, high = (
-        scale * line[prefix or "mean"], scale * line[f"{prefix}_low" if prefix else "low"],
+        scale * line[prefix or "mean"],
+        scale * line[f"{prefix}_low" if prefix else "low"],
         scale * line[f"{prefix}_high" if prefix else "high"],
-    )  # fmt: skip
+    )
     digits = 4 if abs(mean) >= 100 else 3
     spread = f" [{low:.{digits}g}, {high:.{digits}g}]" if line["seeds"] > 1 else ""
     return f"{mean:.{digits}g}{spread}"
@@ -191,18 +193,20 @@ def cost_table(page: Page) -> HTML:
     tickets = page.results.tickets.assign(nominal=lambda t: t["round"].map(sparsity_of))
     mean = tickets.groupby(["method", "round"], sort=False).mean(numeric_only=True)
     parent = mean.loc["dense"].iloc[0]
-    table = pd.DataFrame({
-        "method": [METHODS[m].title for m, _ in mean.index],
-        "sparsity [%]": [f"{100 * v:.2f}" for v in mean["sparsity"]],
-        "conv weights kept": [f"{v:,.0f}" for v in mean["n_kept"]],
-        "parameters": [f"{v:,.0f}" for v in mean["n_parameters"]],
-        "MACs of kept weights [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs"]],
-        "MACs a dense kernel does [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs_dense_kernel"]],
-        "checkpoint [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes"]],
-        "compressed [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes_compressed"]],
-        "training [dense runs]": [f"{v:.2f}" for v in mean["trainings"]],
-        "mask finding [s]": [f"{v:.2f}" for v in mean["mask_seconds"]],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "method": [METHODS[m].title for m, _ in mean.index],
+            "sparsity [%]": [f"{100 * v:.2f}" for v in mean["sparsity"]],
+            "conv weights kept": [f"{v:,.0f}" for v in mean["n_kept"]],
+            "parameters": [f"{v:,.0f}" for v in mean["n_parameters"]],
+            "MACs of kept weights [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs"]],
+            "MACs a dense kernel does [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs_dense_kernel"]],
+            "checkpoint [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes"]],
+            "compressed [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes_compressed"]],
+            "training [dense runs]": [f"{v:.2f}" for v in mean["trainings"]],
+            "mask finding [s]": [f"{v:.2f}" for v in mean["mask_seconds"]],
+        }
+    )
     return html_table(table.set_index("method"))
 
 
@@ -217,9 +221,7 @@ def reading(page: Page) -> Markdown:
         broken = group[~group["passed"].cumprod().astype(bool)]
         names = ", ".join(METRICS[name].title for name in broken["lost"].iloc[0]) if len(broken) else ""
         if broken.empty:
-            text = (
-                f"keeps every metric of this page up to {_percent(unbroken)}, the sparsest network measured"
-            )
+            text = f"keeps every metric of this page up to {_percent(unbroken)}, the sparsest network measured"
         elif unbroken.empty:
             text = f"loses at the lowest sparsity measured ({_percent(broken.head(1))}) in {names}"
         else:
@@ -264,9 +266,7 @@ def roc_curves(page: Page) -> dict[str, dict[str, np.ndarray]]:
     if page.is_comparison:
         found |= {METHODS[m].title: page.arrays(m, standing_round(page), seed) for m in methods}
     else:
-        found |= {
-            f"{100 * sparsity_of(n):.1f} %": page.arrays(methods[0], n, seed) for n in page.study.rounds
-        }
+        found |= {f"{100 * sparsity_of(n):.1f} %": page.arrays(methods[0], n, seed) for n in page.study.rounds}
     sets = [key for key in found["dense"] if key.startswith("roc_")]
     return {key.removeprefix("roc_"): {title: a[key] for title, a in found.items()} for key in sets}
 
@@ -290,15 +290,19 @@ def sample_sizes(page: Page) -> Markdown:
     """Say on how many images each kind of number rests, and how far an accuracy on them is known at best."""
     rows = page.results.rows
     cases = (
-        ("test_accuracy", "clean test images"), ("ood_auroc", "known and foreign images, for each foreign set"),
+        ("test_accuracy", "clean test images"),
+        ("ood_auroc", "known and foreign images, for each foreign set"),
         ("corrupted_accuracy", "images under each corruption and severity"),
         ("corrupted_ece", "images under each corruption and severity"),
-        ("fgsm_accuracy", "attacked by FGSM"), ("pgd_accuracy", "of these also by PGD-20"),
-        ("fidelity", "test images explained"), ("unique_detectors", "scenes dissected"),
+        ("fgsm_accuracy", "attacked by FGSM"),
+        ("pgd_accuracy", "of these also by PGD-20"),
+        ("fidelity", "test images explained"),
+        ("unique_detectors", "scenes dissected"),
         ("weight_hessian_trace", "training images, as they are, for the curvature in weights"),
-        ("input_hessian_trace", "for that in pixels"), ("pac_bayes_weight_sigma", "for noise"),
+        ("input_hessian_trace", "for that in pixels"),
+        ("pac_bayes_weight_sigma", "for noise"),
         ("loss_barrier", "along lines"),
-    )  # fmt: skip
+    )
     lines, widths = [], []
     for metric, what in cases:
         about_accuracy = metric.endswith(("accuracy", "corrupted_ece"))

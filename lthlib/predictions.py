@@ -22,15 +22,7 @@ from torch import nn
 
 from lthlib import compute, data
 from lthlib.code_version import code_version
-from lthlib.corruptions import (
-    CORRUPTIONS,
-    SEVERITIES,
-    common,
-    corrupt,
-    has_official,
-    load_official,
-    stream_official,
-)
+from lthlib.corruptions import CORRUPTIONS, SEVERITIES, common, corrupt, has_official, load_official, stream_official
 from lthlib.errors import UserError, choose
 from lthlib.inference import inference_copy
 from lthlib.masks import Masks
@@ -38,10 +30,7 @@ from lthlib.store import Store
 from lthlib.tickets import Ticket, Trained, new_model, obtain
 from lthlib.train import as_input
 
-BATCH = {
-    "cpu": 64,
-    "cuda": 500,
-}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache
+BATCH = {"cpu": 64, "cuda": 500}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache
 LANES = 8  # batches at a time at most on a CPU, whose activations are in memory together
 PIECE = 250  # corrupted images made at a time
 KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
@@ -398,9 +387,7 @@ def _corrupted_batches(
     folder = official_folder(like, name)
     if folder is not None:
         for severity in severities:
-            yield from (
-                (severity, part) for part in _official_batches(like, folder, name, severity, positions)
-            )
+            yield from ((severity, part) for part in _official_batches(like, folder, name, severity, positions))
         return
     start = 0
     for batch in like.test.subset(torch.from_numpy(positions)).pixels.split(PIECE):
@@ -415,9 +402,7 @@ def _official_batches(
     """Pick the positions out of the published files, and see that these belong to the data set."""
     expected = like.test.labels.numpy()
     if (folder / f"{name}.npy").is_file():
-        pixels, labels = load_official(
-            folder, name, severity, rows=5 * len(expected), num_classes=len(like.classes)
-        )
+        pixels, labels = load_official(folder, name, severity, rows=5 * len(expected), num_classes=len(like.classes))
         batches = iter([(pixels[positions], labels)])
     else:
         expected = expected[positions]

@@ -117,9 +117,7 @@ def job_of(grid: Grid, job: Job, store: Store) -> str:
     """
     mine = tickets_of(grid, job)
     first = Subject(mine[0], store, grid.precision)
-    measured = [
-        measuring(first, name, DIMENSIONS[name].parameters(given)) for name, given in grid.dimensions.items()
-    ]
+    measured = [measuring(first, name, DIMENSIONS[name].parameters(given)) for name, given in grid.dimensions.items()]
     networks = [f"{ticket.id} {version_of(ticket, first.data)}" for ticket in mine]
     return generated.fingerprint((), job_settings(grid, job), *networks, *measured)
 
@@ -281,9 +279,7 @@ def page_version(page: PagePlan) -> str:
 
 def page_of(grid: Grid, page: PagePlan) -> str:
     """Return a fingerprint of what a page is made from: results, template, parameters, code, words."""
-    return generated.page_of(
-        page.template, page.parameters, page.title, page_version(page), results_of(grid, page)
-    )
+    return generated.page_of(page.template, page.parameters, page.title, page_version(page), results_of(grid, page))
 
 
 @functools.cache
@@ -327,9 +323,7 @@ def _with_methods(study: Study, known: Collection[str]) -> Study:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def table(
-    grid: Grid, store: Store, *, from_record: bool = False, without: Iterable[Job] = ()
-) -> pd.DataFrame:
+def table(grid: Grid, store: Store, *, from_record: bool = False, without: Iterable[Job] = ()) -> pd.DataFrame:
     """Return every number of a grid as one tidy table, with ``round`` beside `lthlib.evaluate.COLUMNS`.
 
     Args:
@@ -365,9 +359,7 @@ def evaluations(
 
 def tables_of(grid: Grid) -> str:
     """Return a fingerprint of what the tables of a grid are made from: the words of its jobs, and code."""
-    return generated.fingerprint(
-        [done_file(grid, job) for job in jobs(grid)], code_version(rows), vocabulary()
-    )
+    return generated.fingerprint([done_file(grid, job) for job in jobs(grid)], code_version(rows), vocabulary())
 
 
 def rows(grid: str, file: Path) -> None:
@@ -418,8 +410,7 @@ def record(grid: str) -> None:
         name = question(dimension, DIMENSIONS[dimension].parameters(parameters), plan.precision)
         every = [t for study in plan.studies for t in study.tickets()]
         found[dimension] = [
-            (name, evaluate(t, dimension, store, parameters, plan.precision))
-            for t in tqdm(every, desc=dimension)
+            (name, evaluate(t, dimension, store, parameters, plan.precision)) for t in tqdm(every, desc=dimension)
         ]
     folder = ROOT / RESULTS / plan.name
     shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
@@ -456,10 +447,13 @@ def front(grid: str, folder: Path, unfinished: bool = False) -> None:
         if page.missing:
             write_atomically(folder.parent / page.file, _stub(page, grid))
     files |= {
-        "answer.md": "\n\n".join(sections) + "\n", "status.md": _status(plans, folder), "methods.md": _methods(plans),
-        "cost.md": estimate.chapter_table(), **reproducibility.chapter_tables(),
+        "answer.md": "\n\n".join(sections) + "\n",
+        "status.md": _status(plans, folder),
+        "methods.md": _methods(plans),
+        "cost.md": estimate.chapter_table(),
+        **reproducibility.chapter_tables(),
         generated.UNFINISHED if unfinished else generated.CONTENTS: _contents(plans, ROOT / "book" / "contents.yml"),
-    }  # fmt: skip
+    }
     for name, content in files.items():
         generated.write(folder / name, content, of)
 
@@ -484,9 +478,7 @@ def front_files(grid: Grid) -> list[str]:
 def _why_missing(grid: Grid, page: PagePlan, undone: Iterable[Job], folder: Path) -> str:
     """Return why a page is missing, in the words of the log of what failed; empty where it is there."""
     behind = [
-        job
-        for job in undone
-        if page.grid == grid.name and (job.study, job.method in page.shown) == (page.study, True)
+        job for job in undone if page.grid == grid.name and (job.study, job.method in page.shown) == (page.study, True)
     ]
     if behind:
         logs = [done_file(grid, job).with_suffix(".log") for job in behind]
@@ -609,12 +601,19 @@ def _dimension_table(reached: pd.DataFrame, passes: pd.DataFrame) -> str:
 def _status(plans: list[PagePlan], folder: Path) -> str:
     here = compute.provenance("auto")
     lines = [
-        "(status)=", "# Status", "",
-        "This build:", "", *[f"- {name}: {value}" for name, value in here.items()], "",
+        "(status)=",
+        "# Status",
+        "",
+        "This build:",
+        "",
+        *[f"- {name}: {value}" for name, value in here.items()],
+        "",
         "What it took to make each page, its results being there; the commit and machine behind its numbers are named "
-        "on the page itself.", "",
-        "| page | seconds | made at (UTC) |", "|---|---|---|",
-    ]  # fmt: skip
+        "on the page itself.",
+        "",
+        "| page | seconds | made at (UTC) |",
+        "|---|---|---|",
+    ]
     for plan in plans:
         path = folder / f"{plan.path}.ipynb"
         if plan.missing:
@@ -634,8 +633,7 @@ def _methods(plans: list[PagePlan]) -> str:
             continue
         mine = [plan for plan in plans if plan.topic == ON_METHODS and plan.method == name]
         links = [
-            f"- [{plan.label}](/{plan.file}), beside [all methods](/{_comparison(plans, plan).file})"
-            for plan in mine
+            f"- [{plan.label}](/{plan.file}), beside [all methods](/{_comparison(plans, plan).file})" for plan in mine
         ]
         none = f"{method.title} was not measured for this build: name `{name}` among the `methods` of a grid."
         found = f"{method.title} (`{name}`):\n\n" + "\n".join(links) if mine else none

@@ -19,9 +19,7 @@ GIVEN = "measuring only"  # ends the name of a way that is given the reference's
 
 def chapter_tables() -> dict[str, str]:
     """Return the tables that the chapter includes, by file name, from what is recorded."""
-    return dict(
-        zip(TABLES, (_recorded(RERUNS, reruns_table), _recorded(AGREEMENT, agreement_tables)), strict=True)
-    )
+    return dict(zip(TABLES, (_recorded(RERUNS, reruns_table), _recorded(AGREEMENT, agreement_tables)), strict=True))
 
 
 def _recorded(path, table) -> str:
@@ -71,7 +69,7 @@ def _tolerances(found: Mapping) -> str:
     lines = [
         [dimension.title, *(f"{column[name]['largest']:.1g} ({column[name]['median']:.1g})" for column in columns)]
         for name, dimension in DIMENSIONS.items()
-    ]  # fmt: skip
+    ]
     return _markdown(head, lines)
 
 
@@ -82,9 +80,7 @@ def _of(pair: Sequence[int]) -> str:
 
 def _masks(counts: Sequence[int]) -> str:
     same, every, differ, kept = counts
-    return _of((same, every)) + (
-        f"; {100 * differ / kept:.2g} % of the weights kept are others" if differ else ""
-    )
+    return _of((same, every)) + (f"; {100 * differ / kept:.2g} % of the weights kept are others" if differ else "")
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

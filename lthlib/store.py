@@ -146,9 +146,7 @@ class Store:
     def path(self, key: str) -> Path:
         """Return the folder of a key, which may not exist; a key that could leave the store is refused."""
         if not _KEY.fullmatch(key):
-            raise UserError(
-                f"{key!r} cannot name a folder of the store: use letters, digits and . _ + - / only."
-            )
+            raise UserError(f"{key!r} cannot name a folder of the store: use letters, digits and . _ + - / only.")
         return self.root / key
 
     def has(self, key: str, version: str) -> bool:
@@ -190,9 +188,7 @@ class Store:
             parts = Path(folder).relative_to(self.root).parts
             if not parts:
                 below[:] = sorted(set(below) - {"tmp", "damaged", "locks"})
-            elif MANIFEST in files or (
-                len(parts) > 1 and files and not any(Path(folder).rglob(f"*/{MANIFEST}"))
-            ):
+            elif MANIFEST in files or (len(parts) > 1 and files and not any(Path(folder).rglob(f"*/{MANIFEST}"))):
                 below.clear()
                 yield "/".join(parts)
 

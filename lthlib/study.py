@@ -45,15 +45,20 @@ class Study:
     def tickets(self) -> list[Ticket]:
         """Return the dense tickets, then those of each method by seed and round."""
         dense = [self._ticket("dense", 0, seed) for seed in self.seeds]
-        return dense + [
-            self._ticket(*which) for which in itertools.product(self.methods, self.rounds, self.seeds)
-        ]
+        return dense + [self._ticket(*which) for which in itertools.product(self.methods, self.rounds, self.seeds)]
 
     def _ticket(self, method: str, round: int, seed: int) -> Ticket:
         return Ticket(
-            self.data, self.arch, method, round, seed, self.recipe, self.rewind_epoch, self.train_size,
+            self.data,
+            self.arch,
+            method,
+            round,
+            seed,
+            self.recipe,
+            self.rewind_epoch,
+            self.train_size,
             tuple(self.options.get(method, {}).items()),
-        )  # fmt: skip
+        )
 
 
 def study_from(settings: Mapping[str, object]) -> Study:
@@ -81,11 +86,7 @@ def study_from(settings: Mapping[str, object]) -> Study:
             raise UserError(
                 f"sparsities is {shown(values)}; it must be a list of fractions from 0.2 on, ascending, none twice."
             )
-    study = {
-        **given,
-        "methods": _methods(methods),
-        "recipe": recipe_from(given.get("recipe") or {}),
-    }
+    study = {**given, "methods": _methods(methods), "recipe": recipe_from(given.get("recipe") or {})}
     for key, low, high in (("rounds", 1, LAST_ROUND), ("seeds", 0, 2**31 - 1)):
         if key in study:
             what = f"whole numbers from {low} on, at most {high}, ascending, none twice"

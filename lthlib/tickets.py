@@ -102,19 +102,11 @@ class Ticket:
             options = {**method.options, **dict(self.options)}
             settings = {name: options[name] for name in method.source_recipe}
             return replace(self.dense, recipe=replace(self.recipe, **settings))
-        return (
-            self._relative(self.method, self.round - 1)
-            if kind == "previous"
-            else self._relative(kind, self.round)
-        )
+        return self._relative(self.method, self.round - 1) if kind == "previous" else self._relative(kind, self.round)
 
     def _relative(self, method: str, round: int) -> Ticket:
         options = self.options if method == self.method else ()
-        rest = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("method", "round", "options")
-        }
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "round", "options")}
         return Ticket(method=method, round=round, options=options, **rest)
 
     def describe(self) -> dict[str, object]:
@@ -183,10 +175,7 @@ def facts(ticket: Ticket, store: Store) -> Mapping:
 
 
 def _folder(
-    ticket: Ticket,
-    images: data.DataSet,
-    store: Store,
-    progress: Callable[[Ticket, int], None] | None,
+    ticket: Ticket, images: data.DataSet, store: Store, progress: Callable[[Ticket, int], None] | None
 ) -> tuple[Path, str]:
     """Return a ticket's folder, whole and verified, and its version."""
     version = version_of(ticket, images)
@@ -200,27 +189,33 @@ def version_of(ticket: Ticket, images: data.DataSet) -> str:
     parts = [
         images.digest,
         code_version(
-            _make, new_model, train, models.ARCHITECTURES[ticket.arch].build, method.find,
+            _make,
+            new_model,
+            train,
+            models.ARCHITECTURES[ticket.arch].build,
+            method.find,
             *([method.during] if method.during else []),
         ),
-    ]  # fmt: skip
+    ]
     if ticket.source is not None:
         parts.append(version_of(ticket.source, images))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
 def new_model(
-    ticket: Ticket,
-    images: data.DataSet,
-    *,
-    seed: int | None = None,
-    channels: Mapping[str, int] | None = None,
+    ticket: Ticket, images: data.DataSet, *, seed: int | None = None, channels: Mapping[str, int] | None = None
 ) -> nn.Module:
     """Build the ticket's network with the initial weights of its seed (or of another)."""
     return models.build(
-        ticket.arch, in_channels=images.channels, num_classes=len(images.classes), image_size=images.size,
-        mean=images.mean, std=images.std, channels=channels, seed=ticket.seed if seed is None else seed,
-    )  # fmt: skip
+        ticket.arch,
+        in_channels=images.channels,
+        num_classes=len(images.classes),
+        image_size=images.size,
+        mean=images.mean,
+        std=images.std,
+        channels=channels,
+        seed=ticket.seed if seed is None else seed,
+    )
 
 
 def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -247,11 +242,7 @@ def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.
 
 
 def _make(
-    ticket: Ticket,
-    images: data.DataSet,
-    store: Store,
-    folder: Path,
-    progress: Callable[[Ticket, int], None] | None,
+    ticket: Ticket, images: data.DataSet, store: Store, folder: Path, progress: Callable[[Ticket, int], None] | None
 ) -> None:
     method = METHODS[ticket.method]
     source = obtain(ticket.source, store, progress) if ticket.source is not None else None
@@ -267,9 +258,15 @@ def _make(
         dynamics = method.during(options, steps, n_keep, ticket.seed)
     began = time.perf_counter()
     end, history = train(
-        model, images.train, ticket.recipe, seed=ticket.seed, state=state, masks=found.masks, dynamics=dynamics,
+        model,
+        images.train,
+        ticket.recipe,
+        seed=ticket.seed,
+        state=state,
+        masks=found.masks,
+        dynamics=dynamics,
         progress=None if progress is None else lambda epoch: progress(ticket, epoch),
-    )  # fmt: skip
+    )
     train_seconds = time.perf_counter() - began
     if n_keep is not None and masks.n_kept(found.masks) != n_keep:
         raise ValueError(f"{method.name} ended with {masks.n_kept(found.masks)} weights, not {n_keep}")
@@ -308,9 +305,14 @@ def _find(ticket: Ticket, method: Method, source: Trained | None, images: data.D
     n_weights = sum(weight.numel() for weight in reference.values())
     seen = source.masks if source is not None and source.masks is not None else masks.dense(model)
     moment = Moment(
-        model=model, masks=seen, n_keep=masks.kept(n_weights, ticket.round), round=ticket.round, seed=ticket.seed,
-        batch=training_batch(images.train, ticket.seed), options={**method.options, **dict(ticket.options)},
-    )  # fmt: skip
+        model=model,
+        masks=seen,
+        n_keep=masks.kept(n_weights, ticket.round),
+        round=ticket.round,
+        seed=ticket.seed,
+        batch=training_batch(images.train, ticket.seed),
+        options={**method.options, **dict(ticket.options)},
+    )
     with compute.one_thread():  # sums in parts would make the mask depend on how many threads there are
         found = find(method.name, moment)
     if found.masks is not None:
@@ -323,9 +325,7 @@ def _find(ticket: Ticket, method: Method, source: Trained | None, images: data.D
     return found
 
 
-def _start(
-    ticket: Ticket, method: Method, found: Found, images: data.DataSet, store: Store
-) -> tuple[nn.Module, State]:
+def _start(ticket: Ticket, method: Method, found: Found, images: data.DataSet, store: Store) -> tuple[nn.Module, State]:
     """Return the network and the state from which its training sets out: initial, re-drawn or rewound."""
     seed = mix(ticket.seed, 1) % 2**31 if method.start == "reinit" else ticket.seed
     model = new_model(ticket, images, seed=seed, channels=found.channels)
@@ -361,9 +361,7 @@ def _rewind_point(ticket: Ticket, images: data.DataSet, store: Store) -> State:
         model = new_model(dense, images)
         state, _ = train(model, images.train, dense.recipe, seed=dense.seed, until=epoch)
         parts = {"model": state.model, "momentum": state.momentum}
-        tensors = {
-            f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()
-        }
+        tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
         (folder / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
 
     folder = store.get(f"rewind-points/{dense.id}-e{epoch}", version_of(dense, images), make)

@@ -81,9 +81,7 @@ class Recipe:
     def steps_per_epoch(self, n_images: int) -> int:
         """Return the number of full batches in n images."""
         if n_images < self.batch_size:
-            raise UserError(
-                f"batch_size {self.batch_size} exceeds the {n_images} training images: make it smaller."
-            )
+            raise UserError(f"batch_size {self.batch_size} exceeds the {n_images} training images: make it smaller.")
         return n_images // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
@@ -215,9 +213,7 @@ def train(
                 f"warmup ({recipe.warmup})."
             )
         n = stream.steps
-        history.append(
-            {"epoch": epoch, "loss": total.item() / n, "accuracy": correct.item() / (n * recipe.batch_size)}
-        )
+        history.append({"epoch": epoch, "loss": total.item() / n, "accuracy": correct.item() / (n * recipe.batch_size)})
         if progress is not None:
             progress(epoch + 1)
     return State.of(model, optimizer, recipe.epochs if until is None else until), history
@@ -317,9 +313,7 @@ def mix(*numbers: int) -> int:
 def recipe_from(settings: dict[str, Any]) -> Recipe:
     """Build a recipe from a mapping; an unknown key raises `UserError` with a suggestion."""
     if not isinstance(settings, dict):
-        raise UserError(
-            f"A recipe is a mapping of {', '.join(f.name for f in fields(Recipe))}; not {settings!r}."
-        )
+        raise UserError(f"A recipe is a mapping of {', '.join(f.name for f in fields(Recipe))}; not {settings!r}.")
     for name in settings:
         choose(name, [field.name for field in fields(Recipe)], "recipe key")
     return Recipe(**settings)

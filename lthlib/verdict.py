@@ -70,14 +70,14 @@ def regions(rows: pd.DataFrame, n_classes: int, thresholds: Thresholds | None = 
     if dense.empty:
         raise UserError("There is no dense run among the rows; regions compare with it.")
     sparse = summary[summary["method"] != "dense"].reset_index(drop=True)
-    parent = (
-        dense.loc[list(map(tuple, sparse[dense.index.names].to_numpy(dtype=object)))]
+    parent = dense.loc[list(map(tuple, sparse[dense.index.names].to_numpy(dtype=object)))] if len(sparse) else dense
+    lines = (
+        sparse.assign(
+            dense=parent["mean"].to_numpy(), dense_low=parent["low"].to_numpy(), dense_high=parent["high"].to_numpy()
+        )
         if len(sparse)
-        else dense
+        else sparse.assign(dense=[], dense_low=[], dense_high=[])
     )
-    lines = sparse.assign(
-        dense=parent["mean"].to_numpy(), dense_low=parent["low"].to_numpy(), dense_high=parent["high"].to_numpy()
-    ) if len(sparse) else sparse.assign(dense=[], dense_low=[], dense_high=[])  # fmt: skip
     better = lines["metric"].map(lambda name: METRICS[name].higher_is_better)
     sign = better.map({True: 1.0, False: -1.0, None: np.nan}).astype(float)
     lines["shortfall"] = sign * (lines["dense"] - lines["mean"])
@@ -100,18 +100,24 @@ def _collapsed(summary: pd.DataFrame, n_classes: int, share: float) -> list[tupl
     accuracy = accuracy.groupby(["dataset", "arch", "method", "round"])["mean"].first()
     dense = accuracy.xs("dense", level="method").droplevel("round")
     return [
-        key for key, value in accuracy.items()
+        key
+        for key, value in accuracy.items()
         if key[2] != "dense" and dense[key[:2]] - value > share * (dense[key[:2]] - 1 / n_classes)
-    ]  # fmt: skip
+    ]
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Reduce rows over seeds to ``mean``, ``low``, ``high``, ``error`` (standard error; 0 for one seed), ``seeds``."""
     grouped = rows.groupby(KEYS, sort=False)
     summary = grouped.agg(
-        mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "size"), least=("value", "min"),
-        most=("value", "max"), sparsity=("sparsity", "mean"), n=("n", "first"),
-    ).reset_index()  # fmt: skip
+        mean=("value", "mean"),
+        deviation=("value", "std"),
+        seeds=("value", "size"),
+        least=("value", "min"),
+        most=("value", "max"),
+        sparsity=("sparsity", "mean"),
+        n=("n", "first"),
+    ).reset_index()
     summary["error"] = (summary.pop("deviation") / np.sqrt(summary["seeds"])).fillna(0.0)
     low, high = spread(summary)
     return summary.drop(columns=["least", "most"]).assign(low=low, high=high)
@@ -149,14 +155,7 @@ def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.D
     for key, group in counted.groupby(["dataset", "arch", "method", "round"], sort=False):
         lost = list(dict.fromkeys(group.loc[~group["win"], "metric"]))
         lines.append(
-            (
-                *key,
-                group["sparsity"].iloc[0],
-                bool(group["win"].all()),
-                int(group["win"].sum()),
-                len(group),
-                lost,
-            )
+            (*key, group["sparsity"].iloc[0], bool(group["win"].all()), int(group["win"].sum()), len(group), lost)
         )
     return pd.DataFrame(
         lines, columns=["dataset", "arch", "method", "round", "sparsity", "passed", "won", "of", "lost"]

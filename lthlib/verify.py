@@ -62,9 +62,7 @@ def _undone(grid: Grid, store: Store, look: bool) -> list[report.Job]:
     return [
         job
         for job, keys in needed.items()
-        if job not in said
-        or not lost.isdisjoint(keys)
-        or _word(grid, job).get("of") != report.job_of(grid, job, store)
+        if job not in said or not lost.isdisjoint(keys) or _word(grid, job).get("of") != report.job_of(grid, job, store)
     ]
 
 

@@ -50,8 +50,15 @@ VARIABLE = "LTHLIB_ZYGOTE"
 """The environment variable that names the socket of a running zygote."""
 
 PRELOAD = (
-    "numpy", "pandas", "matplotlib.pyplot", "seaborn", "torch", "torchvision", "safetensors.torch", "papermill.execute",
-)  # fmt: skip
+    "numpy",
+    "pandas",
+    "matplotlib.pyplot",
+    "seaborn",
+    "torch",
+    "torchvision",
+    "safetensors.torch",
+    "papermill.execute",
+)
 """What workers and pages import from other projects. Nothing of `lthlib`: an edited file must reach the next page."""
 
 KERNEL = "ipykernel_launcher"
@@ -369,9 +376,7 @@ def _become(request: dict, zygote_pid: int, path: list[str]) -> int:
     for signum in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream, target in zip(
-        [os.open(os.devnull, os.O_RDONLY), *request["streams"]], (0, 1, 2), strict=True
-    ):
+    for stream, target in zip([os.open(os.devnull, os.O_RDONLY), *request["streams"]], (0, 1, 2), strict=True):
         os.dup2(stream, target)
         os.close(stream)
     os.environ.clear()

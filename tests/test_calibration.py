@@ -487,13 +487,7 @@ def test_rows_are_the_pure_functions_on_the_same_weights(subject, measured):
     value, test = table(measured[0]), subject.data.test
     which = positions(test.labels, 80)
     logits, labels = forward(subject, test.pixels[which]), test.labels[which].numpy()
-    for name, metric in (
-        ("ece", ece),
-        ("sce", sce),
-        ("brier", brier),
-        ("adaptive_ece", adaptive_ece),
-        ("ace", ace),
-    ):
+    for name, metric in (("ece", ece), ("sce", sce), ("brier", brier), ("adaptive_ece", adaptive_ece), ("ace", ace)):
         assert value[name, "none", 0] == pytest.approx(metric(softmax(logits), labels), abs=1e-4)
     assert value["nll", "none", 0] == pytest.approx(nll(logits, labels), abs=1e-4)
 
@@ -541,6 +535,4 @@ def test_measuring_again_gives_the_same_and_needs_no_network(subject, measured, 
 
 def test_both_dimensions_share_the_corrupted_logits(subject, measured, monkeypatch):
     monkeypatch.setattr(Subject, "_predict_corrupted", lambda *a: pytest.fail("a second forward pass"))
-    generalization.measure(
-        subject, ood=("photos",), n_ood=10, n_test=80, n_corrupted=25, n_attack=10, n_pgd=10
-    )
+    generalization.measure(subject, ood=("photos",), n_ood=10, n_test=80, n_corrupted=25, n_attack=10, n_pgd=10)

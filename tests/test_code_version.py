@@ -132,9 +132,7 @@ print(code_version.code_version(function))
 code_version._TEXTS.clear(); code_version._module.cache_clear(); code_version._hash.cache_clear()
 print(code_version.code_version(function))
 """
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     before, after = said.stdout.split()
     assert before != after
 

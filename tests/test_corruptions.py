@@ -245,9 +245,7 @@ def moments(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def test_gaussian_channel_has_the_published_deviation():
     mean, variance = moments(gaussian_channel(0.08))
-    np.testing.assert_allclose(
-        mean[100:156], np.arange(100, 156) - 0.5, atol=1e-3
-    )  # cut to bytes, not rounded
+    np.testing.assert_allclose(mean[100:156], np.arange(100, 156) - 0.5, atol=1e-3)  # cut to bytes, not rounded
     np.testing.assert_allclose(variance[100:156], (0.08 * 255) ** 2 + 1 / 12, rtol=1e-4)
 
 
@@ -349,9 +347,7 @@ def plain(name: str, image: np.ndarray, c) -> np.ndarray:
     ],
 )
 def test_deterministic_ones_match_plain_code(name, severity, table, photos):
-    images = np.concatenate(
-        [photos[:6], np.full((1, 32, 32, 3), 201, np.uint8), np.zeros((1, 32, 32, 3), np.uint8)]
-    )
+    images = np.concatenate([photos[:6], np.full((1, 32, 32, 3), 201, np.uint8), np.zeros((1, 32, 32, 3), np.uint8)])
     c = CORRUPTIONS[name].constant(severity, table)
     ours = corrupt(images, name, severity, constants=table)
     published = np.stack([plain(name, image, c) for image in images])
@@ -362,9 +358,7 @@ def test_deterministic_ones_match_plain_code(name, severity, table, photos):
         assert (np.abs(np.clip(published, 0, 255) + SLACK - 0.5 - ours) <= 0.5 + 2 * SLACK).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["pixelate", "jpeg_compression", "defocus_blur", "zoom_blur", "gaussian_blur"]
-)
+@pytest.mark.parametrize("name", ["pixelate", "jpeg_compression", "defocus_blur", "zoom_blur", "gaussian_blur"])
 def test_deterministic_ones_match_plain_code_at_224(name):
     image = photographs(2, 224, 224)
     ours = corrupt(image, name, 4)
@@ -483,9 +477,7 @@ def test_snow_matches_plain_code(severity, table, photos):
 
 @pytest.mark.parametrize(("severity", "table"), EVERY)
 def test_elastic_matches_plain_code(severity, table, photos):
-    ours, (alpha, std, jitter, reference), draws = same_draws(
-        "elastic_transform", photos[:6], severity, table
-    )
+    ours, (alpha, std, jitter, reference), draws = same_draws("elastic_transform", photos[:6], severity, table)
     scale = 32 / reference
     moves = draws.uniform(-jitter * scale, jitter * scale, (3, 2))
     fields = draws.uniform(-1, 1, (2, 32, 32)) if alpha else np.zeros((6, 2, 32, 32))
@@ -496,11 +488,7 @@ def test_elastic_matches_plain_code(severity, table, photos):
         x = matrix[0, 0] * columns + matrix[0, 1] * rows + matrix[0, 2]
         y = matrix[1, 0] * columns + matrix[1, 1] * rows + matrix[1, 2]
         image = np.stack(
-            [
-                ndimage.map_coordinates(image[..., k] / 255.0, (y, x), order=1, mode="mirror")
-                for k in range(3)
-            ],
-            -1,
+            [ndimage.map_coordinates(image[..., k] / 255.0, (y, x), order=1, mode="mirror") for k in range(3)], -1
         )
         dx, dy = (gaussian(f, std * scale, mode="reflect", truncate=3) * alpha * scale for f in field)
         at = (rows + dy, columns + dx)
@@ -534,9 +522,7 @@ def test_spatter_matches_plain_code(severity, table, photos):
             liquid[liquid < c[3]] = 0
             liquid = (liquid * 255).astype(np.uint8)
             dist = cv2.distanceTransform(255 - cv2.Canny(liquid, 50, 150), cv2.DIST_L2, 5)
-            dist = cv2.equalizeHist(
-                cv2.blur(cv2.threshold(dist, 20, 20, cv2.THRESH_TRUNC)[1], (3, 3)).astype(np.uint8)
-            )
+            dist = cv2.equalizeHist(cv2.blur(cv2.threshold(dist, 20, 20, cv2.THRESH_TRUNC)[1], (3, 3)).astype(np.uint8))
             dist = cv2.filter2D(dist, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]))
             wet = liquid * cv2.blur(dist, (3, 3)).astype(np.float32)
             published = x + np.array([175, 238, 238]) / 255 * (wet / wet.max() * c[4])[..., None]
@@ -555,9 +541,7 @@ def test_frost_mixes_the_stated_shares():
         black, gray = (corrupt(np.full((30, 32, 32, 3), v, np.uint8), "frost", severity) for v in (0, 100))
         free = (gray < 255) & (black < 255)
         assert np.abs(gray.astype(float) - black - 100 * share)[free].max() <= 1
-        assert black.mean() == pytest.approx(
-            frost_share * np.mean([c for c, _ in corruptions.FROST_LOOKS]), rel=0.1
-        )
+        assert black.mean() == pytest.approx(frost_share * np.mean([c for c, _ in corruptions.FROST_LOOKS]), rel=0.1)
 
 
 def test_frost_textures_look_as_stated():
@@ -633,11 +617,7 @@ def test_cifar_c_blocks(cifar_c):
         (lambda f: (f / "labels.npy").unlink(), {}, "labels.npy is missing"),
         (lambda f: (f / "fog.npy").write_bytes(b"\x93NUMPY"), {}, "not a readable .npy"),
         (lambda f: (f / "fog.npy").write_bytes(b""), {}, "not a readable .npy"),
-        (
-            lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:5000]),
-            {},
-            "not a readable .npy",
-        ),
+        (lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:5000]), {}, "not a readable .npy"),
         (
             lambda f: (np.savez(f / "fog.npz", np.zeros(20)), (f / "fog.npz").replace(f / "fog.npy")),
             {},

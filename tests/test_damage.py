@@ -16,10 +16,15 @@ from lthlib.grid import read_grid
 from lthlib.store import MANIFEST, ROOT, Store, seal
 
 GRID = {
-    "data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1], "seeds": [0], "train_size": 200,
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth"],
+    "rounds": [1],
+    "seeds": [0],
+    "train_size": 200,
     "recipe": {"epochs": 1, "batch_size": 50, "warmup": 0.0},
     "dimensions": {"generalization": {"n_test": 50, "n_ood": 20, "n_corrupted": 10, "n_attack": 10, "n_pgd": 2}},
-}  # fmt: skip
+}
 KINDS = ("corrupted", "data", "evaluations", "ood", "predictions", "rewind-points", "tickets")
 NEEDED = ("evaluations", "tickets", "predictions")  # what rows and pages are read from
 JOBS = ("dense-s0", "lth-s0")
@@ -52,9 +57,7 @@ def small(tmp_path_factory):
         patch.setenv("LTHLIB_STORE", str(root / "store"))
         grid = read_grid(root / "small.yml")
         for job in report.jobs(grid):
-            report.tickets(
-                str(root / "small.yml"), job.study, job.method, job.seed, report.done_file(grid, job)
-            )
+            report.tickets(str(root / "small.yml"), job.study, job.method, job.seed, report.done_file(grid, job))
         return root, report.table(grid, Store())
 
 
@@ -77,9 +80,7 @@ def artifact_of(store, kind):
 def again(grid, root):
     """The jobs that a run has to go through."""
     return sorted(
-        Path(name).stem
-        for name in verify.stale(grid, Store(root / "store"))
-        if name.startswith("_build/jobs/")
+        Path(name).stem for name in verify.stale(grid, Store(root / "store")) if name.startswith("_build/jobs/")
     )
 
 
@@ -89,13 +90,9 @@ def test_these_are_all_kinds_of_artifacts(small):
 
 def test_a_whole_store_is_left_alone(copy):
     root, grid, _ = copy
-    before = {
-        path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"
-    }
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert again(grid, root) == []
-    after = {
-        path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"
-    }
+    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert before == after
 
 

@@ -236,9 +236,7 @@ def test_cifar10_in_its_published_format_has_the_papers_split(folder, empty_stor
         ("svhn", "SVHN", "test_32x32.mat"),
     ],
 )
-def test_published_files_that_are_damaged_are_never_unpickled(
-    folder, empty_store, monkeypatch, name, kind, file
-):
+def test_published_files_that_are_damaged_are_never_unpickled(folder, empty_store, monkeypatch, name, kind, file):
     from torchvision import datasets
 
     def offline(self):

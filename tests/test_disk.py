@@ -14,13 +14,18 @@ from test_report import copy_of_the_checkout
 from lthlib.store import Store
 
 GRID = {
-    "title": "A tiny grid", "data": "mnist5k", "arch": "resnet8", "methods": ["rp", "snip"], "rounds": [1], "seeds": [0],
-    "train_size": 200, "recipe": {"epochs": 1, "batch_size": 50, "warmup": 0.0}, "method_pages": [],
+    "title": "A tiny grid",
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["rp", "snip"],
+    "rounds": [1],
+    "seeds": [0],
+    "train_size": 200,
+    "recipe": {"epochs": 1, "batch_size": 50, "warmup": 0.0},
+    "method_pages": [],
     "dimensions": {"calibration": {"n_test": 50, "n_corrupted": 5, "n_bootstrap": 5}},
-}  # fmt: skip
-COMMAND = [
-    sys.executable, "workflow/report.py", "workflow/grids/disk.yml", "--cores", "1", "--", "--until", "rows"
-]  # fmt: skip
+}
+COMMAND = [sys.executable, "workflow/report.py", "workflow/grids/disk.yml", "--cores", "1", "--", "--until", "rows"]
 ROWS = "book/_generated/disk/rows.csv"
 
 
@@ -46,12 +51,7 @@ def store(checkout, tmp_path):
 
 
 def report(checkout, store, *before):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(checkout),
-        "OMP_NUM_THREADS": "1",
-        "LTHLIB_STORE": str(store),
-    }
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "LTHLIB_STORE": str(store)}
     for name in ("LTHLIB_ZYGOTE", "LTHLIB_RUN"):
         environment.pop(name, None)
     return subprocess.run(
@@ -65,9 +65,17 @@ def mounts(tmp_path):
     if not (shutil.which("unshare") and shutil.which("nsenter")):
         pytest.skip("no `unshare` and `nsenter` to mount a small disk of the test's own")
     holder = subprocess.Popen(
-        ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none {tmp_path} && umount {tmp_path} && echo ready && exec sleep 1000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            f"mount -t tmpfs none {tmp_path} && umount {tmp_path} && echo ready && exec sleep 1000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if holder.stdout.readline() != "ready\n":
         pytest.skip(f"a small disk cannot be mounted here: {holder.communicate()[1].strip()}")
     yield Mounts(holder.pid)

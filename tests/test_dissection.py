@@ -24,9 +24,7 @@ def concept_set(planes, category_of=None):
     category_of = np.zeros(count, int) if category_of is None else np.asarray(category_of)
     names = tuple(f"label{i}" for i in range(count))
     categories = tuple(f"category{i}" for i in range(int(category_of.max(initial=0)) + 1))
-    return ConceptSet(
-        "test", np.zeros((len(planes), 2, 2, 3), np.uint8), planes, names, categories, category_of
-    )
+    return ConceptSet("test", np.zeros((len(planes), 2, 2, 3), np.uint8), planes, names, categories, category_of)
 
 
 def random_case(seed, n=5, units=4, low=(3, 4), high=(13, 16), labels=6, categories=3, depth=2, rate=0.2):
@@ -34,10 +32,7 @@ def random_case(seed, n=5, units=4, low=(3, 4), high=(13, 16), labels=6, categor
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, labels + 1, (n, depth, 4, 4)) * (rng.random((n, depth, 1, 1)) < 0.8)
     planes = np.stack(
-        [
-            np.asarray(Image.fromarray(p.astype(np.uint8)).resize(high[::-1], 0))
-            for p in coarse.reshape(-1, 4, 4)
-        ]
+        [np.asarray(Image.fromarray(p.astype(np.uint8)).resize(high[::-1], 0)) for p in coarse.reshape(-1, 4, 4)]
     ).reshape(n, depth, *high)
     acts = rng.normal(size=(n, units, *low)).astype(np.float32)
     concepts = concept_set(planes, rng.permutation(np.arange(labels) % categories))
@@ -61,9 +56,7 @@ def loop_tally(acts, limits, concepts):
                 for k in range(categories):
                     own = concepts.category_of == k
                     touching[u, k] += region.sum() * bool(hits[own].any())
-                    labelled[u, k] += region.sum() * any(
-                        m.any() for m, o in zip(masks, own, strict=True) if o
-                    )
+                    labelled[u, k] += region.sum() * any(m.any() for m, o in zip(masks, own, strict=True) if o)
     return both, unit, touching, labelled
 
 
@@ -130,9 +123,7 @@ class _Blocks:
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 10**6),
-    st.sampled_from(
-        [((3, 4), (13, 16)), ((2, 2), (16, 16)), ((8, 8), (8, 8)), ((1, 1), (5, 6)), ((9, 3), (4, 12))]
-    ),
+    st.sampled_from([((3, 4), (13, 16)), ((2, 2), (16, 16)), ((8, 8), (8, 8)), ((1, 1), (5, 6)), ((9, 3), (4, 12))]),
     st.sampled_from([0.01, 0.2, 0.9]),
 )
 def test_counts_equal_a_loop_over_units_and_images(seed, shapes, rate):
@@ -226,8 +217,9 @@ def test_concept_that_never_occurs_and_silent_unit_have_iou_zero():
 
 
 def test_images_without_any_label_count_for_the_unit_only():
-    counts = dissection.tally(np.ones((2, 1, 2, 2), np.float32), np.zeros(1, np.float32),
-                              concept_set(np.zeros((2, 1, 4, 4)), category_of=[0]))  # fmt: skip
+    counts = dissection.tally(
+        np.ones((2, 1, 2, 2), np.float32), np.zeros(1, np.float32), concept_set(np.zeros((2, 1, 4, 4)), category_of=[0])
+    )
     assert counts.unit.tolist() == [32]
     assert counts.both.sum() == counts.touching.sum() == counts.labelled.sum() == 0
 
@@ -270,9 +262,15 @@ def test_summary_counts_distinct_best_labels_above_the_limit():
 def small_network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Dropout(0.5),
-        nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
-    )  # fmt: skip
+        nn.Conv2d(3, 5, 3, stride=2, padding=1),
+        nn.BatchNorm2d(5),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def test_activations_are_the_layers_outputs_before_what_follows_changes_them():
@@ -467,9 +465,7 @@ def brute_force(region, masks, length):
     values = [m for m in masks if (m & region).any()]
     seen = list(values)
     for _ in range(length - 1):
-        values = [
-            v for f in values for m in masks for v in (f | m, f & m, f & ~m)
-        ]  # fmt: skip
+        values = [v for f in values for m in masks for v in (f | m, f & m, f & ~m)]
         values = list({v.tobytes(): v for v in values}.values())
         seen += values
     return max(((v & region).sum() / max((v | region).sum(), 1) for v in seen), default=0.0)
@@ -559,9 +555,7 @@ def test_copies_of_one_mask_do_not_fill_the_beam():
 
     They outrank the pairs (IoU 1/5) that lead to the triple: a beam of five copies ends at 1/2.
     """
-    unit, pq, pr, qr, *far = np.split(
-        np.eye(4 + 3 * 16 + 6 * 30, dtype=bool), [4, 20, 36, 52, *range(82, 232, 30)]
-    )
+    unit, pq, pr, qr, *far = np.split(np.eye(4 + 3 * 16 + 6 * 30, dtype=bool), [4, 20, 36, 52, *range(82, 232, 30)])
     unit, pq, pr, qr, *far = (part.any(0) for part in (unit, pq, pr, qr, *far))
     half = unit & (np.cumsum(unit) <= 2)
     labels = np.array([half, unit | pq | pr, unit | pq | qr, unit | pr | qr, *far])

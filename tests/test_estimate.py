@@ -16,9 +16,15 @@ from lthlib.store import ROOT, Store
 from lthlib.study import study_from
 
 STUDY = {
-    "data": "mnist5k", "arch": "resnet8", "methods": ["lth", "rp", "snip", "lth-reinit"], "rounds": [1, 3], "seeds": [0],
-    "recipe": {"epochs": 2, "batch_size": 48, "precision": "float32"}, "rewind_epoch": 1, "train_size": 200,
-}  # fmt: skip
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth", "rp", "snip", "lth-reinit"],
+    "rounds": [1, 3],
+    "seeds": [0],
+    "recipe": {"epochs": 2, "batch_size": 48, "precision": "float32"},
+    "rewind_epoch": 1,
+    "train_size": 200,
+}
 
 
 def test_every_training_is_counted_once_with_its_epochs_and_images(tmp_path, monkeypatch):
@@ -41,9 +47,7 @@ def test_every_training_is_counted_once_with_its_epochs_and_images(tmp_path, mon
     assert collections.Counter(epochs for _, epochs in estimate.trained(study)) == really
     lines = estimate.cost(grid_from("tiny", {**STUDY, "dimensions": ["calibration"]}))
     assert sum(line.images for line in lines) == seen["images"]
-    assert (
-        sum(line.networks for line in lines) == really.total() - 1
-    )  # a rewind point is no network of its own
+    assert sum(line.networks for line in lines) == really.total() - 1  # a rewind point is no network of its own
 
 
 def test_a_control_brings_the_tickets_it_stands_on_even_where_the_grid_does_not_name_them():

@@ -48,9 +48,7 @@ def template(tmp_path):
         cells = [cell if isinstance(cell, dict) else new_code_cell(cell) for cell in cells]
         head = new_code_cell(parameters, metadata={"tags": ["parameters"]})
         elsewhere = {"name": "elsewhere", "display_name": "Elsewhere", "language": "python"}
-        notebook = new_notebook(
-            cells=[new_markdown_cell("# Title"), head, *cells], metadata={"kernelspec": elsewhere}
-        )
+        notebook = new_notebook(cells=[new_markdown_cell("# Title"), head, *cells], metadata={"kernelspec": elsewhere})
         path = tmp_path / f"{name}.ipynb"
         nbformat.write(notebook, path)
         return path
@@ -140,26 +138,9 @@ KINDS = "b = True\ni = 3\nf = 0.1\nt = 'lth'\nl = [0, 1]\ne = []\nd = {'a': 1}\n
 ACCEPTED = [("b", False), ("i", -4), ("f", 2), ("t", "rp"), ("t", ["rp", "omp"]), ("t", [])]
 ACCEPTED += [("l", [5]), ("l", "all"), ("l", (1, 2)), ("e", ["x", 1]), ("d", {}), ("o", None), ("o", 1)]
 ACCEPTED += [("n", value) for value in (None, 1, 2.5, "x", [1, ["x"]], {"a": None})]
-REJECTED = [
-    ("b", 1),
-    ("b", "true"),
-    ("i", True),
-    ("i", 3.0),
-    ("i", "3"),
-    ("i", None),
-    ("f", "1e-3"),
-    ("f", False),
-]
+REJECTED = [("b", 1), ("b", "true"), ("i", True), ("i", 3.0), ("i", "3"), ("i", None), ("f", "1e-3"), ("f", False)]
 REJECTED += [("t", 18), ("t", [1]), ("t", None), ("l", [0, "1"]), ("l", [0.5]), ("l", [True]), ("l", 0)]
-REJECTED += [
-    ("l", {"a": 0}),
-    ("d", [1]),
-    ("d", "a"),
-    ("d", {1: 2}),
-    ("n", object()),
-    ("n", Path("x")),
-    ("o", "1"),
-]
+REJECTED += [("l", {"a": 0}), ("d", [1]), ("d", "a"), ("d", {1: 2}), ("n", object()), ("n", Path("x")), ("o", "1")]
 REJECTED += [("f", math.inf), ("f", math.nan), ("n", 10**30), ("n", [math.inf])]
 REJECTED += [("n", {"a": {1, 2}}), ("t", Path("x")), ("n", b"x")]
 
@@ -184,21 +165,11 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-odd_values = (
-    json_values
-    | st.binary()
-    | st.dates()
-    | st.sets(st.integers())
-    | st.dictionaries(st.integers(), st.none())
-)
+odd_values = json_values | st.binary() | st.dates() | st.sets(st.integers()) | st.dictionaries(st.integers(), st.none())
 
 
 @settings(max_examples=1000, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from("bifteldno") | st.text(max_size=4) | st.integers(), odd_values, max_size=2
-    )
-)
+@given(st.dictionaries(st.sampled_from("bifteldno") | st.text(max_size=4) | st.integers(), odd_values, max_size=2))
 def test_any_parameters_end_in_an_error_that_names_them_or_in_the_page(parameters):
     found = declared(KINDS)
     problem = complaint(parameters, found)
@@ -212,9 +183,10 @@ def test_any_parameters_end_in_an_error_that_names_them_or_in_the_page(parameter
 
 
 @pytest.mark.parametrize(
-    "value", [10**5000, "x" * 10_000, json.loads("[" * 500 + "]" * 500), [0] * 5000, {"a" * 1000: 1}],
+    "value",
+    [10**5000, "x" * 10_000, json.loads("[" * 500 + "]" * 500), [0] * 5000, {"a" * 1000: 1}],
     ids=["digits", "letters", "depth", "entries", "key"],
-)  # fmt: skip
+)
 def test_no_value_is_too_large_to_be_refused(value):
     problem = complaint({"n": value}, declared(KINDS))
     assert "'n'" in problem
@@ -241,9 +213,7 @@ def injected(parameters):
 
 
 def test_the_command_line_reads_json_yaml_files_and_text(tmp_path):
-    given_ = module._given(
-        '{"rate": 1e-3, "n": null}', [("seeds", "[0, 1]"), ("arch", "[a, b]"), ("method", "no")]
-    )
+    given_ = module._given('{"rate": 1e-3, "n": null}', [("seeds", "[0, 1]"), ("arch", "[a, b]"), ("method", "no")])
     assert given_ == {"rate": 0.001, "n": None, "seeds": [0, 1], "arch": ["a", "b"], "method": "no"}
     (tmp_path / "grid.yml").write_text("method: lth\nrate: 0.5\n")
     assert module._given(str(tmp_path / "grid.yml"), [("rate", "1")]) == {"method": "lth", "rate": 1}
@@ -263,14 +233,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(template, tmp_path, capsys
     (tmp_path / "list.ipynb").write_text("[]")
     before = sorted(tmp_path.iterdir())
     runs = [
-        (
-            [path, tmp_path / "page.ipynb", "-p", "metod", "rp"],
-            "'metod'. Did you mean 'method'? Allowed: method.",
-        ),
-        (
-            [path, tmp_path / "page.ipynb", "-p", "method", "3"],
-            "takes text or a list of texts (default 'lth'), not 3",
-        ),
+        ([path, tmp_path / "page.ipynb", "-p", "metod", "rp"], "'metod'. Did you mean 'method'? Allowed: method."),
+        ([path, tmp_path / "page.ipynb", "-p", "method", "3"], "takes text or a list of texts (default 'lth'), not 3"),
         ([path, path], "overwrite its template"),
         ([path, tmp_path / "page.html"], "must be named *.ipynb"),
         ([path, path / "below" / "page.ipynb"], "Cannot make the folder"),
@@ -293,8 +257,7 @@ def test_a_page_runs_on_this_interpreter_with_its_parameters_and_the_library(tem
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     path = template(
-        "import json, os, sys, lthlib\n"
-        "print(json.dumps([x, y, sys.executable, lthlib.__file__, os.getcwd()]))",
+        "import json, os, sys, lthlib\nprint(json.dumps([x, y, sys.executable, lthlib.__file__, os.getcwd()]))",
         parameters="x: int | None = None\ny = 'a'",
     )
     before = path.read_bytes()
@@ -383,9 +346,7 @@ def test_a_full_disk_is_said_and_the_older_page_stays(template, tmp_path, monkey
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_page_that_is_stopped_says_where_and_leaves_no_kernel(template, tmp_path, signum):
-    path = template(
-        "import os, time; open(name, 'w').write(str(os.getpid()))\ntime.sleep(60)", parameters="name = ''"
-    )
+    path = template("import os, time; open(name, 'w').write(str(os.getpid()))\ntime.sleep(60)", parameters="name = ''")
     command = [sys.executable, "-m", "lthlib.execute", str(path), str(tmp_path / "page.ipynb")]
     command += ["-p", "name", str(tmp_path / "pid")]
     # Tests that run in the background inherit that an interrupt is ignored.
@@ -469,7 +430,7 @@ def test_openmp_works_after_the_fork(forked, template):
         "with torch.autocast('cpu', torch.bfloat16):\n"
         "    rough = torch.nn.functional.conv2d(x, w)\n"
         "relative = ((rough.float() - exact).norm() / exact.norm()).item()\n"
-        "print(json.dumps([float(matmul), relative, str(rough.dtype), len(os.listdir('/proc/self/task'))]))",
+        "print(json.dumps([float(matmul), relative, str(rough.dtype), len(os.listdir('/proc/self/task'))]))"
     )
     matmul, relative, dtype, tasks = page(path)
     assert matmul < 1e-3
@@ -513,8 +474,7 @@ def test_two_pages_at_once_share_no_random_state(forked, template, tmp_path):
     paths = [template(DRAW, parameters="mine = ''\nother = ''", name=n) for n in "pq"]
     with ThreadPoolExecutor() as pool:
         jobs = [
-            pool.submit(page, p, {"mine": m, "other": o})
-            for p, m, o in zip(paths, names, names[::-1], strict=True)
+            pool.submit(page, p, {"mine": m, "other": o}) for p, m, o in zip(paths, names, names[::-1], strict=True)
         ]
         (fresh, seeded), (fresh_too, seeded_too) = (job.result() for job in jobs)
     assert all(a != b for a, b in zip(fresh, fresh_too, strict=True))
@@ -532,9 +492,7 @@ def test_one_crash_leaves_the_others_and_the_zygote_alone(forked, template, tmp_
         name="survivor",
     )
     with ThreadPoolExecutor() as pool:
-        job = pool.submit(
-            page, survivor, {"mine": str(tmp_path / "here"), "other": str(tmp_path / "crashed")}
-        )
+        job = pool.submit(page, survivor, {"mine": str(tmp_path / "here"), "other": str(tmp_path / "crashed")})
         wait_for(tmp_path / "here")
         with pytest.raises(PageError, match=r"cell 3 .*died of SIGABRT"):
             execute(template("import os; os.abort()", name="crash"), tmp_path / "crash.page.ipynb")

@@ -90,9 +90,7 @@ def crops(size, count):
 
 def measure_slowly(model, image, labels, *, n_masks, n_perturb, seed):
     """The official procedure, one masked picture and one sklearn fit at a time; masks are given."""
-    masks, references = ex.draw_masks(
-        image, labels.max() + 1, n_masks=n_masks, n_perturb=n_perturb, seed=seed
-    )
+    masks, references = ex.draw_masks(image, labels.max() + 1, n_masks=n_masks, n_perturb=n_perturb, seed=seed)
     pictures = []
     for row in masks:
         picture = image.copy()
@@ -179,9 +177,7 @@ def test_agrees_with_the_official_procedure(channels):
         expected = measure_slowly(model, image, blocks(), **settings)
         for name, value in expected.items():
             assert getattr(found, name)[i] == pytest.approx(value, rel=1e-5), name
-        assert found.fidelity_r2[i] == pytest.approx(
-            1 - expected["fidelity"] / expected["variance"], rel=1e-5
-        )
+        assert found.fidelity_r2[i] == pytest.approx(1 - expected["fidelity"] / expected["variance"], rel=1e-5)
 
 
 def test_equal_pictures_are_evaluated_once():
@@ -231,9 +227,7 @@ def test_linear_network_shows_only_the_shrinkage_of_the_ridge():
     found = ex.fidelity_stability(model, [image], segments=[labels])
     masks, references = ex.draw_masks(image, 16)
     exact = 0.7 + masks @ per_segment  # computed without the network
-    ridges = [
-        Ridge(alpha=1).fit(masks, exact, sample_weight=weight) for weight in ex.lime_kernel(masks, references)
-    ]
+    ridges = [Ridge(alpha=1).fit(masks, exact, sample_weight=weight) for weight in ex.lime_kernel(masks, references)]
     np.testing.assert_allclose(found.coef[0], ridges[0].coef_, atol=1e-7)
     assert found.fidelity[0] == pytest.approx(np.mean((exact - ridges[0].predict(masks)) ** 2), rel=1e-3)
     changes = [np.sum((r.coef_ - ridges[0].coef_) ** 2) for r in ridges[1:]]
@@ -303,9 +297,7 @@ def test_the_network_and_all_random_states_are_left_as_found(measure):
 
 def test_training_mode_makes_no_difference():
     settings = {"segments": [blocks()], "n_masks": 40}
-    trained, judged = (
-        ex.fidelity_stability(Small().train(mode), [photo()], **settings) for mode in (True, False)
-    )
+    trained, judged = (ex.fidelity_stability(Small().train(mode), [photo()], **settings) for mode in (True, False))
     assert trained.fidelity[0] == judged.fidelity[0]
 
 
@@ -403,10 +395,17 @@ def test_differences_by_hand():
     def measured(fidelity, stability):
         n = len(fidelity)
         return ex.Explanations(
-            label=np.zeros(n), probability=np.ones(n), n_segments=np.full(n, 4), n_evaluated=np.full(n, 9),
-            variance=np.full(n, 0.5), fidelity=np.array(fidelity), stability=np.array(stability),
-            causal=np.zeros(n), lime_r2=np.ones(n), coef=(np.ones(4),) * n,
-        )  # fmt: skip
+            label=np.zeros(n),
+            probability=np.ones(n),
+            n_segments=np.full(n, 4),
+            n_evaluated=np.full(n, 9),
+            variance=np.full(n, 0.5),
+            fidelity=np.array(fidelity),
+            stability=np.array(stability),
+            causal=np.zeros(n),
+            lime_r2=np.ones(n),
+            coef=(np.ones(4),) * n,
+        )
 
     found = ex.differences(measured([1.0, 3.0], [0.1, np.nan]), measured([3.0, 3.0], [0.3, np.nan]))
     np.testing.assert_allclose(found["fidelity"].image, [1, 0])
@@ -465,9 +464,14 @@ def test_expo_of_a_quadratic_function_has_closed_forms():
     slope, curvature = rng.normal(size=(1, 12, 12)) * 1e-3, rng.normal(size=(1, 12, 12)) * 5e-3
     model = Quadratic(0.6, slope, curvature)
     found = ex.expo(
-        model, [photo(s, 12, 1) for s in range(10)], features="pixels", sigma=sigma, n_fit=n_fit, n_eval=500,
+        model,
+        [photo(s, 12, 1) for s in range(10)],
+        features="pixels",
+        sigma=sigma,
+        n_fit=n_fit,
+        n_eval=500,
         n_neighbours=10,
-    )  # fmt: skip
+    )
     moved, noise = sigma**2 * (curvature**2).sum(), sigma**2 * (curvature**2).sum() / n_fit
     assert found.stability.mean() == pytest.approx(moved + 2 * noise, rel=0.06)
     assert found.stability_floor.mean() == pytest.approx(2 * noise, rel=0.2)
@@ -480,9 +484,13 @@ def test_expo_fidelity_of_a_pure_quadratic():
     """No slope to explain: the error is the variance of e'Qe / 2."""
     curvature, sigma = np.full((1, 6, 6), 4e-2), 0.2
     found = ex.expo(
-        Quadratic(0.5, np.zeros((1, 6, 6)), curvature), [np.zeros((6, 6), np.uint8)], features="pixels",
-        sigma=sigma, n_fit=20_000, n_eval=20_000,
-    )  # fmt: skip
+        Quadratic(0.5, np.zeros((1, 6, 6)), curvature),
+        [np.zeros((6, 6), np.uint8)],
+        features="pixels",
+        sigma=sigma,
+        n_fit=20_000,
+        n_eval=20_000,
+    )
     assert found.fidelity[0] == pytest.approx(sigma**4 / 2 * (curvature**2).sum(), rel=0.05)
     assert abs(found.r2[0]) < 0.01
 
@@ -536,9 +544,7 @@ def test_segments_use_the_official_parameters():
     from skimage.segmentation import felzenszwalb, quickshift
 
     picture = crops(48, 1)[0]
-    np.testing.assert_array_equal(
-        ex.segment(picture), felzenszwalb(picture, scale=10, sigma=0.4, min_size=20)
-    )
+    np.testing.assert_array_equal(ex.segment(picture), felzenszwalb(picture, scale=10, sigma=0.4, min_size=20))
     expected = quickshift(picture, kernel_size=4, max_dist=200, ratio=0.2)
     np.testing.assert_array_equal(ex.segment(picture, "quickshift"), expected)
     assert ex.segment(picture, scale=1000).max() < ex.segment(picture).max()
@@ -549,9 +555,7 @@ def test_segments_use_the_official_parameters():
 
 def test_a_grid_covers_images_that_its_cells_do_not_divide():
     labels = ex.segment(np.zeros((5, 7), np.uint8), "grid", cell=3)
-    np.testing.assert_array_equal(
-        labels[[0, 2, 3, 4]], [[0, 0, 0, 1, 1, 1, 2]] * 2 + [[3, 3, 3, 4, 4, 4, 5]] * 2
-    )
+    np.testing.assert_array_equal(labels[[0, 2, 3, 4]], [[0, 0, 0, 1, 1, 1, 2]] * 2 + [[3, 3, 3, 4, 4, 4, 5]] * 2)
     with pytest.raises(UserError, match="cell is 0"):
         ex.segment(photo(), "grid", cell=0)
 

@@ -54,11 +54,7 @@ def make(**kwargs):
         model = Tiny(**kwargs).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for values, low in (
-                (module.running_mean, -0.5),
-                (module.running_var, 0.5),
-                (module.weight.data, 0.5),
-            ):
+            for values, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight.data, 0.5)):
                 values.copy_(torch.rand(values.shape, generator=generator) + low)
     return model
 
@@ -136,9 +132,7 @@ def test_layers_and_groups_partition_the_trace(model, batch):
     found = fl.weight_hessian_trace(model, *batch)
     layers, groups = found.per_layer(), found.per_group(model)
     assert layers["conv2"] == found.per_parameter["conv2.weight"] + found.per_parameter["conv2.bias"]
-    assert (
-        groups["BatchNorm2d.weight"] == found.per_parameter["bn1.weight"] + found.per_parameter["bn3.weight"]
-    )
+    assert groups["BatchNorm2d.weight"] == found.per_parameter["bn1.weight"] + found.per_parameter["bn3.weight"]
     assert sum(layers.values()) == pytest.approx(found.total)
     assert sum(groups.values()) == pytest.approx(found.total)
     assert sum(found.per_group(model, relative=True).values()) == pytest.approx(found.relative)
@@ -190,12 +184,18 @@ class Scaled(nn.Conv2d):
 @pytest.mark.parametrize(
     ("act", "word"),
     [
-        (F.gelu, "gelu in the network"), (nn.SiLU(), "silu in act (SiLU)"), (torch.tanh, "tanh"),
-        (torch.sigmoid, "sigmoid"), (lambda x: x.softmax(1), "softmax"), (nn.GroupNorm(2, 4), "group_norm"),
-        (nn.LayerNorm([4, 6, 6]), "layer_norm"), (lambda x: x * x.relu(), "product"),
-        (lambda x: x / (1 + x.abs()), "division"), (lambda x: x.exp(), "exp"),
+        (F.gelu, "gelu in the network"),
+        (nn.SiLU(), "silu in act (SiLU)"),
+        (torch.tanh, "tanh"),
+        (torch.sigmoid, "sigmoid"),
+        (lambda x: x.softmax(1), "softmax"),
+        (nn.GroupNorm(2, 4), "group_norm"),
+        (nn.LayerNorm([4, 6, 6]), "layer_norm"),
+        (lambda x: x * x.relu(), "product"),
+        (lambda x: x / (1 + x.abs()), "division"),
+        (lambda x: x.exp(), "exp"),
     ],
-)  # fmt: skip
+)
 def test_smooth_parts_are_named_and_refused(batch, act, word):
     model = make(act=act)
     assert not fl.is_piecewise_linear(model, batch[0])
@@ -269,9 +269,7 @@ def test_fused_attention_is_named_and_can_be_differentiated_twice(batch):
     assert "attention" in fl.nonlinear_parts(model, batch[0])[0]
     found = fl.weight_trace(model, *batch, probes=150)
     assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
-    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(
-        float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4
-    )
+    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4)
 
 
 def test_an_operation_without_a_second_derivative_is_explained(batch):
@@ -372,9 +370,7 @@ def test_active_dropout_is_refused(batch):
 @pytest.mark.parametrize(
     ("method", "probes", "repeats"), [("hutchinson", 120, 2), ("hutchpp", 15, 8), ("xtrace", 14, 8)]
 )
-def test_estimators_agree_with_the_exact_trace_within_their_error(
-    model, batch, masks, method, probes, repeats
-):
+def test_estimators_agree_with_the_exact_trace_within_their_error(model, batch, masks, method, probes, repeats):
     exact = fl.weight_trace(model, *batch, masks)
     found = fl.weight_trace(model, *batch, masks, method=method, probes=probes, repeats=repeats)
     assert exact.method == "exact"
@@ -406,8 +402,7 @@ def brute_input_hessians(model, images, labels):
         return F.cross_entropy(model(x[None]), y[None])
 
     hessians = [
-        torch.autograd.functional.hessian(lambda x, y=y: loss(x, y), x)
-        for x, y in zip(images, labels, strict=True)
+        torch.autograd.functional.hessian(lambda x, y=y: loss(x, y), x) for x, y in zip(images, labels, strict=True)
     ]
     n = images[0].numel()
     return torch.stack(hessians).view(-1, n, n)
@@ -492,9 +487,7 @@ def test_products_hold_where_a_convolution_feeds_more_than_its_norm(batch, forwa
         nn.init.zeros_(model.fc.weight)
     hessian, _, _ = brute_hessian(model, *batch)
     columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::7]
-    torch.testing.assert_close(
-        fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12)
     with pytest.raises(UserError, match="not followed by one"):
         fl.rescale_conv(model, "conv", 2.0, batch[0])
 
@@ -508,24 +501,16 @@ def test_a_network_that_uses_one_module_twice_keeps_its_parameters(batch):
         if name != "rescaled":
             measure(model, *batch)
     assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in held.items()}
-    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(
-        float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5
-    )
+    assert fl.top_eigenvalues(model, *batch).top == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5)
 
 
 def test_weights_tied_between_modules_are_tied_in_every_product(batch):
     first, second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
     second.weight = first.weight
-    model = (
-        nn.Sequential(first, nn.BatchNorm2d(2), nn.ReLU(), second, nn.Flatten(), nn.Linear(72, 3))
-        .double()
-        .eval()
-    )
+    model = nn.Sequential(first, nn.BatchNorm2d(2), nn.ReLU(), second, nn.Flatten(), nn.Linear(72, 3)).double().eval()
     hessian, _, _ = brute_hessian(model, *batch)
     columns = torch.eye(len(hessian), dtype=torch.float64)[:, ::9]
-    torch.testing.assert_close(
-        fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(fl.WeightHessian(model, *batch) @ columns, hessian @ columns, rtol=1e-10, atol=1e-12)
 
 
 def test_a_second_derivative_that_pytorch_has_wrong_is_refused(batch):
@@ -582,9 +567,7 @@ def test_a_start_in_the_wrong_place_does_not_hide_the_largest():
 
 
 def test_sums_over_many_weights_cost_no_digits():
-    values = torch.cat(
-        [torch.rand(300_000, generator=torch.Generator().manual_seed(0)), torch.tensor([50.0])]
-    )
+    values = torch.cat([torch.rand(300_000, generator=torch.Generator().manual_seed(0)), torch.tensor([50.0])])
 
     class Diagonal:
         shape, dtype, device = (300_001, 300_001), torch.float32, values.device
@@ -755,14 +738,7 @@ def test_permuted_copy_of_a_network_is_behind_a_barrier(model, batch):
     state = model.state_dict()
     twin = copy.deepcopy(state)
     order = torch.tensor([2, 0, 1])
-    for name in (
-        "conv3.weight",
-        "conv3.bias",
-        "bn3.weight",
-        "bn3.bias",
-        "bn3.running_mean",
-        "bn3.running_var",
-    ):
+    for name in ("conv3.weight", "conv3.bias", "bn3.weight", "bn3.bias", "bn3.running_mean", "bn3.running_var"):
         twin[name] = state[name][order]
     twin["fc.weight"] = state["fc.weight"][:, order]
     path = fl.interpolate(model, state, twin, images, labels, points=5)
@@ -838,9 +814,7 @@ def test_rescaling_moves_the_trace_and_not_the_function_or_the_relative_flatness
     for name in before.per_parameter:
         ratio = factor**-2 if name.startswith(layer) else 1
         assert after.per_parameter[name] == pytest.approx(ratio * before.per_parameter[name], rel=1e-9)
-        assert after.relative_per_parameter[name] == pytest.approx(
-            before.relative_per_parameter[name], rel=1e-9
-        )
+        assert after.relative_per_parameter[name] == pytest.approx(before.relative_per_parameter[name], rel=1e-9)
     assert after.total != pytest.approx(before.total, rel=1e-3)
 
 
@@ -882,12 +856,7 @@ MEASURES = {
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [
-        (name, mode)
-        for name in MEASURES
-        for mode in ("none", "one norm", "all")
-        if name != "pixels" or mode == "none"
-    ],
+    [(name, mode) for name in MEASURES for mode in ("none", "one norm", "all") if name != "pixels" or mode == "none"],
 )
 def test_the_model_and_the_generators_are_left_as_found(batch, name, training):
     images, labels = batch
@@ -936,9 +905,7 @@ def test_a_seed_gives_the_same_numbers_whatever_the_global_generator_says(model,
     assert repr(first) == repr(again)
 
 
-@pytest.mark.parametrize(
-    "name", ["exact", "estimated", "pixels", "top", "weight noise", "path", "surface", "slice"]
-)
+@pytest.mark.parametrize("name", ["exact", "estimated", "pixels", "top", "weight noise", "path", "surface", "slice"])
 def test_a_loss_that_is_not_finite_is_refused(model, batch, name):
     model.fc.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="finite"):
@@ -1022,10 +989,7 @@ def test_bad_requests_are_explained(model, batch, call, message):
 
 def test_rows_say_which_way_is_better_and_the_paper_asks_for_both_hessians():
     rows = {name: row for name, row in METRICS.items() if row.dimension == "flatness"}
-    assert {name for name, row in rows.items() if row.in_verdict} == {
-        "weight_hessian_trace",
-        "input_hessian_trace",
-    }
+    assert {name for name, row in rows.items() if row.in_verdict} == {"weight_hessian_trace", "input_hessian_trace"}
     assert {name for name, row in rows.items() if row.higher_is_better} == {
         "pac_bayes_weight_sigma",
         "pac_bayes_input_sigma",
@@ -1037,9 +1001,7 @@ def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
 
     from lthlib.models import build
 
-    model = (
-        build("resnet8", in_channels=1, num_classes=3, image_size=8, mean=[0.2], std=[0.3]).double().eval()
-    )
+    model = build("resnet8", in_channels=1, num_classes=3, image_size=8, mean=[0.2], std=[0.3]).double().eval()
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(3, 1, 8, 8, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2])
@@ -1054,9 +1016,18 @@ def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
 # ------------------------------------------------------------------------------------------------- measure
 
 CHEAP = {
-    "n_weights": 12, "n_spectrum": 10, "n_pixels": 14, "n_noise": 8, "n_path": 20, "pairs": 2, "points": 5,
-    "probes": 1, "steps": 5, "surface_points": 3, "n_wide": 16,
-}  # fmt: skip
+    "n_weights": 12,
+    "n_spectrum": 10,
+    "n_pixels": 14,
+    "n_noise": 8,
+    "n_path": 20,
+    "pairs": 2,
+    "points": 5,
+    "probes": 1,
+    "steps": 5,
+    "surface_points": 3,
+    "n_wide": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -1206,10 +1177,17 @@ def test_labels_below_wrapped_titles_are_shortened_too():
 def test_rankings_are_read_in_each_metric_s_own_direction():
     trace, sigma = [1.0, 2.0, 3.0], [0.3, 0.2, 0.1]  # lower trace, higher noise borne: the same order
     lines = [
-        (method, 2, 0, name, "none", {"pac_bayes_weight_sigma": sigma, "relative_flatness": trace[::-1]}.get(name, trace)[i])
+        (
+            method,
+            2,
+            0,
+            name,
+            "none",
+            {"pac_bayes_weight_sigma": sigma, "relative_flatness": trace[::-1]}.get(name, trace)[i],
+        )
         for i, method in enumerate(("rp", "snip", "omp"))
         for name in {*drawing.RANKED, "weight_hessian_trace"}
-    ]  # fmt: skip
+    ]
     rows = pd.DataFrame(lines, columns=["method", "round", "seed", "metric", "shift", "value"])
     found = drawing.ranking_table(rows)
     assert list(found.index) == ["36.0 %"]

@@ -271,9 +271,14 @@ def small_net(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(
-            Normalize(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+            Normalize(),
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Flatten(),
             nn.Linear(8 * 36, 5),
-        )  # fmt: skip
+        )
         net(torch.randn(64, 3, 8, 8))  # running statistics that differ from those of a batch
     return net
 
@@ -323,10 +328,7 @@ def test_attacks_agree_with_foolbox(epsilon):
 
 def test_pgd_reaches_the_corner_of_the_ball_on_a_linear_network_of_two_classes():
     weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
-    images, labels = (
-        torch.rand(20, 3, 2, 2, generator=torch.Generator().manual_seed(1)),
-        torch.zeros(20).long(),
-    )
+    images, labels = (torch.rand(20, 3, 2, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(20).long())
     corner = fgsm(linear_net(weight), images, labels, 8 / 255)
     for seed in (None, 0, 1):
         found = pgd(linear_net(weight), images, labels, 8 / 255, steps=9, seed=seed)
@@ -338,10 +340,7 @@ def test_pgd_reaches_the_corner_of_the_ball_on_a_linear_network_of_two_classes()
 def test_pgd_finds_a_higher_loss_than_fgsm():
     net, (images, labels) = small_net().eval(), batch()
     with torch.no_grad():
-        losses = [
-            nn.functional.cross_entropy(net(attack(net, images, labels, 0.1)), labels)
-            for attack in (fgsm, pgd)
-        ]
+        losses = [nn.functional.cross_entropy(net(attack(net, images, labels, 0.1)), labels) for attack in (fgsm, pgd)]
     assert losses[1] > losses[0]
 
 
@@ -433,12 +432,8 @@ def test_curve_starts_at_the_clean_accuracy_and_equals_attack_by_attack():
         with torch.no_grad():
             logits = [copy.deepcopy(net).eval()(attack(net, images, labels, e)) for e in epsilons]
         np.testing.assert_array_equal(curve.accuracy, [accuracy(z, labels) for z in logits])
-        np.testing.assert_allclose(
-            curve.margin, [true_class_margin(z, labels).mean() for z in logits], atol=1e-6
-        )
-        assert curve.accuracy[0] == np.mean(
-            copy.deepcopy(net).eval()(images).argmax(1).numpy() == labels.numpy()
-        )
+        np.testing.assert_allclose(curve.margin, [true_class_margin(z, labels).mean() for z in logits], atol=1e-6)
+        assert curve.accuracy[0] == np.mean(copy.deepcopy(net).eval()(images).argmax(1).numpy() == labels.numpy())
         assert (np.diff(curve.margin) < 0).all()
 
 
@@ -505,12 +500,7 @@ def test_bad_input_is_named(call, words):
 def test_rows_tell_the_paper_from_what_stands_beside_it():
     rows = {name: row for name, row in METRICS.items() if row.dimension == "generalization"}
     verdict = {name: row.higher_is_better for name, row in rows.items() if row.in_verdict}
-    assert verdict == {
-        "test_accuracy": True,
-        "ood_auroc": True,
-        "corruption_error": False,
-        "fgsm_accuracy": True,
-    }
+    assert verdict == {"test_accuracy": True, "ood_auroc": True, "corruption_error": False, "fgsm_accuracy": True}
     assert {"ood_fpr95", "relative_corruption_error", "pgd_accuracy", "adversarial_margin"} <= set(rows)
 
 
@@ -547,9 +537,7 @@ def test_corruption_rows_are_the_accuracies_of_the_same_weights_on_corrupted_ima
     for name, severity in (("fog", 1), ("impulse_noise", 5), ("spatter", 3)):
         expected = accuracy(forward(subject.model, corrupt(pixels, name, severity)), labels)
         assert value["corrupted_accuracy", name, severity] == pytest.approx(expected, abs=1e-12)
-    cells = {
-        name: [1 - value["corrupted_accuracy", name, s] for s in range(1, 6)] for name in ALL_CORRUPTIONS
-    }
+    cells = {name: [1 - value["corrupted_accuracy", name, s] for s in range(1, 6)] for name in ALL_CORRUPTIONS}
     common = np.mean([cells[name] for name in COMMON_CORRUPTIONS])
     clean = 1 - accuracy(forward(subject.model, pixels), labels)
     assert value["corruption_error", "common", 0] == pytest.approx(common)
@@ -565,9 +553,7 @@ def test_the_other_rows_are_the_pure_functions_on_the_same_weights(subject, meas
     known = forward(subject.model, test.pixels[which])
     foreign = forward(subject.model, subject.images("ood:photos", 40))
     assert value["test_accuracy", "none", 0] == accuracy(known, test.labels[which])
-    assert value["ood_auroc", "photos", 0] == pytest.approx(
-        auroc(msp_score(known), msp_score(foreign)), abs=1e-3
-    )
+    assert value["ood_auroc", "photos", 0] == pytest.approx(auroc(msp_score(known), msp_score(foreign)), abs=1e-3)
     which = sample(test.labels, 30)
     images, labels = as_input(test.pixels[which]), test.labels[which]
     curve = adversarial_accuracy(subject.model, images, labels, [e / 255 for e in (1, 2, 4, 8)])
@@ -575,9 +561,7 @@ def test_the_other_rows_are_the_pure_functions_on_the_same_weights(subject, meas
     assert value["fgsm_accuracy", "fgsm", 8] == curve.accuracy[3]
     assert value["adversarial_margin", "fgsm", 8] == pytest.approx(curve.margin[3])
     few = sample(labels, 10)
-    after = accuracy(
-        forward_floats(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255)), labels[few]
-    )
+    after = accuracy(forward_floats(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255)), labels[few])
     before = accuracy(
         forward_floats(subject.model, fgsm(subject.model, images[few], labels[few], 8 / 255)), labels[few]
     )
@@ -620,12 +604,5 @@ def test_inputs_change_with_the_image_sets(subject):
     both = inputs(subject, ood=("photos",), extra=False)
     assert both == inputs(subject, ood=("photos",), extra=False, n_ood=3)
     assert (
-        len(
-            {
-                both,
-                inputs(subject, ood=("gaussian",), extra=False),
-                inputs(subject, ood=("photos",), extra=True),
-            }
-        )
-        == 3
+        len({both, inputs(subject, ood=("gaussian",), extra=False), inputs(subject, ood=("photos",), extra=True)}) == 3
     )

@@ -77,10 +77,7 @@ def test_a_damaged_book_is_named_and_built_again_from_nothing(root, name, damage
     assert (root / generated.BOOK).exists()
     assert not generated.book_is_current()
     said = capsys.readouterr().err
-    assert (
-        said
-        == f"damaged: {root / '_build/html' / name}: it is not what was written; the book is built again\n"
-    )
+    assert said == f"damaged: {root / '_build/html' / name}: it is not what was written; the book is built again\n"
     generated.begin_book()
     assert not (root / "_build/html").exists()
 
@@ -103,10 +100,16 @@ def test_a_book_that_lacks_pages_is_not_current(root, capsys):
 @pytest.mark.parametrize(
     ("name", "belongs"),
     [
-        ("book/intro.md", True), ("book/new.md", True), ("book/_templates/layout.html", True), ("_config.yml", True),
-        (PAGE, True), ("book/results/x.json", False), ("book/.hidden", False), ("README.md", False),
+        ("book/intro.md", True),
+        ("book/new.md", True),
+        ("book/_templates/layout.html", True),
+        ("_config.yml", True),
+        (PAGE, True),
+        ("book/results/x.json", False),
+        ("book/.hidden", False),
+        ("README.md", False),
     ],
-)  # fmt: skip
+)
 def test_a_book_is_of_its_prose_pages_looks_and_settings_whatever_their_times(root, name, belongs):
     path = root / name
     before = path.read_text() if path.exists() else None
@@ -139,10 +142,14 @@ def test_a_fingerprint_tells_contents_names_order_of_texts_and_absence(tmp_path,
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("")
     prints = [
-        generated.fingerprint(["a"]), generated.fingerprint(["b"]), generated.fingerprint(["c"]),
-        generated.fingerprint(["a"], "x", "y"), generated.fingerprint(["a"], "y", "x"),
-        generated.fingerprint(["a"], "xy"), generated.fingerprint(["a", "b"]),
-    ]  # fmt: skip
+        generated.fingerprint(["a"]),
+        generated.fingerprint(["b"]),
+        generated.fingerprint(["c"]),
+        generated.fingerprint(["a"], "x", "y"),
+        generated.fingerprint(["a"], "y", "x"),
+        generated.fingerprint(["a"], "xy"),
+        generated.fingerprint(["a", "b"]),
+    ]
     assert len(set(prints)) == len(prints)
     assert generated.fingerprint(["b", "a"]) == prints[-1]
     (tmp_path / "a").write_text("2")

@@ -48,11 +48,7 @@ def devices():
 @pytest.fixture
 def environment(tmp_path, devices):
     (tmp_path / "job.py").write_text(JOB)
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        gpus.VARIABLE: ",".join(devices),
-    }
+    return {**os.environ, "PYTHONPATH": str(ROOT), gpus.VARIABLE: ",".join(devices)}
 
 
 def start(folder, environment, name, seconds):

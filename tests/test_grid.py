@@ -16,8 +16,14 @@ from lthlib.study import study_from
 from lthlib.train import Recipe
 from lthlib.verdict import Thresholds
 
-GOOD = {"data": "mnist5k", "arch": "resnet8", "methods": ["lth"], "rounds": [1, 2], "seeds": [0],
-        "dimensions": {"calibration": {}}}  # fmt: skip
+GOOD = {
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth"],
+    "rounds": [1, 2],
+    "seeds": [0],
+    "dimensions": {"calibration": {}},
+}
 GRIDS = sorted(Path(__file__).parents[1].glob("workflow/grids/*.yml"))
 
 
@@ -76,9 +82,7 @@ def test_a_mistake_is_answered_with_key_value_and_what_is_allowed(change, words)
         grid_from("test", {**GOOD, **change})
 
 
-def test_data_that_are_not_there_are_missed_before_anything_runs_unless_results_are_recorded(
-    tmp_path, monkeypatch
-):
+def test_data_that_are_not_there_are_missed_before_anything_runs_unless_results_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
     path = tmp_path / "grid.yml"
     path.write_text(yaml.safe_dump({**GOOD, "data": "mnist5"}))
@@ -105,12 +109,8 @@ def test_a_grid_without_some_dimension_has_no_empty_part_in_its_contents():
 def test_comparisons_that_would_be_called_alike_name_their_grid():
     template = Path(__file__).parents[1] / "book/contents.yml"
     other = {**GOOD, "arch": ["resnet8", "resnet20s"]}
-    plans = [
-        page for name, content in (("a", GOOD), ("b", other)) for page in pages(grid_from(name, content))
-    ]
-    parts = {
-        part["caption"]: part["chapters"] for part in yaml.safe_load(_contents(plans, template))["parts"]
-    }
+    plans = [page for name, content in (("a", GOOD), ("b", other)) for page in pages(grid_from(name, content))]
+    parts = {part["caption"]: part["chapters"] for part in yaml.safe_load(_contents(plans, template))["parts"]}
     first, second, third = (chapter["title"] for chapter in parts["Calibration"])
     assert first.removesuffix(" (a)") == second.removesuffix(" (b)") != first
     assert "(b)" not in third
@@ -152,18 +152,31 @@ def test_a_grid_file_must_have_a_name_that_can_name_pages(tmp_path):
 
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.integers(10**20, 10**5000) | st.floats() | st.text(max_size=8)
-    | st.text(min_size=600, max_size=700) | st.dates() | st.datetimes() | st.binary(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(10**20, 10**5000)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.text(min_size=600, max_size=700)
+    | st.dates()
+    | st.datetimes()
+    | st.binary(max_size=8)
     | st.sampled_from(["lth", "mnist5k", "../x", "/etc", "~", "all", 1, 2, 0.2, "calibration", "epochs", "lr"])
-)  # fmt: skip
+)
 JUNK = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=8) | st.sampled_from(["epochs", "lth", "calibration", "n_test", "k"]) | SCALARS,
-                      inner, max_size=3)
-    | st.frozensets(st.integers(), max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from(["epochs", "lth", "calibration", "n_test", "k"]) | SCALARS,
+            inner,
+            max_size=3,
+        )
+        | st.frozensets(st.integers(), max_size=2)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 ALLOWED = (
     "must",
     "Allowed: ",
@@ -180,9 +193,7 @@ ALLOWED = (
 def parts_of(value):
     """The value and everything in it, keys included."""
     yield value
-    for inner in (
-        [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
+    for inner in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from parts_of(inner)
 
 
@@ -217,8 +228,11 @@ def test_any_bad_value_of_a_key_is_answered_with_key_value_and_what_is_allowed(k
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(["recipe", "dimensions", "thresholds"]), st.data())
 def test_any_bad_value_below_a_key_is_answered_likewise(key, data):
-    outer = {"recipe": vars(Recipe()), "thresholds": vars(Thresholds()),
-             "dimensions": DIMENSIONS["calibration"].parameters()}[key]  # fmt: skip
+    outer = {
+        "recipe": vars(Recipe()),
+        "thresholds": vars(Thresholds()),
+        "dimensions": DIMENSIONS["calibration"].parameters(),
+    }[key]
     name, value = data.draw(st.sampled_from(sorted(outer))), data.draw(JUNK)
     inner = {"dimensions": {"calibration": {name: value}}}
     try:
@@ -228,9 +242,7 @@ def test_any_bad_value_below_a_key_is_answered_likewise(key, data):
 
 
 OPTIONS = [(method, name) for method in METHODS for name in METHODS[method].options]
-NEAR_THE_ENDS = (
-    st.integers(-3, 3) | st.floats(-1.5, 1.5) | st.sampled_from([10_000, 10_001, True, "erk", "eval"])
-)
+NEAR_THE_ENDS = st.integers(-3, 3) | st.floats(-1.5, 1.5) | st.sampled_from([10_000, 10_001, True, "erk", "eval"])
 
 
 @settings(max_examples=1000, deadline=None)
@@ -294,7 +306,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seeds: [4294967296]", "at most 2147483647"),
         ("title: " + "x" * 200_000, "larger than"),
     ],
-)  # fmt: skip
+)
 def test_no_trick_of_yaml_gets_through(tmp_path, text, words):
     keys = {line.split(":")[0] for line in text.splitlines()}
     rest = yaml.safe_dump({key: value for key, value in GOOD.items() if key not in keys})

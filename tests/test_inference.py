@@ -19,11 +19,7 @@ class Gated(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = (
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.Conv2d(8, 8, 1),
-            nn.Conv2d(8, 8, 3, padding="same"),
-        )
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding="same"))
         self.relu = nn.ReLU()
 
     def forward(self, x):

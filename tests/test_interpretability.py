@@ -73,9 +73,7 @@ class TestMeasure:
         layer = dissect(untrained, scenes(28, 1, 40), "layer3", draws=19, formula_length=2)
         images = subjects[0].images("test", 4).numpy()
         explained = fidelity_stability(untrained, images, method="grid", n_masks=60)
-        expected = {
-            name: layer.numbers()[name] for name in ("unique_detectors", "mean_best_iou", "composition_iou")
-        }
+        expected = {name: layer.numbers()[name] for name in ("unique_detectors", "mean_best_iou", "composition_iou")}
         expected["fidelity"] = explained.summary()["fidelity"]
         for values, _ in measured:  # the sparse ticket has its dense parent's floor
             assert {name: numbers(values)[f"{name}_random"] for name in expected} == pytest.approx(expected)
@@ -84,9 +82,7 @@ class TestMeasure:
         dissected = []
         real = interpretability._Probe.dissect
         monkeypatch.setattr(
-            interpretability._Probe,
-            "dissect",
-            lambda probe, model: dissected.append(model) or real(probe, model),
+            interpretability._Probe, "dissect", lambda probe, model: dissected.append(model) or real(probe, model)
         )
         measure(subjects[1], **SMALL)
         assert len(dissected) == 1  # the ticket itself
@@ -164,18 +160,23 @@ class TestMeasure:
 
     def test_superpixels_of_colour_images_are_the_papers(self):
         assert [default_segmentation(*s) for s in ((1, 28), (3, 32), (3, 224))] == [
-            "grid", "felzenszwalb", "quickshift",
-        ]  # fmt: skip
+            "grid",
+            "felzenszwalb",
+            "quickshift",
+        ]
 
 
 class TestLastMaps:
     @pytest.mark.parametrize(
         ("arch", "size", "layer"),
         [
-            ("resnet8", 28, "layer3"), ("resnet20s", 32, "layer3"), ("resnet18", 32, "layer4"),
-            ("wrn-28-10", 32, "relu"), ("resnet50", 224, "layer4"),
+            ("resnet8", 28, "layer3"),
+            ("resnet20s", 32, "layer3"),
+            ("resnet18", 32, "layer4"),
+            ("wrn-28-10", 32, "relu"),
+            ("resnet50", 224, "layer4"),
         ],
-    )  # fmt: skip
+    )
     def test_it_is_the_last_stage(self, arch, size, layer):
         slim = {"channels": {f"stage{i}": 16 for i in (1, 2, 3)}} if arch == "wrn-28-10" else {}
         assert last_maps(network(arch, size, 3, **slim), (3, size, size)) == layer
@@ -262,9 +263,7 @@ class TestDissection:
             for n in np.unique(arrays["gallery_planes"][:, c]):
                 if n > 0:
                     assert concepts.categories[arrays["gallery_category_of"][n - 1]] == category
-                    mask = concepts.mask(str(arrays["gallery_labels"][n - 1]))[
-                        : len(arrays["gallery_images"])
-                    ]
+                    mask = concepts.mask(str(arrays["gallery_labels"][n - 1]))[: len(arrays["gallery_images"])]
                     np.testing.assert_array_equal(arrays["gallery_planes"][:, c] == n, mask)
         assert "gallery_images" not in measured[1][1]
 
@@ -275,10 +274,11 @@ def broden(tmp_path, monkeypatch):
     monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
     rng = np.random.default_rng(0)
     tables = {
-        "category.csv": "name\nobject\n", "label.csv": "number,name\n7,glow\n",
+        "category.csv": "name\nobject\n",
+        "label.csv": "number,name\n7,glow\n",
         "c_object.csv": "code,number,name,frequency,coverage\n0,7,glow,30,1.0\n",
         "index.csv": "image,split,ih,iw,sh,sw,object\n",
-    }  # fmt: skip
+    }
     with zipfile.ZipFile(tmp_path / "glows.zip", "w") as file:
         for i in range(30):
             width = int(rng.integers(5, 15))
@@ -335,9 +335,7 @@ def test_the_table_of_floors_is_arithmetic_on_the_rows(subjects, store):
     line = drawing.floors(results).iloc[0]
     dense = results.rows[results.rows["method"] == "dense"].set_index("metric")["value"]
     assert float(line["dense"]) == pytest.approx(dense["fidelity"], rel=5e-3)
-    assert float(line["± mask seed"]) == pytest.approx(
-        dense["fidelity"] * dense["fidelity_seed_floor"], rel=5e-3
-    )
+    assert float(line["± mask seed"]) == pytest.approx(dense["fidelity"] * dense["fidelity_seed_floor"], rel=5e-3)
     assert float(line["random weights"]) == pytest.approx(dense["fidelity_random"], rel=5e-3)
     scores = results.arrays[Ticket(recipe=ticket.recipe, train_size=500).id]["scores"][:, 0]
     assert float(line["± 95 % (images)"]) == pytest.approx(1.96 * scores.std(ddof=1) / 2, rel=5e-3)
@@ -348,21 +346,14 @@ def test_the_table_of_floors_is_arithmetic_on_the_rows(subjects, store):
 def test_the_precision_is_that_of_the_subject(subjects, precision):
     subject = Subject(subjects[0].ticket, subjects[0].store, precision)
     names = ("segmentation", "concepts", "layer", "quantile")
-    probe = interpretability._probe(
-        subject, **dict(zip(names, (None, "scenes", None, None), strict=True)), **SMALL
-    )
+    probe = interpretability._probe(subject, **dict(zip(names, (None, "scenes", None, None), strict=True)), **SMALL)
     assert probe.precision == precision
 
 
 def test_no_panel_cuts_off_detectors(monkeypatch):
     import pandas as pd
 
-    lines = [
-        ("dense", 0, "colour", 2),
-        ("random", 0, "colour", 1),
-        ("omp", 2, "colour", 0),
-        ("lth", 2, "colour", 7),
-    ]
+    lines = [("dense", 0, "colour", 2), ("random", 0, "colour", 1), ("omp", 2, "colour", 0), ("lth", 2, "colour", 7)]
     frame = pd.DataFrame(lines, columns=["method", "round", "category", "detectors"])
     monkeypatch.setattr(drawing, "_by_category", lambda results: frame)
     figure = drawing.detectors_by_category(None)

@@ -72,9 +72,7 @@ def positions(root):
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("listing", [devkit, pack, kaggle, names, positions])
-def test_flat_images_get_the_classes_of_every_list_in_the_order_of_class_folders(
-    imagenet, tmp_path, listing, zipped
-):
+def test_flat_images_get_the_classes_of_every_list_in_the_order_of_class_folders(imagenet, tmp_path, listing, zipped):
     listing(imagenet)
     name = "imagenet"
     if zipped:

@@ -14,9 +14,7 @@ from lthlib.errors import UserError
 
 
 def network(seed=0):
-    return models.build(
-        "resnet8", in_channels=1, num_classes=10, image_size=28, mean=[0.1], std=[0.3], seed=seed
-    )
+    return models.build("resnet8", in_channels=1, num_classes=10, image_size=28, mean=[0.1], std=[0.3], seed=seed)
 
 
 SHAPES = {name: tuple(w.shape) for name, w in masks.prunable(network()).items()}
@@ -89,17 +87,7 @@ def values(dtype):
     width = np.dtype(dtype).itemsize * 8
     ordinary = st.floats(allow_nan=False, allow_infinity=False, width=width)
     info = np.finfo(dtype)
-    near = [
-        0.0,
-        -0.0,
-        1.0,
-        -1.0,
-        info.tiny,
-        -info.tiny,
-        info.smallest_subnormal,
-        -info.smallest_subnormal,
-        info.max,
-    ]
+    near = [0.0, -0.0, 1.0, -1.0, info.tiny, -info.tiny, info.smallest_subnormal, -info.smallest_subnormal, info.max]
     return st.one_of(ordinary, st.sampled_from([float(v) for v in near]))
 
 
@@ -108,8 +96,7 @@ def problems(draw):
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     scores = {
-        f"l{i}": torch.from_numpy(draw(hnp.arrays(dtype, n, elements=values(dtype))))
-        for i, n in enumerate(sizes)
+        f"l{i}": torch.from_numpy(draw(hnp.arrays(dtype, n, elements=values(dtype)))) for i, n in enumerate(sizes)
     }
     within = None
     if draw(st.booleans()):
@@ -290,14 +277,8 @@ def test_shuffling_keeps_counts_by_layer_and_moves_places():
     ("break_", "message"),
     [
         (lambda m: m.pop("conv1.weight"), "no mask for layer 'conv1.weight'"),
-        (
-            lambda m: m.update({"conv9.weight": torch.ones(1).bool()}),
-            r"'conv9.weight'.*Did you mean 'conv1.weight'",
-        ),
-        (
-            lambda m: m.update({"conv1.weight": torch.ones(16, 3, 3, 3).bool()}),
-            r"'conv1.weight' has shape \(16, 3",
-        ),
+        (lambda m: m.update({"conv9.weight": torch.ones(1).bool()}), r"'conv9.weight'.*Did you mean 'conv1.weight'"),
+        (lambda m: m.update({"conv1.weight": torch.ones(16, 3, 3, 3).bool()}), r"'conv1.weight' has shape \(16, 3"),
         (lambda m: m.update({"conv1.weight": torch.ones(16, 1, 3, 3)}), "'conv1.weight' is torch.float32"),
     ],
 )
@@ -348,9 +329,7 @@ def test_packed_checkpoints_lose_nothing_and_cost_one_bit_a_place():
 
 
 def test_sparse_macs_count_each_weight_as_often_as_it_is_used():
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 1, stride=2), nn.Flatten(), nn.Linear(16, 3)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 1, stride=2), nn.Flatten(), nn.Linear(16, 3))
     found = {"0.weight": torch.zeros(2, 1, 3, 3).bool(), "1.weight": torch.ones(1, 2, 1, 1).bool()}
     found["0.weight"].view(-1)[:5] = True
     assert masks.sparse_macs(model, (1, 8, 8), found) == 5 * 64 + 2 * 16 + 48

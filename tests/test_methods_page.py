@@ -21,16 +21,19 @@ from lthlib.train import Recipe
 
 BOOK = Path(__file__).parents[1] / "book"
 STUDY = Study(
-    data="mnist5k", arch="resnet8", methods=("lth", "snip", "filter-l1", "small-dense", "lth-shuffled"), rounds=(1, 2),
-    seeds=(0, 1), recipe=Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32"), train_size=300,
-)  # fmt: skip
+    data="mnist5k",
+    arch="resnet8",
+    methods=("lth", "snip", "filter-l1", "small-dense", "lth-shuffled"),
+    rounds=(1, 2),
+    seeds=(0, 1),
+    recipe=Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32"),
+    train_size=300,
+)
 
 
 @pytest.fixture(scope="module")
 def page(store):
-    results = collect(
-        STUDY, "calibration", store, parameters={"n_test": 100, "n_corrupted": 1, "n_bootstrap": 2}
-    )
+    results = collect(STUDY, "calibration", store, parameters={"n_test": 100, "n_corrupted": 1, "n_bootstrap": 2})
     judged = verdict.regions(results.rows, 10)
     return Page(STUDY, results, judged, verdict.Thresholds(), store, None, True)
 
@@ -64,9 +67,7 @@ def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
     again = overlaps.compare(STUDY, nothing, recorded=tmp_path / "results", compute_missing=False)
     pd.testing.assert_frame_equal(again, found, check_exact=True)
     turned = Study(**{**vars(STUDY), "methods": STUDY.methods[::-1]})
-    assert len(
-        overlaps.compare(turned, nothing, recorded=tmp_path / "results", compute_missing=False)
-    ) == len(found)
+    assert len(overlaps.compare(turned, nothing, recorded=tmp_path / "results", compute_missing=False)) == len(found)
     with pytest.raises(UserError, match="record the grid again"):
         overlaps.compare(STUDY, nothing, recorded=tmp_path / "other", compute_missing=False)
     (tmp_path / "results/some" / overlaps.FILE).write_text("first,second,jaccard,chance\n")
@@ -116,9 +117,7 @@ def test_the_page_looks_at_what_it_holds(page):
 def test_costs_are_means_over_seeds(page):
     found = methods_page.costs(page).set_index(["method", "round"])
     assert len(found) == 1 + 5 * 2
-    assert found.loc[("lth", 2), "accuracy"] == pytest.approx(
-        np.mean([accuracy(page, "lth", 2, s) for s in (0, 1)])
-    )
+    assert found.loc[("lth", 2), "accuracy"] == pytest.approx(np.mean([accuracy(page, "lth", 2, s) for s in (0, 1)]))
     assert found.loc[("lth", 2), "macs_dense_kernel"] == found.loc[("dense", 0), "macs"]
     assert found.loc[("filter-l1", 2), "macs_dense_kernel"] < found.loc[("dense", 0), "macs"]
 
@@ -147,8 +146,9 @@ def test_latencies_stand_beside_those_of_the_dense_network(tmp_path, monkeypatch
     }
     rows = [
         {"network": name, "batch": batch, "threads": 1, "parameters": 10, "macs": macs, "milliseconds": ms}
-        for name, (macs, *times) in networks.items() for batch, ms in zip((1, 64), times, strict=True)
-    ]  # fmt: skip
+        for name, (macs, *times) in networks.items()
+        for batch, ms in zip((1, 64), times, strict=True)
+    ]
     made = {"processor": "a machine", "commit": "abc", "torch": "2"}
     content = {"title": "Any", "repeats": 3, "provenance": made, "rows": rows}
     monkeypatch.setattr(methods_page, "recorded_json", lambda path: content)
@@ -157,14 +157,18 @@ def test_latencies_stand_beside_those_of_the_dense_network(tmp_path, monkeypatch
     methods_page.latency()
     table, source, reading = (item.data for item in shown)
     assert re.findall(r"<td>([\d.]+ \([\d.]+\))</td>", table) == [
-        "4.00 (1.00)", "10.00 (1.00)", "5.00 (1.25)", "30.00 (3.00)",
-        "1.00 (0.25)", "2.00 (0.20)", "2.00 (0.50)", "6.00 (0.60)",
-    ]  # fmt: skip
+        "4.00 (1.00)",
+        "10.00 (1.00)",
+        "5.00 (1.25)",
+        "30.00 (3.00)",
+        "1.00 (0.25)",
+        "2.00 (0.20)",
+        "2.00 (0.50)",
+        "6.00 (0.60)",
+    ]
     assert "on a machine" in source
     assert "mask leaves 25 % of the MACs in 125 to 300 % of the time" in reading
-    assert (
-        "10 % of the MACs in 20 to 25 % of the time; at equal MACs, 25 % of the MACs in 50 to 60 %" in reading
-    )
+    assert "10 % of the MACs in 20 to 25 % of the time; at equal MACs, 25 % of the MACs in 50 to 60 %" in reading
 
 
 def test_empty_layers_are_named(page):
@@ -179,22 +183,25 @@ def test_empty_layers_are_named(page):
 
 
 def test_the_overlap_map_has_measured_below_and_chance_above():
-    lines = pd.DataFrame(
-        {"a": ["lth", "lth"], "b": ["snip", "snip"], "jaccard": [0.5, 0.7], "chance": [0.1, 0.3]}
-    )
+    lines = pd.DataFrame({"a": ["lth", "lth"], "b": ["snip", "snip"], "jaccard": [0.5, 0.7], "chance": [0.1, 0.3]})
     axis = drawing.overlap_map(lines).axes[0]
-    numbers = {
-        (round(t.get_position()[0] - 0.5), round(t.get_position()[1] - 0.5)): t.get_text() for t in axis.texts
-    }
+    numbers = {(round(t.get_position()[0] - 0.5), round(t.get_position()[1] - 0.5)): t.get_text() for t in axis.texts}
     assert numbers == {(0, 1): "60.0", (1, 0): "20.0"}  # (column, row)
 
 
 def test_every_study_has_a_page_on_its_methods_and_on_each_of_them():
     grid = grid_from(
         "test",
-        {"data": "mnist5k", "arch": ["resnet8", "resnet20s"], "methods": ["lth", "snip"], "rounds": [1], "seeds": [0],
-         "options": {"snip": {"batch": 64}}, "dimensions": {"calibration": {"n_bins": 10}}},
-    )  # fmt: skip
+        {
+            "data": "mnist5k",
+            "arch": ["resnet8", "resnet20s"],
+            "methods": ["lth", "snip"],
+            "rounds": [1],
+            "seeds": [0],
+            "options": {"snip": {"batch": 64}},
+            "dimensions": {"calibration": {"n_bins": 10}},
+        },
+    )
     mine = [plan for plan in pages(grid) if plan.topic == ON_METHODS]
     assert [plan.method for plan in mine] == 2 * [COMPARISON, "lth", "snip"]
     for plan in mine:
@@ -220,7 +227,5 @@ def test_every_chapter_on_a_method_shows_its_results():
     assert all(len(chapters) == 1 for chapters in included.values())
     assert set(included) <= set(METHODS)
     assert {name for name, method in METHODS.items() if method.paper} <= set(included)
-    silent = (
-        {c.stem for c in BOOK.glob("methods/*.md")} - {"index"} - {c for cs in included.values() for c in cs}
-    )
+    silent = {c.stem for c in BOOK.glob("methods/*.md")} - {"index"} - {c for cs in included.values() for c in cs}
     assert not silent

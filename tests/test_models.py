@@ -115,9 +115,7 @@ def test_every_network_is_traceable_and_locally_affine(arch, size):
 
 def test_normalisation_is_inside():
     model = models.build("resnet8", image_size=32, seed=3, **RGB).eval()
-    plain = models.build(
-        "resnet8", image_size=32, seed=3, **{**RGB, "mean": [0.0] * 3, "std": [1.0] * 3}
-    ).eval()
+    plain = models.build("resnet8", image_size=32, seed=3, **{**RGB, "mean": [0.0] * 3, "std": [1.0] * 3}).eval()
     x = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(RGB[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     torch.testing.assert_close(model(x), plain((x - mean) / std))

@@ -35,9 +35,14 @@ DIMENSIONS = {
 def settings():
     dense = Ticket(data="mnist5k", arch="resnet8", recipe=TINY, train_size=500)
     return {
-        "data": dense.data, "arch": dense.arch, "methods": ["omp"], "rounds": [4], "seeds": [0],
-        "recipe": vars(dense.recipe), "train_size": dense.train_size,
-    }  # fmt: skip
+        "data": dense.data,
+        "arch": dense.arch,
+        "methods": ["omp"],
+        "rounds": [4],
+        "seeds": [0],
+        "recipe": vars(dense.recipe),
+        "train_size": dense.train_size,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +96,36 @@ def test_the_other_dimensions_measure_a_network_from_outside(files, plan, networ
     dense, sparse = networks
     images = plan.studies[0].data
     few = {
-        "flatness": {"n_weights": 8, "n_spectrum": 8, "n_pixels": 8, "n_noise": 8, "n_path": 8, "points": 3, "n_wide": 8},
+        "flatness": {
+            "n_weights": 8,
+            "n_spectrum": 8,
+            "n_pixels": 8,
+            "n_noise": 8,
+            "n_path": 8,
+            "points": 3,
+            "n_wide": 8,
+        },
         "interpretability": {"n_images": 2, "n_masks": 20, "n_concept_images": 20, "draws": 19},
-    }  # fmt: skip
+    }
     size = dense.ticket.train_size
     rows = own.compare(dense.model, {"mine": sparse.model}, images, store, few, train_size=size)
     values = rows.set_index(["method", "metric"])["value"]
     assert values["dense", "loss_barrier"] == 0.0
     ticket = collect(
-        study_from({"data": images, "arch": "resnet8", "methods": ["omp"], "rounds": [4], "recipe": vars(dense.ticket.recipe),
-                    "train_size": dense.ticket.train_size}),
-        "flatness", store, parameters=few["flatness"],
-    ).rows  # fmt: skip
+        study_from(
+            {
+                "data": images,
+                "arch": "resnet8",
+                "methods": ["omp"],
+                "rounds": [4],
+                "recipe": vars(dense.ticket.recipe),
+                "train_size": dense.ticket.train_size,
+            }
+        ),
+        "flatness",
+        store,
+        parameters=few["flatness"],
+    ).rows
     barrier = ticket[(ticket["metric"] == "loss_barrier") & (ticket["method"] == "omp")]["value"].item()
     assert values["mine", "loss_barrier"] == pytest.approx(barrier, rel=1e-5, abs=1e-7)
     assert np.isfinite(rows["value"]).all()
@@ -182,9 +205,7 @@ def test_the_mask_is_the_zeros(networks, store):
     label = own.Label("mnist5k", "mine", 1, own.digest(sparse.model))
     found = own.OwnSubject(label, sparse.model, None, store).trained.masks
     assert all(torch.equal(found[name], mask) for name, mask in sparse.masks.items())
-    assert own.sparsity(sparse.model) == pytest.approx(
-        1 - masks.n_kept(found) / sum(m.numel() for m in found.values())
-    )
+    assert own.sparsity(sparse.model) == pytest.approx(1 - masks.n_kept(found) / sum(m.numel() for m in found.values()))
 
 
 def test_a_builder_is_named_by_module_and_function():
@@ -244,11 +265,25 @@ def foreign(tmp_path_factory):
 def test_the_command_judges_networks_from_files(foreign, store):
     root = Path(own.__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-m", "lthlib", "check", "mine.yaml", "dense.safetensors", "half.pt", "empty.pt",
-         "--network", "theirs:Net", "--rows", "rows.csv"],
-        cwd=foreign, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "lthlib",
+            "check",
+            "mine.yaml",
+            "dense.safetensors",
+            "half.pt",
+            "empty.pt",
+            "--network",
+            "theirs:Net",
+            "--rows",
+            "rows.csv",
+        ],
+        cwd=foreign,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(root), "LTHLIB_STORE": str(store.root)},
-    )  # fmt: skip
+    )
     assert run.returncode in (0, 2), run.stderr
     assert "half: 50.0 % of the convolution weights are zero" in run.stdout
     assert "empty: 100.0 % of the convolution weights are zero" in run.stdout
@@ -284,9 +319,7 @@ def test_the_command_says_in_a_sentence_what_is_wrong(foreign, store, monkeypatc
     assert words in said
 
 
-def test_the_command_without_a_builder_names_the_layers_that_the_grid_s_network_lacks(
-    foreign, monkeypatch, capsys
-):
+def test_the_command_without_a_builder_names_the_layers_that_the_grid_s_network_lacks(foreign, monkeypatch, capsys):
     monkeypatch.chdir(foreign)
     assert main(["check", "mine.yaml", "dense.safetensors", "half.pt"]) == 1
     assert "does not fit the network" in capsys.readouterr().err

@@ -25,9 +25,7 @@ def empty_store(tmp_path):
 
 def network(arch):
     """With running statistics off their initial values, so that a wrong fold shows."""
-    model = models.build(
-        arch, in_channels=3, num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0
-    )
+    model = models.build(arch, in_channels=3, num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

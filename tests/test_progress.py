@@ -75,18 +75,10 @@ def read(text):
 
 def test_the_time_left_weighs_jobs_by_their_length_and_counts_what_a_running_one_has_done(folder, now):
     log = folder / "lth.log"
-    text = (
-        HEAD
-        + begin(now - 40, "tickets", 1, "d-a/dense-s0", folder / "dense.log")
-        + end(now - 30, "tickets", 1)
-    )
-    assert read(text).left() == pytest.approx(
-        (9 * 10 + 2 * 2) / 1
-    )  # nine times as long as dense; pages as usual
+    text = HEAD + begin(now - 40, "tickets", 1, "d-a/dense-s0", folder / "dense.log") + end(now - 30, "tickets", 1)
+    assert read(text).left() == pytest.approx((9 * 10 + 2 * 2) / 1)  # nine times as long as dense; pages as usual
     text += begin(now - 30, "chains", 2, "d-a/lth-s0", log)
-    log.write_text(
-        "lth, seed 0:   0%|     | 0/3 [00:00<?, ?ticket/s]\rlth, seed 0:  33%|##  | 1/3 [00:30<01:00]"
-    )
+    log.write_text("lth, seed 0:   0%|     | 0/3 [00:00<?, ?ticket/s]\rlth, seed 0:  33%|##  | 1/3 [00:30<01:00]")
     os.utime(log, (now, now))
     run = read(text)
     # Weight 1 + 9/3 took 10 + 30 s: another 6 are left, at 10 s each.
@@ -98,9 +90,7 @@ def test_the_time_left_weighs_jobs_by_their_length_and_counts_what_a_running_one
 
 
 def test_a_long_chain_is_not_shared_out_among_cores(folder, now):
-    text = (
-        HEAD + begin(now - 40, "tickets", 1, "d-a/dense-s0", folder / "a.log") + end(now - 30, "tickets", 1)
-    )
+    text = HEAD + begin(now - 40, "tickets", 1, "d-a/dense-s0", folder / "a.log") + end(now - 30, "tickets", 1)
     text += begin(now - 30, "chains", 2, "d-a/lth-s0", folder / "b.log")
     text += begin(now - 30, "page", 3, "two/d-a/methods/lth", folder / "c.log") + end(now - 28, "page", 3)
     assert read(text).most == 2
@@ -118,11 +108,7 @@ def test_a_step_that_is_tried_again_has_not_failed(folder, now):
     log = folder / "dense.log"
     text = HEAD + begin(now - 9, "tickets", 1, "d-a/dense-s0", log)
     text += fail(
-        now - 5,
-        "tickets",
-        1,
-        log,
-        "SLURM-job '7' failed, SLURM status is: 'TIMEOUT'. Detailed failure reason",
+        now - 5, "tickets", 1, log, "SLURM-job '7' failed, SLURM status is: 'TIMEOUT'. Detailed failure reason"
     )
     run = read(text)
     (step,) = run.failed.values()
@@ -155,11 +141,7 @@ def test_status_tells_done_running_queued_failed_and_waiting(folder, now):
     lth.with_suffix(".log").write_text("lth, seed 0:  33%|##  | 1/3 [00:30<01:00]")
     failed = folder / "page.log"
     failed.write_text("notebooks/flatness.ipynb, cell 3 (x): ValueError: bad\n")
-    text = (
-        HEAD
-        + begin(now - 60, "tickets", 1, "d-a/dense-s0", dense.with_suffix(".log"))
-        + end(now - 50, "tickets", 1)
-    )
+    text = HEAD + begin(now - 60, "tickets", 1, "d-a/dense-s0", dense.with_suffix(".log")) + end(now - 50, "tickets", 1)
     text += begin(now - 50, "chains", 2, "d-a/lth-s0", lth.with_suffix(".log"))
     text += begin(now - 40, "page", 3, "two/d-a/flatness/lth", failed) + fail(now - 30, "page", 3, failed)
     text += begin(now - 30, "page", 4, "two/d-a/methods/lth", folder / "queued.log")
@@ -175,13 +157,8 @@ def test_status_tells_done_running_queued_failed_and_waiting(folder, now):
     assert "pages:  0 of 2 done, 0 running, 1 failed, 1 waiting" in said.stdout
     assert "runs  lth, seed 0 (d-a), ticket 2 of 3, since" in said.stdout
     assert "queued  page two/d-a/methods/lth" in said.stdout
-    assert (
-        "failed page two/d-a/flatness/lth: notebooks/flatness.ipynb, cell 3 (x): ValueError: bad"
-        in said.stdout
-    )
-    assert not {"torch", "numpy", "pandas", "yaml"} & {
-        line.split("|")[-1].strip() for line in said.stderr.splitlines()
-    }
+    assert "failed page two/d-a/flatness/lth: notebooks/flatness.ipynb, cell 3 (x): ValueError: bad" in said.stdout
+    assert not {"torch", "numpy", "pandas", "yaml"} & {line.split("|")[-1].strip() for line in said.stderr.splitlines()}
 
 
 def test_status_of_a_grid_that_did_not_run_last_or_never(folder):

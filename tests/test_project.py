@@ -19,10 +19,42 @@ from lthlib.report import TOPICS
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 ROOMS = [
-    "errors", "lifeline", "code_version", "store", "generated", "gpus", "compute", "corruptions", "concepts", "listing", "data", "models", "inference", "masks", "pruners",
-    "train", "tickets", "study", "predictions", "metrics", "evaluate", "overlaps", "verdict", "figures", "grid", "zygote", "fork", "execute",
-    "pages", "methods_page", "estimate", "own", "reproducibility", "report", "verify",
-]  # fmt: skip
+    "errors",
+    "lifeline",
+    "code_version",
+    "store",
+    "generated",
+    "gpus",
+    "compute",
+    "corruptions",
+    "concepts",
+    "listing",
+    "data",
+    "models",
+    "inference",
+    "masks",
+    "pruners",
+    "train",
+    "tickets",
+    "study",
+    "predictions",
+    "metrics",
+    "evaluate",
+    "overlaps",
+    "verdict",
+    "figures",
+    "grid",
+    "zygote",
+    "fork",
+    "execute",
+    "pages",
+    "methods_page",
+    "estimate",
+    "own",
+    "reproducibility",
+    "report",
+    "verify",
+]
 
 
 def room(path):
@@ -121,7 +153,5 @@ def test_every_reference_of_a_registry_is_in_the_bibliography():
 
 
 def test_nothing_generated_is_in_git():
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not [p for p in tracked if p.startswith(("_build/", "store/", "book/_generated/", ".snakemake/"))]

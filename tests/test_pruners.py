@@ -338,9 +338,7 @@ def test_snip_is_the_gradient_of_the_gates():
             weight.data[places] = gate * value
             losses.append(F.cross_entropy(model(x), y).item())
         weight.data[places] = value
-        assert found[name][places].item() == pytest.approx(
-            (losses[0] - losses[1]) / (2 * h), rel=1e-5, abs=1e-9
-        )
+        assert found[name][places].item() == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=1e-5, abs=1e-9)
 
 
 def test_snip_is_conserved_from_layer_to_layer_without_biases():
@@ -388,9 +386,7 @@ def test_grasp_hessian_product_is_the_dense_hessian_times_g():
         first, last = flat.split(sizes)
         parameters = {"0.weight": first.view_as(conv), "6.weight": last.view_as(head)}
         pairs = [(x[:4], y[:4]), (x[4:], y[4:])]
-        return sum(
-            F.cross_entropy(torch.func.functional_call(model, parameters, a) / 3.0, b) for a, b in pairs
-        )
+        return sum(F.cross_entropy(torch.func.functional_call(model, parameters, a) / 3.0, b) for a, b in pairs)
 
     flat = torch.cat([conv.detach().flatten(), head.detach().flatten()])
     slope = torch.autograd.functional.jacobian(loss, flat)
@@ -488,9 +484,7 @@ def test_synflow_ones_enter_the_first_convolution_and_everything_is_absolute():
 
 
 def test_synflow_overflows_in_float32_where_float64_is_finite():
-    model = models.build(
-        "resnet50", in_channels=3, num_classes=10, image_size=32, mean=[0.0] * 3, std=[1.0] * 3
-    )
+    model = models.build("resnet50", in_channels=3, num_classes=10, image_size=32, mean=[0.0] * 3, std=[1.0] * 3)
     wide = copy.deepcopy(model)
     with pytest.raises(UserError, match=r"not finite in torch\.float32: use float64"):
         synflow.flow(synflow.linearize_(wide, torch.float32), (3, 8, 8))
@@ -561,9 +555,7 @@ def test_synflow_agrees_with_the_loop_written_plainly():
         masks.apply_(copied, plain)
         synflow.linearize_(copied)
         weights = masks.prunable(copied)
-        gradients = torch.autograd.grad(
-            copied(torch.ones(1, 1, 12, 12).double()).sum(), list(weights.values())
-        )
+        gradients = torch.autograd.grad(copied(torch.ones(1, 1, 12, 12).double()).sum(), list(weights.values()))
         scores = {n: w.detach() * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
         plain = masks.keep_top(scores, round(total * (n_keep / total) ** (k / 7)), within=plain)
     found = find("synflow", Moment(model, masks.dense(model), n_keep, 14, 0, batch, options)).masks
@@ -721,15 +713,7 @@ def test_rigl_may_regrow_what_it_dropped_and_then_keeps_its_value():
 @pytest.mark.parametrize("name", ["rigl", "set"])
 def test_masks_move_at_their_steps_only(name):
     model, found, optimizer, dynamics = trained(name, delta_t=10, end_fraction=0.75)
-    for step, moves in (
-        (0, False),
-        (5, False),
-        (10, True),
-        (11, False),
-        (290, True),
-        (300, False),
-        (310, False),
-    ):
+    for step, moves in ((0, False), (5, False), (10, True), (11, False), (290, True), (300, False), (310, False)):
         before = {k: m.clone() for k, m in found.items()}
         skipped = dynamics.update(step, model, found, optimizer)
         assert skipped is (moves and name == "rigl")

@@ -24,10 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
 import reruns  # noqa: E402
 
-SMALL = {
-    "generalization": {"n_test": 300},
-    "calibration": {"n_test": 300},
-}
+SMALL = {"generalization": {"n_test": 300}, "calibration": {"n_test": 300}}
 GRID = {
     "title": "A tiny grid",
     "data": "mnist5k",
@@ -42,8 +39,12 @@ GRID = {
 
 def copy_of_the_checkout(folder):
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith("book/results/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +56,7 @@ def test_a_new_method_leaves_recorded_results_as_they_were(monkeypatch):
     """Studies of all methods were recorded before it was there; the book is to show them all the same."""
     monkeypatch.setitem(METHODS, "brand-new", METHODS["omp"])
     kept = {record.entry["ticket"] for record in Archive.read(ROOT / "book/results").values()}
-    wanted = {
-        ticket.id for grid in recorded_grids("") for study in grid.studies for ticket in study.tickets()
-    }
+    wanted = {ticket.id for grid in recorded_grids("") for study in grid.studies for ticket in study.tickets()}
     assert wanted == kept
 
 
@@ -75,8 +74,11 @@ def report(checkout, grid="workflow/grids/tiny.yml", **variables):
     environment.pop("LTHLIB_STORE", None)
     return subprocess.run(
         [sys.executable, "workflow/report.py", grid, "--cores", "2"],
-        cwd=checkout, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +124,7 @@ def test_every_row_can_be_traced(checkout, rows):
     made = pd.read_csv(checkout / "book/_generated/tiny/provenance.csv").set_index(["ticket", "dimension"])
     assert made.index.is_unique
     assert set(made.index) == set(rows[["ticket", "dimension"]].itertuples(index=False, name=None))
-    for name in (
-        "commit",
-        "python",
-        "torch",
-        "numpy",
-        "processor",
-        "blas",
-        "device",
-        "precision",
-        "threads",
-        "time",
-    ):
+    for name in ("commit", "python", "torch", "numpy", "processor", "blas", "device", "precision", "threads", "time"):
         assert made[[name, f"trained_{name}"]].notna().all(axis=None)
     assert (made["trained_time"] <= made["time"]).all()
 
@@ -146,9 +137,7 @@ def test_metrics_equal_an_independent_recomputation_from_the_stored_logits(check
         logits, labels = np.load(folder / "logits.npy").astype(np.float64), np.load(folder / "labels.npy")
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
-        assert value["calibration", "nll", "none"] == pytest.approx(
-            log_loss(labels, probabilities, labels=range(10))
-        )
+        assert value["calibration", "nll", "none"] == pytest.approx(log_loss(labels, probabilities, labels=range(10)))
         right = (logits.argmax(1) == labels).mean()
         assert value["generalization", "test_accuracy", "none"] == pytest.approx(right)
         confidence, hit = probabilities.max(1), logits.argmax(1) == labels
@@ -197,16 +186,12 @@ CHANGES = {change.what: change for change in reruns.CHANGES}
         ("a setting of the recipe", ["dense", "lth", "snip"], 15, ["book", "front", "rows"]),
     ],
 )
-def test_a_change_makes_again_what_depends_on_it_and_nothing_else(
-    checkout, done, change, methods, pages, rest
-):
+def test_a_change_makes_again_what_depends_on_it_and_nothing_else(checkout, done, change, methods, pages, rest):
     """Pages are a comparison and one a method, on four dimensions and on the methods; the last show all methods."""
     grid = "workflow/grids/tiny.yml"
     with reruns.made(CHANGES[change], checkout, grid):
         plan = reruns.planned(checkout, grid)
-    assert plan.pop("job", []) == [
-        f"mnist5k-resnet8/{method}-s{seed}" for method in methods for seed in (0, 1)
-    ]
+    assert plan.pop("job", []) == [f"mnist5k-resnet8/{method}-s{seed}" for method in methods for seed in (0, 1)]
     shown = plan.pop("page", [])
     assert len(shown) == pages
     if methods == ["snip"]:
@@ -233,10 +218,7 @@ def test_a_second_run_changes_nothing_and_is_quick(checkout, done):
 
 def test_a_missing_page_and_a_damaged_table_are_made_again(checkout, done, rows):
     """As a killed run leaves the one, and a bad disk the other; the book itself is whole, and newer than both."""
-    table, pages = (
-        checkout / "book/_generated/tiny/rows.csv",
-        checkout / "book/_generated/tiny/mnist5k-resnet8",
-    )
+    table, pages = (checkout / "book/_generated/tiny/rows.csv", checkout / "book/_generated/tiny/mnist5k-resnet8")
     table.write_bytes(table.read_bytes()[:5000])
     kept = {p: p.stat().st_mtime_ns for p in pages.rglob("*.ipynb") if p.stem != "snip"}
     (pages / "calibration/snip.ipynb").unlink()
@@ -257,9 +239,11 @@ def test_two_runs_at_once_make_a_damaged_ticket_again_once_and_with_the_same_bit
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "workflow/report.py", "workflow/grids/tiny.yml", "--cores", "2"]
     runs = [
-        subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     said = [run.communicate(timeout=600)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert sum("another run is under way in this checkout" in text for text in said) == 1
@@ -278,8 +262,11 @@ def test_a_killed_run_leaves_no_worker_and_the_next_one_finishes(checkout, done)
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         [sys.executable, "workflow/report.py", "workflow/grids/killed.yml", "--cores", "2"],
-        cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 120
     while not list((checkout / "_build/jobs/killed").rglob("rp-*.log")) and time.time() < deadline:
         time.sleep(0.2)
@@ -297,8 +284,12 @@ def test_a_killed_run_leaves_no_worker_and_the_next_one_finishes(checkout, done)
 
 def status(checkout):
     return subprocess.run(
-        [sys.executable, "workflow/status.py"], cwd=checkout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
-    )  # fmt: skip
+        [sys.executable, "workflow/status.py"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
 
 
 def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_good_run(checkout, done):
@@ -312,9 +303,7 @@ def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_goo
     try:
         result = report(checkout)
         assert result.returncode == 1
-        named = re.findall(
-            r"^  (\S+), cell (\d+) .*ArithmeticError: made to fail.*: (\S+)$", result.stderr, flags=re.M
-        )
+        named = re.findall(r"^  (\S+), cell (\d+) .*ArithmeticError: made to fail.*: (\S+)$", result.stderr, flags=re.M)
         assert {file for _, _, file in named} == {
             str(path.relative_to(checkout)) for path in generated.glob("tiny/*/calibration/*.failed.ipynb")
         }
@@ -362,9 +351,7 @@ def test_a_mistaken_grid_ends_before_anything_is_written(checkout, change, words
     (checkout / "workflow/grids/wrong.yml").unlink()
 
 
-def test_a_template_runs_alone_under_plain_papermill_and_refuses_a_mistyped_parameter(
-    checkout, done, tmp_path
-):
+def test_a_template_runs_alone_under_plain_papermill_and_refuses_a_mistyped_parameter(checkout, done, tmp_path):
     """papermill itself only warns of an unknown parameter, and would run with the default."""
     base = [
         sys.executable,
@@ -377,11 +364,19 @@ def test_a_template_runs_alone_under_plain_papermill_and_refuses_a_mistyped_para
     small = {k: GRID[k] for k in ("rounds", "seeds", "recipe", "train_size")} | {"recorded": None}
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     good = subprocess.run(
-        [*base, "-y", yaml.safe_dump(small), "-p", "method", "lth"], cwd=checkout, env=environment, capture_output=True, text=True
-    )  # fmt: skip
+        [*base, "-y", yaml.safe_dump(small), "-p", "method", "lth"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert good.returncode == 0, good.stderr[-2000:]
     bad = subprocess.run(
-        [*base, "-y", yaml.safe_dump(small), "-p", "metod", "lth"], cwd=checkout, env=environment, capture_output=True, text=True
-    )  # fmt: skip
+        [*base, "-y", yaml.safe_dump(small), "-p", "metod", "lth"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert bad.returncode != 0
     assert "Did you mean 'method'" in bad.stderr

@@ -121,13 +121,7 @@ def test_deviation_is_absolute_below_one_and_relative_above():
     assert found.tolist() == [0.25, 0.5, 4 / 3, 0.0]
 
 
-PROVENANCE = {
-    "time": "2026-01-02T03",
-    "commit": "abc",
-    "python": "3",
-    "torch": "2",
-    "processor": "one, 2 cores",
-}
+PROVENANCE = {"time": "2026-01-02T03", "commit": "abc", "python": "3", "torch": "2", "processor": "one, 2 cores"}
 
 
 def test_the_table_of_changes_counts_what_was_planned():
@@ -148,15 +142,15 @@ def test_the_table_of_changes_counts_what_was_planned():
 def test_the_tables_of_agreement_say_how_many_and_how_far():
     part = {"rows": 4, "same": 3, "largest": 0.02, "median": 0.0, "metric": "ece"}
     run = {
-        "precision": "float32", "way": "two threads a job", "networks": [1, 2], "masks_at_init": [3, 3, 0, 30],
-        "masks_trained": [0, 2, 5, 1000], "dimensions": dict.fromkeys(DIMENSIONS, part),
-    }  # fmt: skip
-    given = {**run, "way": "two threads a job, measuring only"}
-    record = {
-        "runs": [run, given],
-        "seeds": {"float32": dict.fromkeys(DIMENSIONS, part)},
-        "provenance": PROVENANCE,
+        "precision": "float32",
+        "way": "two threads a job",
+        "networks": [1, 2],
+        "masks_at_init": [3, 3, 0, 30],
+        "masks_trained": [0, 2, 5, 1000],
+        "dimensions": dict.fromkeys(DIMENSIONS, part),
     }
+    given = {**run, "way": "two threads a job, measuring only"}
+    record = {"runs": [run, given], "seeds": {"float32": dict.fromkeys(DIMENSIONS, part)}, "provenance": PROVENANCE}
     text = reproducibility.agreement_tables(json.loads(json.dumps(record)))
     n = len(DIMENSIONS)
     line = "1 of 2 | all 3 | 0 of 2; 0.5 % of the weights kept are others | " + f"{3 * n} of {4 * n}"
@@ -168,10 +162,6 @@ def test_the_tables_of_agreement_say_how_many_and_how_far():
 def test_the_chapter_says_how_to_record_what_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(reproducibility, "RERUNS", tmp_path / "reruns.json")
     assert "workflow/reruns.py --record" in reproducibility.chapter_tables()["reruns.md"]
-    record = {
-        "every": {"tickets": [], "job": [], "page": []},
-        "changes": [{"change": "all"}],
-        "provenance": PROVENANCE,
-    }
+    record = {"every": {"tickets": [], "job": [], "page": []}, "changes": [{"change": "all"}], "provenance": PROVENANCE}
     (tmp_path / "reruns.json").write_text(seal(record))
     assert "| all | 0 | 0 | 0 | – |" in reproducibility.chapter_tables()["reruns.md"]

@@ -62,17 +62,19 @@ def test_a_grid_completes_though_a_job_is_cancelled(slurm, tmp_path):
         environment.pop(name, None)
     run = subprocess.Popen(
         [sys.executable, "workflow/report.py", "workflow/grids/small.yml", "--profile", "slurm"],
-        cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     begun = checkout / "_build/jobs/small/mnist5k-resnet8/dense-s0.log"
     deadline = time.monotonic() + 600
     while not begun.exists():
         assert run.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    running = subprocess.run(
-        ["squeue", "-h", "-o", "%A", "-t", "R"], capture_output=True, text=True
-    ).stdout.split()
+    running = subprocess.run(["squeue", "-h", "-o", "%A", "-t", "R"], capture_output=True, text=True).stdout.split()
     subprocess.run(["scancel", running[0]], check=True)
     _, err = run.communicate(timeout=1800)
     assert run.returncode == 0, err[-3000:]
@@ -86,14 +88,7 @@ def test_a_grid_completes_though_a_job_is_cancelled(slurm, tmp_path):
 
 
 def settings(monkeypatch, **environment):
-    for name in (
-        "SBATCH_PARTITION",
-        "LTHLIB_MINUTES",
-        "LTHLIB_MB",
-        "LTHLIB_THREADS",
-        "LTHLIB_GPU",
-        "LTHLIB_JOBS",
-    ):
+    for name in ("SBATCH_PARTITION", "LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -108,12 +103,19 @@ def test_the_clusters_settings_come_from_the_environment(monkeypatch):
     assert usual["default-resources"] == {"mem_mb": "3000 * attempt", "runtime": "240 * attempt"}
     assert usual["set-resources"] == {"tickets": LATER, "page": LAST}
     given = settings(
-        monkeypatch, SBATCH_PARTITION="long", LTHLIB_MINUTES="600", LTHLIB_MB="8000", LTHLIB_THREADS="4", LTHLIB_GPU="1",
+        monkeypatch,
+        SBATCH_PARTITION="long",
+        LTHLIB_MINUTES="600",
+        LTHLIB_MB="8000",
+        LTHLIB_THREADS="4",
+        LTHLIB_GPU="1",
         LTHLIB_JOBS="9",
-    )  # fmt: skip
+    )
     assert given["default-resources"] == {
-        "slurm_partition": "long", "mem_mb": "8000 * attempt", "runtime": "600 * attempt"
-    }  # fmt: skip
+        "slurm_partition": "long",
+        "mem_mb": "8000 * attempt",
+        "runtime": "600 * attempt",
+    }
     assert given["set-threads"] == {"tickets": 4, "chains": 4}
     assert given["set-resources"] == {"tickets": {**LATER, "gpu": 1}, "chains": {"gpu": 1}, "page": LAST}
     assert given["jobs"] == "9"

@@ -276,9 +276,7 @@ def check_that_nothing_fits(output, root):
     return lines
 
 
-@pytest.mark.skipif(
-    not shutil.which("unshare"), reason="no `unshare` to mount a small disk of the test's own"
-)
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no `unshare` to mount a small disk of the test's own")
 def test_a_full_disk_is_said_in_a_sentence_and_nothing_is_half_written(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -292,9 +290,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_nothing_is_half_written(tmp_path)
 
 def test_a_limit_on_file_size_is_said_in_a_sentence_and_nothing_is_half_written(tmp_path):
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n" + FILLER
-    result = subprocess.run(
-        [sys.executable, "-c", limited, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", limited, str(tmp_path)], capture_output=True, text=True, check=True)
     check_that_nothing_fits(result.stdout, tmp_path)
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
@@ -318,9 +314,7 @@ Store(sys.argv[1]).get("a", "1", make)
 
 
 def start(tmp_path, seconds):
-    return subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(tmp_path / "s"), str(tmp_path / "log"), str(seconds)]
-    )
+    return subprocess.Popen([sys.executable, "-c", MAKER, str(tmp_path / "s"), str(tmp_path / "log"), str(seconds)])
 
 
 def test_two_processes_make_it_once(tmp_path):

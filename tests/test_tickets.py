@@ -57,9 +57,7 @@ def test_lth_is_nested_counted_and_rewound(tiny, store):
     scores = {name: w.detach().abs() for name, w in masks.prunable(dense.model).items()}
     expected = masks.keep_top(scores, masks.kept(n_weights, 1))
     assert all(torch.equal(expected[name], rounds[0].masks[name]) for name in expected)
-    assert [r.info["cost"]["trainings"] for r in rounds] == pytest.approx(
-        [1.5, 2.0, 2.5]
-    )  # rewound to half-way
+    assert [r.info["cost"]["trainings"] for r in rounds] == pytest.approx([1.5, 2.0, 2.5])  # rewound to half-way
     point = _rewind_point(make(tiny, "lth", 1), images, store)
     assert point.epoch == 1
 
@@ -95,8 +93,7 @@ def test_every_method_becomes_a_ticket(tiny, store, method):
         assert info["macs"] == info["macs_dense_kernel"] < info["macs_parent"]
         parent = masks.prunable(obtain(found.ticket.dense, store).model)
         assert info["density_by_layer"] == {
-            name: weight.numel() / parent[name].numel()
-            for name, weight in masks.prunable(found.model).items()
+            name: weight.numel() / parent[name].numel() for name, weight in masks.prunable(found.model).items()
         }
     again = obtain(found.ticket, Store(store.root))
     assert equal(found, again)

@@ -11,9 +11,14 @@ from lthlib.study import study_from
 
 ROOT = Path(__file__).parents[1]
 STUDY = {
-    "data": "mnist5k", "arch": "resnet8", "methods": ["lth", "snip"], "rounds": [1, 2], "seeds": [0],
-    "recipe": {"epochs": 2, "batch_size": 100, "warmup": 0.0, "precision": "float32"}, "train_size": 300,
-}  # fmt: skip
+    "data": "mnist5k",
+    "arch": "resnet8",
+    "methods": ["lth", "snip"],
+    "rounds": [1, 2],
+    "seeds": [0],
+    "recipe": {"epochs": 2, "batch_size": 100, "warmup": 0.0, "precision": "float32"},
+    "train_size": 300,
+}
 CALLER = """
 import json, sys
 from lthlib import tickets
@@ -45,10 +50,14 @@ def test_three_callers_train_each_network_once_and_see_the_same(tmp_path):
     callers = [
         subprocess.Popen(
             [sys.executable, "-c", "import caller", json.dumps(STUDY), str(log), order],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for order in ("forwards", "backwards", "forwards")
-    ]  # fmt: skip
+    ]
     for caller in callers:
         assert caller.stdout.readline() == "ready\n"
     for caller in callers:  # all at once

@@ -31,8 +31,11 @@ def test_a_page_is_told_from_its_kernel_and_from_who_asked_for_it(tmp_path):
     with zygote(["ipykernel.kernelapp", "papermill.execute"]) as address, log.open("w") as output:
         client = subprocess.Popen(
             [sys.executable, "-m", "lthlib.fork", "lthlib.execute", "template.ipynb", "page.ipynb"],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: address}, stdout=output, stderr=output,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: address},
+            stdout=output,
+            stderr=output,
+        )
         deadline = time.monotonic() + 300
         while not (tmp_path / "begun").exists():
             assert client.poll() is None, log.read_text()
@@ -83,11 +86,7 @@ def test_a_finished_run_is_judged_by_what_is_missing_new_different_and_left(tmp_
     checkout = object.__new__(torture.Checkout)
     checkout.folder, checkout.temporary = tmp_path / "c", tmp_path / "c-tmp"
     checkout.rows = checkout.folder / "rows.csv"
-    for folder in (
-        checkout.folder / "store/tmp",
-        checkout.folder / "store/rewind-points/a",
-        checkout.temporary,
-    ):
+    for folder in (checkout.folder / "store/tmp", checkout.folder / "store/rewind-points/a", checkout.temporary):
         folder.mkdir(parents=True)
     checkout.rows.write_text("1")
     (checkout.folder / "store/rewind-points/a/state.safetensors").write_bytes(b"s")
@@ -97,15 +96,17 @@ def test_a_finished_run_is_judged_by_what_is_missing_new_different_and_left(tmp_
     torture.judge(checkout, expected, outcome, clear=False)
     assert outcome.faults == []
     checkout.rows.write_text("2")
-    (checkout.folder / "store/rewind-points/a/state.safetensors").rename(
-        checkout.folder / "store/x.safetensors"
-    )
+    (checkout.folder / "store/rewind-points/a/state.safetensors").rename(checkout.folder / "store/x.safetensors")
     (checkout.temporary / "left").touch()
     (checkout.folder / ".page.1.tmp").touch()
     torture.judge(checkout, expected, outcome, clear=False)
     assert [fault.split(":")[0] for fault in outcome.faults] == [
-        "missing", "not in the reference", "different", "left behind", "left behind"
-    ]  # fmt: skip
+        "missing",
+        "not in the reference",
+        "different",
+        "left behind",
+        "left behind",
+    ]
     outcome.faults.clear()
     torture.judge(checkout, expected, outcome, may_lack=("rewind-points/",), clear=False)
     assert "missing" not in {fault.split(":")[0] for fault in outcome.faults}

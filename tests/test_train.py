@@ -66,9 +66,15 @@ def test_pruned_weights_stay_exactly_zero_and_kept_ones_train_as_if_alone(images
     masks.apply_(model, keep)
     before = {n: w.detach().clone() for n, w in masks.prunable(model).items()}
     recipe = Recipe(
-        epochs=1, batch_size=300, lr=0.1, momentum=0.0, weight_decay=0.01, warmup=0.0, schedule="constant",
+        epochs=1,
+        batch_size=300,
+        lr=0.1,
+        momentum=0.0,
+        weight_decay=0.01,
+        warmup=0.0,
+        schedule="constant",
         precision="float32",
-    )  # fmt: skip
+    )
     x, y = next(_Batches(images.train, recipe, 0, torch.device("cpu")).epoch(0))
     twin = network(images).train()
     twin.load_state_dict(model.state_dict())
@@ -115,10 +121,7 @@ def test_batches_are_permutations_and_crops_of_the_images(images):
 def test_augmented_images_are_shifted_mirrored_originals():
     pixels = torch.arange(2 * 8 * 8 * 3, dtype=torch.int64).remainder(251).to(torch.uint8).view(2, 8, 8, 3)
     stream = _Batches(
-        data.Images(pixels, torch.tensor([0, 1])),
-        Recipe(batch_size=2, augment="crop-flip"),
-        0,
-        torch.device("cpu"),
+        data.Images(pixels, torch.tensor([0, 1])), Recipe(batch_size=2, augment="crop-flip"), 0, torch.device("cpu")
     )
     candidates = set()
     padded = torch.nn.functional.pad(pixels[0], (0, 0, 1, 1, 1, 1))
@@ -138,10 +141,7 @@ def test_bfloat16_and_float32_learn_alike(images):
     losses = []
     for precision in ("float32", "bfloat16"):
         _, history = train(
-            network(images),
-            images.train,
-            Recipe(epochs=1, batch_size=50, precision=precision, lr=0.02),
-            seed=0,
+            network(images), images.train, Recipe(epochs=1, batch_size=50, precision=precision, lr=0.02), seed=0
         )
         losses.append(history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -11,12 +11,27 @@ from lthlib.verdict import Thresholds, lth_pass, reach, regions, scorecard, summ
 
 def rows(*entries):
     """Rows from (method, round, metric, [a value a seed])."""
-    return pd.DataFrame([
-        {"dataset": "d", "arch": "a", "method": method, "round": n, "sparsity": 1 - 0.8**n, "seed": seed,
-         "dimension": "x", "metric": metric, "shift": "none", "severity": 0, "n": 100, "value": value,
-         "ticket": f"{method}{n}{seed}"}
-        for method, n, metric, values in entries for seed, value in enumerate(values)
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "dataset": "d",
+                "arch": "a",
+                "method": method,
+                "round": n,
+                "sparsity": 1 - 0.8**n,
+                "seed": seed,
+                "dimension": "x",
+                "metric": metric,
+                "shift": "none",
+                "severity": 0,
+                "n": 100,
+                "value": value,
+                "ticket": f"{method}{n}{seed}",
+            }
+            for method, n, metric, values in entries
+            for seed, value in enumerate(values)
+        ]
+    )
 
 
 def region(judged, method, n, metric):
@@ -25,11 +40,15 @@ def region(judged, method, n, metric):
 
 def test_directions_and_absolute_tolerance():
     table = rows(
-        ("dense", 0, "test_accuracy", [0.90]), ("lth", 1, "test_accuracy", [0.891]),
+        ("dense", 0, "test_accuracy", [0.90]),
+        ("lth", 1, "test_accuracy", [0.891]),
         ("lth", 2, "test_accuracy", [0.889]),
-        ("dense", 0, "ece", [0.05]), ("lth", 1, "ece", [0.059]), ("lth", 2, "ece", [0.0611]),
-        ("lth", 3, "ece", [0.01]), ("lth", 3, "test_accuracy", [0.95]),
-    )  # fmt: skip
+        ("dense", 0, "ece", [0.05]),
+        ("lth", 1, "ece", [0.059]),
+        ("lth", 2, "ece", [0.0611]),
+        ("lth", 3, "ece", [0.01]),
+        ("lth", 3, "test_accuracy", [0.95]),
+    )
     judged = regions(table, 10)
     assert region(judged, "lth", 1, "test_accuracy") == "winning"
     assert region(judged, "lth", 2, "test_accuracy") == "degraded"
@@ -51,9 +70,13 @@ def test_a_mean_over_classes_is_forgiven_what_the_same_error_is_in_it(n):
     assert ece(probs, labels) == pytest.approx(0.01)
     assert sce(probs, labels) == pytest.approx(0.02 / n)
     table = rows(
-        ("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.9]), ("lth", 2, "test_accuracy", [0.9]),
-        ("dense", 0, "sce", [0.02]), ("lth", 1, "sce", [0.02 + 0.0199 / n]), ("lth", 2, "sce", [0.02 + 0.0201 / n]),
-    )  # fmt: skip
+        ("dense", 0, "test_accuracy", [0.9]),
+        ("lth", 1, "test_accuracy", [0.9]),
+        ("lth", 2, "test_accuracy", [0.9]),
+        ("dense", 0, "sce", [0.02]),
+        ("lth", 1, "sce", [0.02 + 0.0199 / n]),
+        ("lth", 2, "sce", [0.02 + 0.0201 / n]),
+    )
     judged = regions(table, n)
     assert region(judged, "lth", 1, "sce") == "winning"
     assert region(judged, "lth", 2, "sce") == "degraded"
@@ -61,9 +84,13 @@ def test_a_mean_over_classes_is_forgiven_what_the_same_error_is_in_it(n):
 
 def test_relative_tolerance_for_other_units():
     table = rows(
-        ("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.9]), ("lth", 2, "test_accuracy", [0.9]),
-        ("dense", 0, "nll", [0.200]), ("lth", 1, "nll", [0.2099]), ("lth", 2, "nll", [0.2101]),
-    )  # fmt: skip
+        ("dense", 0, "test_accuracy", [0.9]),
+        ("lth", 1, "test_accuracy", [0.9]),
+        ("lth", 2, "test_accuracy", [0.9]),
+        ("dense", 0, "nll", [0.200]),
+        ("lth", 1, "nll", [0.2099]),
+        ("lth", 2, "nll", [0.2101]),
+    )
     judged = regions(table, 10)
     assert region(judged, "lth", 1, "nll") == "winning"
     assert region(judged, "lth", 2, "nll") == "degraded"
@@ -82,9 +109,13 @@ def test_chance_is_forgiven_in_standard_errors_of_the_difference():
 def test_collapse_is_told_by_accuracy_and_marks_every_metric():
     """Half-way from 0.9 to 0.1 is 0.5."""
     table = rows(
-        ("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.51]), ("lth", 2, "test_accuracy", [0.49]),
-        ("dense", 0, "ece", [0.1]), ("lth", 1, "ece", [0.0]), ("lth", 2, "ece", [0.0]),
-    )  # fmt: skip
+        ("dense", 0, "test_accuracy", [0.9]),
+        ("lth", 1, "test_accuracy", [0.51]),
+        ("lth", 2, "test_accuracy", [0.49]),
+        ("dense", 0, "ece", [0.1]),
+        ("lth", 1, "ece", [0.0]),
+        ("lth", 2, "ece", [0.0]),
+    )
     judged = regions(table, 10)
     assert region(judged, "lth", 1, "test_accuracy") == "degraded"
     assert region(judged, "lth", 1, "ece") == "winning"
@@ -92,8 +123,12 @@ def test_collapse_is_told_by_accuracy_and_marks_every_metric():
 
 
 def test_a_metric_without_direction_has_no_region():
-    table = rows(("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.9]),
-                 ("dense", 0, "temperature", [1.5]), ("lth", 1, "temperature", [9.0]))  # fmt: skip
+    table = rows(
+        ("dense", 0, "test_accuracy", [0.9]),
+        ("lth", 1, "test_accuracy", [0.9]),
+        ("dense", 0, "temperature", [1.5]),
+        ("lth", 1, "temperature", [9.0]),
+    )
     judged = regions(table, 10)
     assert region(judged, "lth", 1, "temperature") == ""
     assert lth_pass(judged)["passed"].tolist() == [True]
@@ -102,10 +137,13 @@ def test_a_metric_without_direction_has_no_region():
 def test_lth_pass_needs_every_metric_and_reach_ends_at_the_first_break():
     table = rows(
         *[("dense", 0, m, [v]) for m, v in (("test_accuracy", 0.9), ("ece", 0.05))],
-        ("lth", 1, "test_accuracy", [0.9]), ("lth", 1, "ece", [0.05]),
-        ("lth", 2, "test_accuracy", [0.9]), ("lth", 2, "ece", [0.2]),
-        ("lth", 3, "test_accuracy", [0.9]), ("lth", 3, "ece", [0.05]),
-    )  # fmt: skip
+        ("lth", 1, "test_accuracy", [0.9]),
+        ("lth", 1, "ece", [0.05]),
+        ("lth", 2, "test_accuracy", [0.9]),
+        ("lth", 2, "ece", [0.2]),
+        ("lth", 3, "test_accuracy", [0.9]),
+        ("lth", 3, "ece", [0.05]),
+    )
     judged = regions(table, 10)
     passes = lth_pass(judged).set_index("round")
     assert passes["passed"].tolist() == [True, False, True]
@@ -125,9 +163,14 @@ def test_the_spread_is_the_range_below_five_seeds_and_students_from_five_on():
 
 
 def test_the_scorecard_turns_every_metric_so_that_one_is_best():
-    table = rows(("dense", 0, "test_accuracy", [0.9]), ("lth", 1, "test_accuracy", [0.8]),
-                 ("rp", 1, "test_accuracy", [0.7]),
-                 ("dense", 0, "ece", [0.1]), ("lth", 1, "ece", [0.2]), ("rp", 1, "ece", [0.3]))  # fmt: skip
+    table = rows(
+        ("dense", 0, "test_accuracy", [0.9]),
+        ("lth", 1, "test_accuracy", [0.8]),
+        ("rp", 1, "test_accuracy", [0.7]),
+        ("dense", 0, "ece", [0.1]),
+        ("lth", 1, "ece", [0.2]),
+        ("rp", 1, "ece", [0.3]),
+    )
     card = scorecard(summarise(table))
     assert card.loc["dense"].tolist() == [1, 1]
     assert card.loc["lth"].tolist() == pytest.approx([0.5, 0.5])

@@ -44,12 +44,24 @@ GRID = {
         "generalization": {"n_test": 200, "n_ood": 100, "n_corrupted": 20, "n_attack": 40, "n_pgd": 8},
         "calibration": {"n_test": 200, "n_corrupted": 20, "n_bootstrap": 50},
         "interpretability": {"n_images": 3, "n_masks": 100, "n_expo": 0, "n_concept_images": 50, "draws": 19},
-        "flatness": {"n_weights": 16, "n_spectrum": 16, "n_pixels": 20, "n_noise": 16, "n_path": 32, "pairs": 2,
-                     "points": 5, "partner": 0, "pictured": [0], "n_wide": 20, "probes": 1, "steps": 10,
-                     "surface_points": 3},
+        "flatness": {
+            "n_weights": 16,
+            "n_spectrum": 16,
+            "n_pixels": 20,
+            "n_noise": 16,
+            "n_path": 32,
+            "pairs": 2,
+            "points": 5,
+            "partner": 0,
+            "pictured": [0],
+            "n_wide": 20,
+            "probes": 1,
+            "steps": 10,
+            "surface_points": 3,
+        },
     },
     "method_pages": [],
-}  # fmt: skip
+}
 PRECISIONS = ("float32", "bfloat16")
 SAME = ["ticket", "dimension", "metric", "shift", "severity"]  # columns that name one number of one network
 ALIKE = ["method", "sparsity", *SAME[1:]]  # and one number of a network of any seed
@@ -147,9 +159,12 @@ def _by_dimension(pairs: pd.DataFrame, other: str) -> dict[str, dict[str, object
     found = {}
     for dimension, part in far.groupby(pairs["dimension"], sort=False):
         found[dimension] = {
-            "rows": len(part), "same": int((part == 0).sum()), "largest": float(part.max()),
-            "median": float(part.median()), "metric": pairs.loc[part.idxmax(), "metric"],
-        }  # fmt: skip
+            "rows": len(part),
+            "same": int((part == 0).sum()),
+            "largest": float(part.max()),
+            "median": float(part.median()),
+            "metric": pairs.loc[part.idxmax(), "metric"],
+        }
     return found
 
 

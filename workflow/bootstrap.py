@@ -19,23 +19,16 @@ SUPPORTED = ((3, 11), (3, 13))
 
 def main(environment: Path) -> None:
     ensure_python()
-    print(
-        f"setting up {environment.name} (Python {'.'.join(map(str, sys.version_info[:3]))}) ...", flush=True
-    )
+    print(f"setting up {environment.name} (Python {'.'.join(map(str, sys.version_info[:3]))}) ...", flush=True)
     uv = find_uv()
     if not (environment / "bin" / "python").exists():
         venv.create(environment, with_pip=False, symlinks=True, clear=environment.exists())
-    sync = [
-        uv,
-        "pip",
-        "sync",
-        "--quiet",
-        "--require-hashes",
-        "--compile-bytecode",
-        str(ROOT / "requirements.lock"),
-    ]
-    run(sync, "the packages of requirements.lock could not be installed: is the network there?",
-        VIRTUAL_ENV=str(environment))  # fmt: skip
+    sync = [uv, "pip", "sync", "--quiet", "--require-hashes", "--compile-bytecode", str(ROOT / "requirements.lock")]
+    run(
+        sync,
+        "the packages of requirements.lock could not be installed: is the network there?",
+        VIRTUAL_ENV=str(environment),
+    )
     # The library is used from the checkout: a path file makes it importable from any working directory.
     site = environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     (site / "lthlib-checkout.pth").write_text(f"{ROOT}\n")
@@ -65,16 +58,11 @@ def find_uv() -> str:
         pip = [sys.executable, "-m", "pip"]
         if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
             pip = [str(pip_from_venv()), "-m", "pip"]
-        target = [
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--require-hashes",
-            "--no-deps",
-            "--target",
-        ]
-        run([*pip, *target, str(TOOLS), "-r", str(ROOT / "workflow" / "uv.lock.txt")],
-            "uv could not be installed: is the network there? Or put a uv of your own on the PATH")  # fmt: skip
+        target = ["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--target"]
+        run(
+            [*pip, *target, str(TOOLS), "-r", str(ROOT / "workflow" / "uv.lock.txt")],
+            "uv could not be installed: is the network there? Or put a uv of your own on the PATH",
+        )
     return str(pinned)
 
 

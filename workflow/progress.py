@@ -178,9 +178,7 @@ class Run:
         seen = [s for s in (*self.ended, *self.running.values(), *self.failed.values()) if s.kind == kind]
         names = {s.name for s in seen}
         known = sum(map(self.weight, seen))
-        waiting = [
-            weight for name, weight in self.weights.items() if name not in names and _kind_of(name) == kind
-        ]
+        waiting = [weight for name, weight in self.weights.items() if name not in names and _kind_of(name) == kind]
         mean = sum(waiting) / len(waiting) if waiting else 1.0
         return known + mean * max(0, n - len(names)) if kind in ("job", "page") else float(n)
 
@@ -209,9 +207,7 @@ class Run:
         if not parts:
             return None
         shared = sum(
-            rates[kind] * max(0.0, whole - done)
-            for kind, (done, whole, _) in parts.items()
-            if kind in ("job", "page")
+            rates[kind] * max(0.0, whole - done) for kind, (done, whole, _) in parts.items() if kind in ("job", "page")
         )
         alone = sum(
             rates[kind] * max(0.0, whole - done)

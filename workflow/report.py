@@ -138,9 +138,18 @@ def cancel_leftovers(log: Path) -> None:
 def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
     """Run Snakemake under one line that says how far it is; return its exit status and the steps that failed."""
     command = [
-        sys.executable, "-m", "lthlib.fork", "workflow/snake.py", options.grid, "--snakefile", "workflow/Snakefile",
-        "--directory", str(ROOT), "--profile", f"workflow/profiles/{options.profile}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lthlib.fork",
+        "workflow/snake.py",
+        options.grid,
+        "--snakefile",
+        "workflow/Snakefile",
+        "--directory",
+        str(ROOT),
+        "--profile",
+        f"workflow/profiles/{options.profile}",
+    ]
     if options.profile == "local" or options.cores != "all":  # all: of this machine, which is not the cluster
         command += ["--cores", options.cores]
     devices = gpus.visible() if options.profile == "local" else []
@@ -209,9 +218,20 @@ def build_unfinished(grid: str) -> bool:
         with UNFINISHED_LOG.open("w") as log:
             for step in (
                 [*fork, "lthlib", "front", grid, str(generated.FOLDER), "--unfinished"],
-                [*fork, "workflow/book.py", "--unfinished", "build", "book", "--config", "_config.yml", "--toc",
-                 str(ROOT / contents), "--path-output", "."],
-            ):  # fmt: skip
+                [
+                    *fork,
+                    "workflow/book.py",
+                    "--unfinished",
+                    "build",
+                    "book",
+                    "--config",
+                    "_config.yml",
+                    "--toc",
+                    str(ROOT / contents),
+                    "--path-output",
+                    ".",
+                ],
+            ):
                 if subprocess.run(step, stdout=log, stderr=subprocess.STDOUT).returncode:
                     return False
     finally:

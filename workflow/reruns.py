@@ -138,9 +138,7 @@ def outdated(folder: Path, grid: str) -> list[str]:
 def _python(folder: Path, *arguments: str) -> str:
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(folder)}
     environment.pop("LTHLIB_STORE", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout

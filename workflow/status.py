@@ -34,10 +34,7 @@ def main(arguments: list[str]) -> int:
         print("a run is being prepared")
         return 0
     if not known:
-        print(
-            f"No run of {grid or 'any grid'} has begun in this checkout: make report GRID=...",
-            file=sys.stderr,
-        )
+        print(f"No run of {grid or 'any grid'} has begun in this checkout: make report GRID=...", file=sys.stderr)
         return 1
     current = Path(run.grid).stem == Path(grid).stem
     if not current:
@@ -81,11 +78,7 @@ def headline(grid: str, run: Run, alive: bool, current: bool) -> str:
 def count(kind: str, names: dict[str, float], grid: str, run: Run, alive: bool) -> str:
     """Return how many of the grid's jobs or pages are done, run, failed and wait."""
     failed = {step.name for step in run.failed.values() if step.kind == kind} & set(names)
-    running = (
-        {s.name for s in run.running.values() if s.kind == kind and s.begun()} & set(names)
-        if alive
-        else set()
-    )
+    running = {s.name for s in run.running.values() if s.kind == kind and s.begun()} & set(names) if alive else set()
     there = {name for name in names if output(kind, name, grid).exists()} - failed - running
     waiting = len(names) - len(failed) - len(running) - len(there)
     parts = [f"{len(there)} of {len(names)} done", f"{len(running)} running", f"{len(failed)} failed"]

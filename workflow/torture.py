@@ -80,9 +80,7 @@ def main() -> int:
     parser.add_argument("--damage", type=int, default=0, help="how many files to damage")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--grid", type=Path, help="a grid file (default: a tiny grid of its own)")
-    parser.add_argument(
-        "--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)"
-    )
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)")
     options = parser.parse_args()
     n_kills = (0 if options.damage else 20) if options.kills is None else options.kills
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
@@ -168,9 +166,7 @@ def kill(
         judge(victim, expected, outcome)
 
 
-def one_run(
-    checkout: Checkout, lives: dict[str, float], rng: random.Random, outcome: Outcome, most: int
-) -> None:
+def one_run(checkout: Checkout, lives: dict[str, float], rng: random.Random, outcome: Outcome, most: int) -> None:
     """Start a run and kill at most so many of its processes, one after the other, unless it ends before."""
     whole = checkout.finished()
     began = time.monotonic()
@@ -245,17 +241,13 @@ def judge(
     lacking = [name for name in expected.keys() - found.keys() if not name.startswith(may_lack)]
     outcome.faults += [f"missing: {name}" for name in lacking]
     outcome.faults += [f"not in the reference: {name}" for name in found.keys() - expected.keys()]
-    outcome.faults += [
-        f"different: {n}" for n in expected.keys() & found.keys() if not same(expected[n], found[n])
-    ]
+    outcome.faults += [f"different: {n}" for n in expected.keys() & found.keys() if not same(expected[n], found[n])]
     outcome.faults += [f"left behind: {path}" for path in checkout.rubbish()]
     if clear:
         checkout.clear()
 
 
-def damage(
-    checkout: Checkout, expected: dict[str, object], n: int, rng: random.Random, outcome: Outcome
-) -> None:
+def damage(checkout: Checkout, expected: dict[str, object], n: int, rng: random.Random, outcome: Outcome) -> None:
     """Damage files of a finished checkout, some before each run, and see what the run makes of it."""
     checkout.record()
     with tqdm(total=n, desc="damages", unit="file") as bar:
@@ -341,9 +333,7 @@ def _take_anothers(path: Path, alike: list[Path], rng: random.Random) -> bool:
 
 
 WAYS = {
-    "truncated": lambda path, _, rng: _write(
-        path, path.read_bytes()[: rng.randrange(path.stat().st_size - 1)]
-    ),
+    "truncated": lambda path, _, rng: _write(path, path.read_bytes()[: rng.randrange(path.stat().st_size - 1)]),
     "bit flipped": _flip,
     "emptied": lambda path, _, rng: _write(path, b""),
     "lengthened": lambda path, _, rng: _write(path, path.read_bytes() + b"x"),
@@ -369,9 +359,7 @@ def contents(checkout: Checkout) -> dict[str, object]:
     for path in sorted(store.glob("tickets/*/ticket.json")):
         info = json.loads(path.read_text())
         found[str(path.relative_to(store))] = {k: v for k, v in info.items() if k not in UNTIMED}
-    for path in sorted(
-        p for name in ("book/_generated", "_build/html") for p in (checkout.folder / name).rglob("*")
-    ):
+    for path in sorted(p for name in ("book/_generated", "_build/html") for p in (checkout.folder / name).rglob("*")):
         if path.suffix in READ:
             found[str(path.relative_to(checkout.folder))] = path.is_file()
     return {name: value for name, value in found.items() if not name.startswith(("damaged/", "tmp/"))}
@@ -396,9 +384,7 @@ class Checkout:
         self.rows = folder / "book/_generated" / self.grid.stem / "rows.csv"
         self.ended = False
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         for name in listed:
             if (ROOT / name).is_file() and not name.startswith("book/results/"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -422,17 +408,16 @@ class Checkout:
         with self.log.open("w") as log:
             return subprocess.Popen(
                 [sys.executable, "workflow/report.py", str(self.grid)],
-                cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def record(self) -> None:
         """Record the results of its grid, and keep a copy of the record."""
         command = [sys.executable, "-m", "lthlib", "record", str(self.grid)]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(self.folder),
-            "LTHLIB_STORE": str(self.folder / "store"),
-        }
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "LTHLIB_STORE": str(self.folder / "store")}
         subprocess.run(command, cwd=self.folder, env=environment, check=True, stderr=subprocess.DEVNULL)
         shutil.copytree(self.records, self.folder.parent / "records", dirs_exist_ok=True)
 
@@ -449,13 +434,13 @@ class Checkout:
     def a_file(self, place: str, rng: random.Random) -> Path | None:
         """Draw a file of the store (first one of its parts), or of another place (`damage`)."""
         folder = {
-            "done": self.folder / "_build/jobs", "recorded": self.records,
-            "generated": self.folder / "book/_generated", "book": self.folder / "_build/html",
-        }.get(place)  # fmt: skip
+            "done": self.folder / "_build/jobs",
+            "recorded": self.records,
+            "generated": self.folder / "book/_generated",
+            "book": self.folder / "_build/html",
+        }.get(place)
         if folder is None:
-            parts = {
-                p for p in (self.folder / "store").iterdir() if p.name not in ("tmp", "damaged", "locks")
-            }
+            parts = {p for p in (self.folder / "store").iterdir() if p.name not in ("tmp", "damaged", "locks")}
             folder = rng.choice(sorted(p for p in parts if any(p.rglob("manifest.json"))))
         suffix = ".json" if place == "done" else ""
         found = sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file())
@@ -500,9 +485,7 @@ class Checkout:
 
     def _processes(self) -> Iterator[psutil.Process]:
         for pid in psutil.pids():
-            with contextlib.suppress(
-                OSError, psutil.Error
-            ):  # another's, ended, or without parents to bury it
+            with contextlib.suppress(OSError, psutil.Error):  # another's, ended, or without parents to bury it
                 if os.readlink(f"/proc/{pid}/cwd") == str(self.folder):
                     yield psutil.Process(pid)
 
@@ -552,9 +535,7 @@ def _role(process: psutil.Process, driver: int) -> tuple[str, str]:
     name = Path(logs[0]).stem
     if "/pages/" in logs[0]:
         return "page", logs[0]
-    return {"rows": "rows", "front": "front", "book": "book", "unfinished-book": "book"}.get(
-        name, "worker"
-    ), logs[0]
+    return {"rows": "rows", "front": "front", "book": "book", "unfinished-book": "book"}.get(name, "worker"), logs[0]
 
 
 def _age(process: psutil.Process) -> tuple[float, int]:
@@ -576,9 +557,7 @@ def _unescaped(folder: Path) -> set[str]:
     import base64
 
     names = [
-        p.relative_to(folder).as_posix().replace("@", "").replace("/", "")
-        for p in folder.rglob("*")
-        if p.is_file()
+        p.relative_to(folder).as_posix().replace("@", "").replace("/", "") for p in folder.rglob("*") if p.is_file()
     ]
     return {base64.b64decode(name).decode() for name in names}
 

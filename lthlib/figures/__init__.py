@@ -72,9 +72,7 @@ def voting(judged: pd.DataFrame, also: Sequence[str] = ()) -> list[tuple[str, st
     return [(metric, shift) for metric, shift in pairs if METRICS[metric].in_verdict or metric in also]
 
 
-def curves(
-    judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2
-) -> Figure:
+def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2) -> Figure:
     """Draw metric against sparsity, one panel a metric and shift.
 
     Args:
@@ -88,9 +86,7 @@ def curves(
         panels = [key for key, g in groups if (g["region"] != "").all() and g["severity"].nunique() == 1]
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
@@ -115,17 +111,9 @@ def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
     for method, line in part.groupby("method", sort=False):
         line = line.sort_values("round")
         x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
-        axis.fill_between(
-            x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0
-        )
+        axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
         for i in range(1, len(x)):  # a segment has the style of the point it leads to
-            axis.plot(
-                x[i - 1 : i + 1],
-                y[i - 1 : i + 1],
-                STYLES[line["region"].iloc[i]],
-                color=colour[method],
-                lw=1.6,
-            )
+            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["region"].iloc[i]], color=colour[method], lw=1.6)
         won = (line["region"] == WINNING).to_numpy()
         axis.plot(x[won], y[won], "o", color=colour[method], ms=4)
         axis.plot(x[~won], y[~won], "o", color=colour[method], ms=4, mfc="white")
@@ -160,10 +148,18 @@ def reach_map(table: pd.DataFrame) -> Figure:
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
     text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}")
     sns.heatmap(
-        100 * table.fillna(0.0), annot=text, fmt="", cmap="crest", vmin=0, vmax=100, linewidths=1, ax=axis,
-        cbar_kws={"label": "kept up to sparsity [%]"}, xticklabels=titles,
+        100 * table.fillna(0.0),
+        annot=text,
+        fmt="",
+        cmap="crest",
+        vmin=0,
+        vmax=100,
+        linewidths=1,
+        ax=axis,
+        cbar_kws={"label": "kept up to sparsity [%]"},
+        xticklabels=titles,
         yticklabels=[METHODS[m].title for m in table.index],
-    )  # fmt: skip
+    )
     for text in axis.get_xticklabels():
         text.set(rotation=25, ha="right", rotation_mode="anchor")
     axis.tick_params(axis="y", rotation=0)
@@ -178,14 +174,10 @@ def radar(table: pd.DataFrame) -> Figure:
     for method, line in table.iterrows():
         closed = np.append(line.to_numpy(), line.iloc[0])
         style = "--" if method == "dense" else "-"
-        axis.plot(
-            np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title
-        )
+        axis.plot(np.append(angles, angles[0]), closed, style, color=colour[method], label=METHODS[method].title)
     axis.set_xticks(angles, [METRICS[name].title for name in table.columns])
     for angle, text in zip(angles, axis.get_xticklabels(), strict=True):
-        text.set_horizontalalignment(
-            "left" if np.cos(angle) > 0.1 else "right" if np.cos(angle) < -0.1 else "center"
-        )
+        text.set_horizontalalignment("left" if np.cos(angle) > 0.1 else "right" if np.cos(angle) < -0.1 else "center")
     axis.set_yticks([0, 0.5, 1], ["", "", ""])
     axis.set_ylim(0, 1.02)
     axis.legend(loc="center left", bbox_to_anchor=(1.4, 0.5), frameon=False)

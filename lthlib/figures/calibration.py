@@ -18,9 +18,15 @@ def reliability(diagrams: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         diagrams: Title -> arrays ``count``, ``confidence``, ``accuracy`` by bin.
     """
     figure, axes = plt.subplots(
-        2, len(diagrams), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained", sharex=True, sharey="row",
+        2,
+        len(diagrams),
+        figsize=(WIDTH, 3.6),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
+        sharey="row",
         height_ratios=[3, 1],
-    )  # fmt: skip
+    )
     for (top, bottom), (title, bins) in zip(axes.T, diagrams.items(), strict=True):
         edges = np.linspace(0, 1, len(bins["count"]) + 1)
         centres, width = (edges[:-1] + edges[1:]) / 2, edges[1]

@@ -46,18 +46,14 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
         most = max(float(np.abs(t).max().max()) for _, _, t in mine) or 1.0
         low = -most if change else min(float(t.min().min()) for _, _, t in mine)
         for axis, title, table in mine:
-            shown = axis.imshow(
-                table, cmap=scheme if better else f"{scheme}_r", vmin=low, vmax=most, aspect="auto"
-            )
+            shown = axis.imshow(table, cmap=scheme if better else f"{scheme}_r", vmin=low, vmax=most, aspect="auto")
             if len(panels) <= 3:
                 _write(axis, table, shown, metric)
             axis.set_title(title, fontsize="small")
             axis.set_xticks(range(len(table.columns)), [f"{s:g}" for s in table.columns])
             axis.set_xlabel("severity")
             axis.grid(visible=False)
-        figure.colorbar(
-            shown, ax=[a for a, _, _ in mine], orientation="horizontal", pad=0.01, aspect=60, shrink=0.8
-        )
+        figure.colorbar(shown, ax=[a for a, _, _ in mine], orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
     axes[0].set_yticks(range(len(dense)), [CORRUPTIONS[name].title for name in dense.index], fontsize=8)
     figure.suptitle(f"{label(metric)}, sparse at {_percent(round)}", fontsize="medium")
     return figure
@@ -131,10 +127,7 @@ def severity_curves(judged: pd.DataFrame, metrics: Sequence[str], round: int) ->
         several = len(methods) > 1
         part = part[part["round"] == round] if several else part
         keys, colour = _lines(part, methods)
-        mean = (
-            factor(metric)
-            * part.groupby(["method" if several else "round", "severity"])[["mean", "dense"]].mean()
-        )
+        mean = factor(metric) * part.groupby(["method" if several else "round", "severity"])[["mean", "dense"]].mean()
         for key, title in keys.items():
             axis.plot(mean.loc[key].index, mean.loc[key, "mean"], "o-", ms=3, color=colour[key], label=title)
         axis.plot(mean.loc[key].index, mean.loc[key, "dense"], "--", color="black", label="dense")

@@ -21,13 +21,23 @@ from lthlib.pruners import METHODS
 
 Arrays = Mapping[str, np.ndarray]
 PANELS = (
-    "weight_hessian_trace", "input_hessian_trace", "weight_hessian_trace_per_weight", "relative_flatness",
-    "weight_hessian_top", "input_hessian_top", "pac_bayes_weight_sigma", "pac_bayes_input_sigma", "error_barrier",
-)  # fmt: skip
-RANKED = (
-    "weight_hessian_trace_per_weight", "relative_flatness", "weight_hessian_top", "pac_bayes_weight_sigma",
+    "weight_hessian_trace",
     "input_hessian_trace",
-)  # fmt: skip
+    "weight_hessian_trace_per_weight",
+    "relative_flatness",
+    "weight_hessian_top",
+    "input_hessian_top",
+    "pac_bayes_weight_sigma",
+    "pac_bayes_input_sigma",
+    "error_barrier",
+)
+RANKED = (
+    "weight_hessian_trace_per_weight",
+    "relative_flatness",
+    "weight_hessian_top",
+    "pac_bayes_weight_sigma",
+    "input_hessian_trace",
+)
 
 
 def panels(judged: pd.DataFrame) -> list[tuple[str, str]]:
@@ -70,9 +80,16 @@ def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
     for place, (title, style, arrays) in enumerate(_drawn(tickets)):
         values = np.maximum(arrays["input_traces"].astype(float), 1e-12)
         box = axis.boxplot(
-            [values], positions=[-place], orientation="horizontal", widths=0.6, whis=(5, 95), showfliers=False,
-            tick_labels=[title], manage_ticks=False, medianprops={"color": style["color"]},
-        )  # fmt: skip
+            [values],
+            positions=[-place],
+            orientation="horizontal",
+            widths=0.6,
+            whis=(5, 95),
+            showfliers=False,
+            tick_labels=[title],
+            manage_ticks=False,
+            medianprops={"color": style["color"]},
+        )
         for part in (*box["boxes"], *box["whiskers"], *box["caps"]):
             part.set_color(style["color"])
         axis.plot(_interval(values), [-place] * 2, color=style["color"], lw=4, alpha=0.35)
@@ -197,9 +214,7 @@ def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
         rows[title] = {
             f"trace on {len(mine)} images": f"{mine.mean():.4g}",
             "95 % over images": _range(_interval(mine)),
-            "minus dense, same images": ""
-            if mine is dense or title == "dense"
-            else f"{(mine - dense).mean():.4g}",
+            "minus dense, same images": "" if mine is dense or title == "dense" else f"{(mine - dense).mean():.4g}",
             "95 % of that": "" if title == "dense" else _range(_interval(mine - dense)),
             "on more images": f"{wide.mean():.4g} ({len(wide)})" if len(wide) else "",
             f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in means),
@@ -215,16 +230,21 @@ def rescaled_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
     """
     rows = []
     for title, arrays in tickets.items():
-        traces = [float(a.astype(float).mean()) for a in (
-            arrays["weight_per_image"], arrays["weight_relative_per_image"]
-        )]  # fmt: skip
+        traces = [
+            float(a.astype(float).mean()) for a in (arrays["weight_per_image"], arrays["weight_relative_per_image"])
+        ]
         columns = (arrays[f"rescaled_{name}"] for name in ("factor", "trace", "relative", "change"))
         for factor, trace, relative, change in [(1.0, *traces, 0.0), *zip(*columns, strict=True)]:
-            rows.append({
-                "ticket": title, "layer": str(arrays["rescaled_layer"]), "times": f"{factor:g}",
-                "change of a logit": f"{change:.1e}", label("weight_hessian_trace"): f"{trace:.4g}",
-                label("relative_flatness"): f"{relative:.4g}",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "ticket": title,
+                    "layer": str(arrays["rescaled_layer"]),
+                    "times": f"{factor:g}",
+                    "change of a logit": f"{change:.1e}",
+                    label("weight_hessian_trace"): f"{trace:.4g}",
+                    label("relative_flatness"): f"{relative:.4g}",
+                }
+            )
     return pd.DataFrame(rows).set_index("ticket")
 
 

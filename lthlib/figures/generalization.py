@@ -24,13 +24,7 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
     columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(WIDTH, 2.4 * rows + 0.4),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
+        rows, columns, figsize=(WIDTH, 2.4 * rows + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
     shades = sns.color_palette("flare", part["round"].nunique())
     for axis in axes.flat[len(methods) :]:
@@ -66,9 +60,7 @@ def roc_curves(curves: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[
         curves: Set -> title -> true positive rates on an even grid of false positive rates; dense under ``"dense"``.
         colours: Title -> colour, dense excepted.
     """
-    figure, axes = plt.subplots(
-        1, len(curves), figsize=(WIDTH, 3.8), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(curves), figsize=(WIDTH, 3.8), squeeze=False, sharey=True, layout="constrained")
     for axis, (name, lines) in zip(axes[0], curves.items(), strict=True):
         axis.plot([0, 100], [0, 100], color="grey", lw=0.8)
         for title, curve in lines.items():
@@ -91,9 +83,7 @@ def gallery(pictures: np.ndarray, names: Sequence[str]) -> Figure:
     titles = ["clean", *(CORRUPTIONS[name].title for name in names)]
     columns = 10
     rows = -(-len(titles) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 2.75 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.75 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, title, row in zip(axes.flat, titles, pictures, strict=False):

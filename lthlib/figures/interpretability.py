@@ -82,9 +82,7 @@ def floors(results: Results) -> pd.DataFrame:
         )
         explained = f"{n} test images"
         lines[figures.label(metric)] = {
-            "measured on": explained
-            if metric in EXPLANATIONS
-            else f"{n} of {first['concepts']}, {first['layer']}",
+            "measured on": explained if metric in EXPLANATIONS else f"{n} of {first['concepts']}, {first['layer']}",
             "dense": _number(scale * dense),
             "± 95 % (images)": _number(1.96 * scale * errors.get(metric, np.nan)),
             "± mask seed": _number(scale * dense * moved),
@@ -104,9 +102,14 @@ def detectors_by_category(results: Results) -> Figure:
     columns = min(4, len(methods))
     lines = -(-len(methods) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), squeeze=False, sharex=True, sharey=True,
+        lines,
+        columns,
+        figsize=(WIDTH, 2.3 * lines + 0.9),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
         layout="constrained",
-    )  # fmt: skip
+    )
     categories = list(dict.fromkeys(table["category"]))
     colours = dict(zip(categories, sns.color_palette("deep", len(categories)), strict=True))
     for axis in axes.flat[len(methods) :]:
@@ -161,13 +164,7 @@ def formula_length(results: Results) -> Figure:
             chosen = (tickets["method"] == method) & (tickets["round"] == last)
             _length_line(axis, results, chosen, METHODS[method].title, color=figures.colours()[method])
     _length_line(
-        axis,
-        results,
-        tickets["method"] == "dense",
-        "random weights",
-        "random_by_length",
-        marker=None,
-        **_RANDOM,
+        axis, results, tickets["method"] == "dense", "random weights", "random_by_length", marker=None, **_RANDOM
     )
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("concepts in the formula, at most")
@@ -239,9 +236,12 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
     first = next(iter(networks.values()))
     pictures = first["explained_images"]
     figure, axes = plt.subplots(
-        len(networks) + 1, len(pictures), figsize=(WIDTH, 1.75 * (len(networks) + 1)), squeeze=False,
+        len(networks) + 1,
+        len(pictures),
+        figsize=(WIDTH, 1.75 * (len(networks) + 1)),
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
@@ -292,9 +292,16 @@ def _label_row(axis: Axes, planes: np.ndarray, labels: np.ndarray) -> None:
     axis.imshow(palette[_strip(_rank(planes, shown), -1)])
     handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:12])]
     axis.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="xx-small",
-        handlelength=1, labelspacing=0.2, ncols=1 + (len(shown) > 7), columnspacing=0.8,
-    )  # fmt: skip
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize="xx-small",
+        handlelength=1,
+        labelspacing=0.2,
+        ncols=1 + (len(shown) > 7),
+        columnspacing=0.8,
+    )
 
 
 def _rank(planes: np.ndarray, shown: Sequence[int]) -> np.ndarray:

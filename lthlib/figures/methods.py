@@ -36,11 +36,18 @@ def density_map(densities: pd.DataFrame, round: int) -> Figure:
     figure, axis = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 2.0), layout="constrained")
     floor = max(table.to_numpy()[table.to_numpy() > 0].min(), 0.01)
     sns.heatmap(
-        table.clip(lower=floor), annot=table.map("{:.3g}".format) if few else False, fmt="", cmap="crest", ax=axis,
-        norm=LogNorm(floor, 100), linewidths=1 if few else 0, annot_kws={"size": 8},
+        table.clip(lower=floor),
+        annot=table.map("{:.3g}".format) if few else False,
+        fmt="",
+        cmap="crest",
+        ax=axis,
+        norm=LogNorm(floor, 100),
+        linewidths=1 if few else 0,
+        annot_kws={"size": 8},
         cbar_kws={"label": "density [%]", "format": "%g"},
-        xticklabels=[_short(name) for name in table], yticklabels=[METHODS[m].title for m in table.index],
-    )  # fmt: skip
+        xticklabels=[_short(name) for name in table],
+        yticklabels=[METHODS[m].title for m in table.index],
+    )
     axis.set_title(f"density by layer at sparsity {100 * masks.sparsity_of(round):.1f} %, mean over seeds")
     axis.set(xlabel="layer, from input to output", ylabel="")
     _slant(axis, 35 if few else 90)
@@ -98,9 +105,19 @@ def overlap_map(overlaps: pd.DataFrame) -> Figure:
     titles = [METHODS[m].title for m in names]
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 2.2), layout="constrained")
     sns.heatmap(
-        table, annot=True, fmt=".1f", cmap="crest", vmin=0, vmax=100, linewidths=1, ax=axis, annot_kws={"size": 8},
-        cbar_kws={"label": "overlap (Jaccard) [%]"}, xticklabels=titles, yticklabels=titles,
-    )  # fmt: skip
+        table,
+        annot=True,
+        fmt=".1f",
+        cmap="crest",
+        vmin=0,
+        vmax=100,
+        linewidths=1,
+        ax=axis,
+        annot_kws={"size": 8},
+        cbar_kws={"label": "overlap (Jaccard) [%]"},
+        xticklabels=titles,
+        yticklabels=titles,
+    )
     axis.set_title("below the diagonal: measured; above: random masks of the same layer densities")
     _slant(axis, 35)
     return figure
@@ -154,6 +171,11 @@ def _look(method: str, about: str | None) -> dict[str, object]:
         return {"color": "black", "marker": "*", "ms": 13, "ls": "", "label": "dense"}
     front = about in (None, method)
     return {
-        "color": colours()[method], "marker": MARKERS.get(METHODS[method].family, "o"), "ms": 5, "lw": 1.4,
-        "alpha": 1.0 if front else 0.25, "zorder": 3 if front else 2, "label": METHODS[method].title,
-    }  # fmt: skip
+        "color": colours()[method],
+        "marker": MARKERS.get(METHODS[method].family, "o"),
+        "ms": 5,
+        "lw": 1.4,
+        "alpha": 1.0 if front else 0.25,
+        "zorder": 3 if front else 2,
+        "label": METHODS[method].title,
+    }

@@ -50,9 +50,17 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def describe(
-    name: str, title: str, *, dimension: str, higher_is_better: bool | None, unit: str, definition: str,
-    reference: str, in_verdict: bool = False, over_classes: bool = False,
-) -> None:  # fmt: skip
+    name: str,
+    title: str,
+    *,
+    dimension: str,
+    higher_is_better: bool | None,
+    unit: str,
+    definition: str,
+    reference: str,
+    in_verdict: bool = False,
+    over_classes: bool = False,
+) -> None:
     """Add the row of one metric to `METRICS`; the arguments are the attributes of `Metric`."""
     METRICS[name] = Metric(
         name, title, dimension, higher_is_better, unit, definition, reference, in_verdict, over_classes

@@ -80,11 +80,7 @@ def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarra
 
 
 def ece(
-    probs: ArrayLike,
-    labels: ArrayLike,
-    n_bins: int = N_BINS,
-    edges: str = "right",
-    legacy_lthpass: bool = False,
+    probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS, edges: str = "right", legacy_lthpass: bool = False
 ) -> float:
     """Expected calibration error of the top class (Naeini et al., 2015; Guo et al., 2017). Lower is better.
 
@@ -375,9 +371,7 @@ def reliability_diagram(
     )
 
 
-def temperature_scaling(
-    logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, float] = (0.01, 100.0)
-) -> float:
+def temperature_scaling(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
     """Temperature T that minimises the NLL of softmax(logits / T) (Guo et al., 2017).
 
     The NLL is convex in 1 / T, so its slope mean(E_p[z] - z_label) changes sign once; that root is found to
@@ -534,13 +528,7 @@ def bootstrap(
 
 
 def bootstrap_summary(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    seed: int,
-    n: int = 1000,
-    level: float = 0.95,
-    n_bins: int = N_BINS,
+    logits: ArrayLike, labels: ArrayLike, *, seed: int, n: int = 1000, level: float = 0.95, n_bins: int = N_BINS
 ) -> dict[str, Interval]:
     """Percentile intervals of accuracy, ECE, SCE, NLL and Brier score over resampled images.
 
@@ -574,9 +562,7 @@ def bootstrap_summary(
 
 def _counts(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
     """How often each image is drawn in each of n replicates, (n, size)."""
-    return np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n)]).astype(
-        float
-    )
+    return np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n)]).astype(float)
 
 
 @dataclass(frozen=True)
@@ -622,75 +608,97 @@ def _row(name: str, title: str, definition: str, reference: str, **more: object)
 
 
 _row(
-    "ece", "ECE",
+    "ece",
+    "ECE",
     r"$\sum_b \frac{n_b}{N}\,|\mathrm{acc}_b - \mathrm{conf}_b|$ over 15 right-closed bins of the top "
     "class's confidence.",
-    "guo2017calibration", in_verdict=True,
-)  # fmt: skip
+    "guo2017calibration",
+    in_verdict=True,
+)
 _row(
-    "sce", "SCE",
+    "sce",
+    "SCE",
     r"$\frac1C\sum_c\sum_b \frac{n_{bc}}{N}\,|\mathrm{acc}_{bc} - \mathrm{conf}_{bc}|$ over 15 bins of each "
     "class's probability; the same quantity as classwise ECE.",
-    "nixon2019measuring", in_verdict=True, over_classes=True,
-)  # fmt: skip
+    "nixon2019measuring",
+    in_verdict=True,
+    over_classes=True,
+)
 _row(
-    "nll", "NLL",
+    "nll",
+    "NLL",
     r"$-\frac1N\sum_i \log p_{i,y_i}$ by log-softmax in float64.",
-    "gneiting2007strictly", unit="nats", in_verdict=True,
-)  # fmt: skip
+    "gneiting2007strictly",
+    unit="nats",
+    in_verdict=True,
+)
+_row("brier", "Brier score", r"$\frac1N\sum_i\sum_c (p_{ic}-y_{ic})^2$, from 0 to 2.", "brier1950verification", unit="")
 _row(
-    "brier", "Brier score",
-    r"$\frac1N\sum_i\sum_c (p_{ic}-y_{ic})^2$, from 0 to 2.",
-    "brier1950verification", unit="",
-)  # fmt: skip
-_row(
-    "ece_lthpass", "ECE (published code)",
+    "ece_lthpass",
+    "ECE (published code)",
     "ECE as the paper's published code computes it: 15 edges, hence 14 bins.",
     "chen2022can",
-)  # fmt: skip
+)
 _row(
-    "adaptive_ece", "Adaptive ECE",
+    "adaptive_ece",
+    "Adaptive ECE",
     r"ECE over 15 bins of equal mass: $\frac{1}{N}\sum_b n_b\,|\mathrm{acc}_b - \mathrm{conf}_b|$.",
     "nixon2019measuring",
-)  # fmt: skip
+)
 _row(
-    "ace", "ACE",
+    "ace",
+    "ACE",
     r"SCE with 15 bins of equal mass in each class: $\frac1C\sum_c\sum_b \frac{n_{bc}}{N}\,"
     r"|\mathrm{acc}_{bc} - \mathrm{conf}_{bc}|$.",
-    "nixon2019measuring", over_classes=True,
-)  # fmt: skip
+    "nixon2019measuring",
+    over_classes=True,
+)
 _row(
-    "brier_reliability", "Brier reliability",
+    "brier_reliability",
+    "Brier reliability",
     "Mean squared gap between forecast and frequency over 15 bins per class, summed over classes; "
     "the calibration part of the Brier score.",
-    "murphy1973new", unit="",
-)  # fmt: skip
+    "murphy1973new",
+    unit="",
+)
 _row(
-    "brier_resolution", "Brier resolution",
+    "brier_resolution",
+    "Brier resolution",
     "Mean squared distance of the bins' frequencies from the base rates, summed over classes; "
     "the resolution part of the Brier score.",
-    "murphy1973new", unit="", higher_is_better=True,
-)  # fmt: skip
+    "murphy1973new",
+    unit="",
+    higher_is_better=True,
+)
 _row(
-    "temperature", "Temperature",
+    "temperature",
+    "Temperature",
     r"$T$ that minimises the NLL of $\mathrm{softmax}(z/T)$ on held-out images; above 1 for an overconfident "
     "network.",
-    "guo2017calibration", unit="", higher_is_better=None,
-)  # fmt: skip
+    "guo2017calibration",
+    unit="",
+    higher_is_better=None,
+)
 for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
     _row(
-        f"{_name}_recalibrated", f"{_title} (recalibrated)",
+        f"{_name}_recalibrated",
+        f"{_title} (recalibrated)",
         f"{_title} of $\\mathrm{{softmax}}(z/T)$, $T$ fitted on images held out from those it is judged on.",
-        "guo2017calibration", unit="nats" if _name == "nll" else "fraction", over_classes=_name == "sce",
-    )  # fmt: skip
+        "guo2017calibration",
+        unit="nats" if _name == "nll" else "fraction",
+        over_classes=_name == "sce",
+    )
 
 
 for _name, _title in (("ece", "ECE"), ("sce", "SCE"), ("nll", "NLL")):
     _row(
-        f"corrupted_{_name}", f"{_title} under corruption",
+        f"corrupted_{_name}",
+        f"{_title} under corruption",
         f"{_title} on test images under one corruption at one severity.",
-        "ovadia2019can", unit="nats" if _name == "nll" else "fraction", over_classes=_name == "sce",
-    )  # fmt: skip
+        "ovadia2019can",
+        unit="nats" if _name == "nll" else "fraction",
+        over_classes=_name == "sce",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- a ticket
@@ -751,8 +759,7 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: in
     for name, severity, logits in subject.corrupted_logits(names, n):
         found = calibration_summary(logits, labels, n_bins)
         values += [
-            Value(f"corrupted_{metric}", found[metric], len(labels), name, severity)
-            for metric in ("ece", "sce", "nll")
+            Value(f"corrupted_{metric}", found[metric], len(labels), name, severity) for metric in ("ece", "sce", "nll")
         ]
     return values
 

@@ -26,16 +26,24 @@ MAX_LENGTH = 10
 OPERATORS = ("OR", "AND", "AND NOT")
 
 describe(
-    "composition_iou", "Compositional IoU", dimension="interpretability", higher_is_better=True, unit="",
+    "composition_iou",
+    "Compositional IoU",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
     definition=r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
     r"search over OR, AND, AND NOT",
     reference="mu2020compositional",
-)  # fmt: skip
+)
 describe(
-    "composition_gain", "Gain of composition", dimension="interpretability", higher_is_better=None, unit="",
+    "composition_gain",
+    "Gain of composition",
+    dimension="interpretability",
+    higher_is_better=None,
+    unit="",
     definition=r"mean over units of the best formula's IoU minus the best single concept's",
     reference="mu2020compositional",
-)  # fmt: skip
+)
 
 
 # --- formulas --------------------------------------------------------------------------------------------
@@ -71,18 +79,14 @@ class Formula:
         value = masks[self.steps[0][1]]
         for operator, label in self.steps[1:]:
             other = masks[label]
-            value = (
-                value | other if operator == "OR" else value & (~other if operator == "AND NOT" else other)
-            )
+            value = value | other if operator == "OR" else value & (~other if operator == "AND NOT" else other)
         return value
 
     def text(self, labels: Sequence[str]) -> str:
         """Return the formula as one reads it: ``(water OR river) AND NOT blue``."""
         text = ""
         for i, run in enumerate(_runs(self.steps)):
-            joined = "".join(
-                f" {operator} {labels[label]}" if operator else labels[label] for operator, label in run
-            )
+            joined = "".join(f" {operator} {labels[label]}" if operator else labels[label] for operator, label in run)
             text = joined if i == 0 else f"({text}){joined}"
         return text
 
@@ -267,9 +271,7 @@ class _Search:
         weights = self.counts.units[[unit]].toarray()[0]
         both, size = self.counts.members @ weights, weights.sum()
         iou = _ratio(both, self.area, size)
-        kept = self._best(
-            [], iou, lambda c: _Entry(Formula.of(c), self._holds(c), both[c], self.area[c], iou[c])
-        )
+        kept = self._best([], iou, lambda c: _Entry(Formula.of(c), self._holds(c), both[c], self.area[c], iou[c]))
         path = [_top(kept)]
         while len(path) < max_length:
             grown = self._best(kept, *self._extensions(kept, weights, both, size))
@@ -285,9 +287,7 @@ class _Search:
         holds = np.stack([entry.holds for entry in kept], 1) if kept else np.empty((len(weights), 0), bool)
         both_and = (self.counts.members @ (weights[:, None] * holds)).T
         area_and = np.array([self._areas_with(entry) for entry in kept]).reshape(both_and.shape)
-        own_both, own_area = (
-            np.array([getattr(e, name) for e in kept])[:, None] for name in ("both", "area")
-        )
+        own_both, own_area = (np.array([getattr(e, name) for e in kept])[:, None] for name in ("both", "area"))
         shared = np.stack([own_both + both - both_and, both_and, own_both - both_and])
         area = np.stack([own_area + self.area - area_and, area_and, own_area - area_and])
         # F OR C contains F and the others lie in it, so an equal area is an equal mask.

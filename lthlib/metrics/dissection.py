@@ -33,27 +33,43 @@ DENOMINATORS = ("lite", "paper", "plain")
 SHUFFLES = ("both", "images", "shift")
 
 describe(
-    "unique_detectors", "Unique detectors", dimension="interpretability", higher_is_better=True,
+    "unique_detectors",
+    "Unique detectors",
+    dimension="interpretability",
+    higher_is_better=True,
     unit="concepts",
     definition=r"number of distinct concepts that are the best concept of a unit with IoU > 0.04",
-    reference="bau2017network", in_verdict=True,
-)  # fmt: skip
-describe(
-    "interpretable_units", "Interpretable units", dimension="interpretability", higher_is_better=True,
-    unit="fraction", definition=r"fraction of the layer's units whose best IoU exceeds 0.04",
     reference="bau2017network",
-)  # fmt: skip
+    in_verdict=True,
+)
 describe(
-    "mean_best_iou", "Mean best IoU", dimension="interpretability", higher_is_better=True, unit="",
-    definition=r"mean over units of $\max_c \mathrm{IoU}_{k,c}$", reference="bau2017network",
-)  # fmt: skip
+    "interpretable_units",
+    "Interpretable units",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="fraction",
+    definition=r"fraction of the layer's units whose best IoU exceeds 0.04",
+    reference="bau2017network",
+)
 describe(
-    "units_above_floor", "Units above chance", dimension="interpretability", higher_is_better=True,
+    "mean_best_iou",
+    "Mean best IoU",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
+    definition=r"mean over units of $\max_c \mathrm{IoU}_{k,c}$",
+    reference="bau2017network",
+)
+describe(
+    "units_above_floor",
+    "Units above chance",
+    dimension="interpretability",
+    higher_is_better=True,
     unit="fraction",
     definition=r"fraction of units whose best IoU exceeds the $1-\alpha$ quantile of their own best IoU with "
     r"shuffled labels; without any association it is about $\alpha$ = 5 %",
     reference="bau2017network",
-)  # fmt: skip
+)
 
 
 # --- thresholds ------------------------------------------------------------------------------------------
@@ -76,9 +92,7 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
     Source: bau2017network, section 2.3.
     """
     if not 0 < quantile < 1:
-        raise UserError(
-            f"The quantile is the fraction of activations above the threshold, in (0, 1), not {quantile}."
-        )
+        raise UserError(f"The quantile is the fraction of activations above the threshold, in (0, 1), not {quantile}.")
     top = None
     for block in chunks(acts):
         if not np.isfinite(block).all():
@@ -200,14 +214,10 @@ def check_sizes(acts: np.ndarray | Stream, limits: np.ndarray, concepts: Concept
         UserError: If the numbers of images or units differ.
     """
     if len(acts) != len(concepts):
-        raise UserError(
-            f"There are maps of {len(acts)} images and labels of {len(concepts)}; use the same images."
-        )
+        raise UserError(f"There are maps of {len(acts)} images and labels of {len(concepts)}; use the same images.")
     units = acts.shape[1] if isinstance(acts, np.ndarray) else len(limits)
     if units != len(limits):
-        raise UserError(
-            f"There are {units} units and {len(limits)} thresholds; one threshold belongs to one unit."
-        )
+        raise UserError(f"There are {units} units and {len(limits)} thresholds; one threshold belongs to one unit.")
 
 
 def iou(counts: Tally, denominator: str = "lite") -> np.ndarray:
@@ -272,9 +282,7 @@ def summary(scores: np.ndarray, limit: float = DETECTOR_IOU) -> dict[str, float]
     }
 
 
-def detectors_by_category(
-    scores: np.ndarray, concepts: ConceptSet, limit: float = DETECTOR_IOU
-) -> dict[str, int]:
+def detectors_by_category(scores: np.ndarray, concepts: ConceptSet, limit: float = DETECTOR_IOU) -> dict[str, int]:
     """Return the number of unique detectors in each category, from `iou` (U, L)."""
     label, score = best_labels(scores)
     unique = np.unique(label[score > limit])
@@ -356,9 +364,16 @@ class Floor:
 
 
 def null_floor(
-    acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet, *, draws: int = 39,
-    alpha: float = 0.05, shuffle: str = "both", denominator: str = "lite", seed: int = 0,
-) -> Floor:  # fmt: skip
+    acts: np.ndarray | Stream,
+    limits: np.ndarray,
+    concepts: ConceptSet,
+    *,
+    draws: int = 39,
+    alpha: float = 0.05,
+    shuffle: str = "both",
+    denominator: str = "lite",
+    seed: int = 0,
+) -> Floor:
     """Return the best IoU that each unit reaches with labels that have nothing to do with the images.
 
     Each draw gives every image the label planes of another (a random permutation), shifted around the torus
@@ -386,13 +401,9 @@ def null_floor(
     choose(shuffle, SHUFFLES, "shuffle")
     choose(denominator, DENOMINATORS, "denominator")
     if not 0 < alpha < 1 or draws + 1 < 1 / alpha - 1e-9:
-        raise UserError(
-            f"A level in (0, 1) needs at least 1/level - 1 draws (19 for 0.05), not {draws} for {alpha}."
-        )
+        raise UserError(f"A level in (0, 1) needs at least 1/level - 1 draws (19 for 0.05), not {draws} for {alpha}.")
     shuffles = _Shuffles.draw(draws, len(concepts), concepts.mask_shape, shuffle, seed)
-    observed, *null = (
-        best_labels(iou(t, denominator))[1] for t in _tallies(acts, limits, concepts, shuffles)
-    )
+    observed, *null = (best_labels(iou(t, denominator))[1] for t in _tallies(acts, limits, concepts, shuffles))
     return Floor(observed, np.array(null), alpha)
 
 

@@ -31,57 +31,99 @@ from lthlib.inference import inference_copy
 from lthlib.metrics import describe
 
 describe(
-    "fidelity", "LIME fidelity", dimension="interpretability", higher_is_better=False, unit="probability²",
+    "fidelity",
+    "LIME fidelity",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="probability²",
     definition=r"$\frac{1}{n}\sum_z (f(z) - g(z))^2$, unweighted, over the masks $z$ that LIME's ridge model "
     "$g$ was fitted to; $f$ is the probability of the class predicted for the whole image.",
-    reference="chen2022can", in_verdict=True,
-)  # fmt: skip
+    reference="chen2022can",
+    in_verdict=True,
+)
 describe(
-    "stability", "LIME stability", dimension="interpretability", higher_is_better=False, unit="probability²",
+    "stability",
+    "LIME stability",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="probability²",
     definition=r"$\frac{1}{5}\sum_k \lVert c_k - c_0 \rVert^2$: the coefficients with the kernel around the "
     "image against those with the kernel around another of the same masked images.",
-    reference="chen2022can", in_verdict=True,
-)  # fmt: skip
+    reference="chen2022can",
+    in_verdict=True,
+)
 describe(
-    "causal", "LIME causal error", dimension="interpretability", higher_is_better=False, unit="probability²",
+    "causal",
+    "LIME causal error",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="probability²",
     definition="The error of `fidelity`, averaged over the fit around the image and five re-weighted ones.",
     reference="chen2022can",
-)  # fmt: skip
+)
 describe(
-    "fidelity_r2", "fidelity, R²", dimension="interpretability", higher_is_better=True, unit="",
+    "fidelity_r2",
+    "fidelity, R²",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
     definition=r"$1 - \text{fidelity} / \mathrm{Var}_z f(z)$: scale-free, so confidence does not decide.",
     reference="ribeiro2016why",
-)  # fmt: skip
+)
 describe(
-    "stability_relative", "stability, relative", dimension="interpretability", higher_is_better=False,
-    unit="", reference="chen2022can",
+    "stability_relative",
+    "stability, relative",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="",
+    reference="chen2022can",
     definition=r"$\text{stability} / \lVert c_0 \rVert^2$: scale-free, so confidence does not decide.",
-)  # fmt: skip
+)
 describe(
-    "lime_r2", "LIME's R²", dimension="interpretability", higher_is_better=True, unit="",
+    "lime_r2",
+    "LIME's R²",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
     definition=r"$1 - \sum_z w_z (f - g)^2 / \sum_z w_z (f - \bar f_w)^2$: LIME's locality-weighted score.",
     reference="ribeiro2016why",
-)  # fmt: skip
+)
 describe(
-    "expo_fidelity", "ExpO neighbourhood fidelity", dimension="interpretability", higher_is_better=False,
-    unit="probability²", reference="plumb2020regularizing",
+    "expo_fidelity",
+    "ExpO neighbourhood fidelity",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="probability²",
+    reference="plumb2020regularizing",
     definition=r"$E_{x'}(f(x') - g_x(x'))^2$ on fresh neighbours $x' = x + \sigma N(0, I)$, $g_x$ linear.",
-)  # fmt: skip
+)
 describe(
-    "expo_stability", "ExpO stability", dimension="interpretability", higher_is_better=False,
-    unit="probability²", reference="plumb2020regularizing",
+    "expo_stability",
+    "ExpO stability",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="probability²",
+    reference="plumb2020regularizing",
     definition=r"$E_{x'}\lVert c_x - c_{x'} \rVert^2$ with $g_{x'}$ fitted around $x'$, not around $x$.",
-)  # fmt: skip
+)
 describe(
-    "expo_r2", "ExpO fidelity, R²", dimension="interpretability", higher_is_better=True, unit="",
+    "expo_r2",
+    "ExpO fidelity, R²",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
     definition=r"$1 - \text{expo\_fidelity} / \mathrm{Var}_{x'} f(x')$ on the same fresh neighbours.",
     reference="plumb2020regularizing",
-)  # fmt: skip
+)
 describe(
-    "expo_stability_relative", "ExpO stability, relative", dimension="interpretability",
-    higher_is_better=False, unit="", reference="plumb2020regularizing",
+    "expo_stability_relative",
+    "ExpO stability, relative",
+    dimension="interpretability",
+    higher_is_better=False,
+    unit="",
+    reference="plumb2020regularizing",
     definition=r"$\text{expo\_stability} / \lVert c_x \rVert^2$.",
-)  # fmt: skip
+)
 
 SEGMENTATIONS: dict[str, dict[str, float]] = {
     "felzenszwalb": {"scale": 10, "sigma": 0.4, "min_size": 20},
@@ -216,9 +258,7 @@ def lime_kernel(masks: np.ndarray, references: Sequence[int]) -> np.ndarray:
     return np.exp(-0.5 * (distances / KERNEL_WIDTH) ** 2)
 
 
-def weighted_ridge(
-    masks: np.ndarray, values: np.ndarray, weights: np.ndarray, alpha: float = RIDGE
-) -> LinearFits:
+def weighted_ridge(masks: np.ndarray, values: np.ndarray, weights: np.ndarray, alpha: float = RIDGE) -> LinearFits:
     r"""Minimise :math:`\sum_i w_{ki} (y_i - b_k - z_i c_k)^2 + \alpha \lVert c_k \rVert^2` for all k at once.
 
     Closed form in float64: the intercept is free of the penalty, so rows and values are centred by their
@@ -233,9 +273,7 @@ def weighted_ridge(
     rows, values = np.asarray(masks, dtype=np.float64), np.asarray(values, dtype=np.float64)
     total = weights.sum(axis=1, keepdims=True)
     row_mean, value_mean = weights @ rows / total, weights @ values / total[:, 0]
-    gram = (weights[:, None, :] * rows.T) @ rows - total[..., None] * row_mean[:, :, None] * row_mean[
-        :, None, :
-    ]
+    gram = (weights[:, None, :] * rows.T) @ rows - total[..., None] * row_mean[:, :, None] * row_mean[:, None, :]
     target = (weights * (values - value_mean[:, None])) @ rows
     coef = np.linalg.solve(gram + alpha * np.eye(rows.shape[1]), target[..., None])[..., 0]
     intercept = value_mean - (row_mean * coef).sum(axis=1)
@@ -269,9 +307,7 @@ def _rows_per_pass(pixels: int, device: torch.device, batch: int | None) -> int:
 def _probabilities(network: nn.Module, batch: Tensor) -> Tensor:
     logits = network(batch)
     if not torch.isfinite(logits).all():
-        raise UserError(
-            "The network's output is not finite, so nothing can be explained; was it trained to the end?"
-        )
+        raise UserError("The network's output is not finite, so nothing can be explained; was it trained to the end?")
     return logits.double().softmax(dim=1)
 
 
@@ -370,9 +406,7 @@ class _Scores:
     def standard_errors(self) -> dict[str, float]:
         """Return the standard error of each mean in `summary`: what the sample of images leaves open."""
         defined = {name: self.score(name)[~np.isnan(self.score(name))] for name in self.SCORES}
-        return {
-            name: np.std(v, ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan for name, v in defined.items()
-        }
+        return {name: np.std(v, ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan for name, v in defined.items()}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -433,10 +467,17 @@ class Explanations(_Scores):
 
 
 def fidelity_stability(
-    model: nn.Module, images: Iterable, *, segments: Iterable[np.ndarray] | None = None,
-    method: str = "felzenszwalb", n_masks: int = 1000, n_perturb: int = 5, seed: int = 0,
-    batch: int | None = None, precision: str = "float32",
-) -> Explanations:  # fmt: skip
+    model: nn.Module,
+    images: Iterable,
+    *,
+    segments: Iterable[np.ndarray] | None = None,
+    method: str = "felzenszwalb",
+    n_masks: int = 1000,
+    n_perturb: int = 5,
+    seed: int = 0,
+    batch: int | None = None,
+    precision: str = "float32",
+) -> Explanations:
     """Measure LIME's explanations of a network's predictions as the official code of the paper does.
 
     For each image: superpixels; ``n_masks`` rows of fair 0/1 draws, the first all ones; pixels of superpixels
@@ -487,7 +528,7 @@ def fidelity_stability(
 @torch.inference_mode()
 def _evaluate_masks(
     network: nn.Module, device: torch.device, image: np.ndarray, labels: np.ndarray, masks: np.ndarray, batch: int
-) -> tuple[np.ndarray, int, int]:  # fmt: skip
+) -> tuple[np.ndarray, int, int]:
     """Return f for every mask, the explained class and the number of images evaluated."""
     # Hiding a superpixel that is black already changes nothing: only the others tell masked images apart.
     visible = np.bincount(labels.ravel(), weights=image.sum(axis=2).ravel()) > 0
@@ -503,9 +544,7 @@ def _evaluate_masks(
     return probabilities[inverse, label], label, len(first)
 
 
-def _score_masks(
-    masks: np.ndarray, references: Sequence[int], values: np.ndarray, label: int, evaluated: int
-) -> dict:
+def _score_masks(masks: np.ndarray, references: Sequence[int], values: np.ndarray, label: int, evaluated: int) -> dict:
     fits = weighted_ridge(masks, values, lime_kernel(masks, references))
     changes = ((fits.coef[1:] - fits.coef[0]) ** 2).sum(axis=1)
     constant = _is_constant(values)
@@ -572,9 +611,7 @@ def differences(first: _Scores, second: _Scores) -> dict[str, Difference]:
             "measure the same images with the same function."
         )
     pairs = {name: (first.score(name), second.score(name)) for name in first.SCORES}
-    return {
-        name: Difference(_apart(a, b), float(_apart(_mean(a), _mean(b)))) for name, (a, b) in pairs.items()
-    }
+    return {name: Difference(_apart(a, b), float(_apart(_mean(a), _mean(b)))) for name, (a, b) in pairs.items()}
 
 
 def _apart(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
@@ -646,10 +683,20 @@ class Neighbourhoods(_Scores):
 
 
 def expo(
-    model: nn.Module, images: Iterable, *, segments: Iterable[np.ndarray] | None = None,
-    method: str = "felzenszwalb", features: str = "superpixels", fit: str = "gradient", sigma: float = 0.1,
-    n_fit: int = 100, n_eval: int = 200, n_neighbours: int = 5, seed: int = 0, batch: int | None = None,
-) -> Neighbourhoods:  # fmt: skip
+    model: nn.Module,
+    images: Iterable,
+    *,
+    segments: Iterable[np.ndarray] | None = None,
+    method: str = "felzenszwalb",
+    features: str = "superpixels",
+    fit: str = "gradient",
+    sigma: float = 0.1,
+    n_fit: int = 100,
+    n_eval: int = 200,
+    n_neighbours: int = 5,
+    seed: int = 0,
+    batch: int | None = None,
+) -> Neighbourhoods:
     r"""Measure neighbourhood fidelity and stability as Plumb et al. (2020) define them.
 
     The neighbourhood of x is :math:`x' = x + \sigma N(0, I)` in pixels (not clipped). f is the softmax

@@ -27,13 +27,7 @@ from lthlib.metrics.hessian import (
     trace_obstacles,
     weight_hessian_trace,
 )
-from lthlib.metrics.landscape import (
-    LossPath,
-    LossSurface,
-    adversarial_slice,
-    filter_normalised_surface,
-    interpolate,
-)
+from lthlib.metrics.landscape import LossPath, LossSurface, adversarial_slice, filter_normalised_surface, interpolate
 from lthlib.metrics.pacbayes import NoiseTolerance, input_noise_tolerance, weight_noise_tolerance
 from lthlib.metrics.piecewise import COUPLED, is_piecewise_linear, nonlinear_parts
 from lthlib.metrics.spectrum import (
@@ -76,73 +70,113 @@ __all__ = [
 ]
 
 describe(
-    "weight_hessian_trace", "Weight-Hessian trace", dimension="flatness", higher_is_better=False, unit="nats",
+    "weight_hessian_trace",
+    "Weight-Hessian trace",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
     definition="$\\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all "
     "parameters, $M$ the mask; exact for piecewise-linear networks.",
-    reference="yao2020pyhessian", in_verdict=True,
-)  # fmt: skip
+    reference="yao2020pyhessian",
+    in_verdict=True,
+)
 describe(
-    "weight_hessian_trace_per_weight", "Weight-Hessian trace per active weight", dimension="flatness",
-    higher_is_better=False, unit="nats",
+    "weight_hessian_trace_per_weight",
+    "Weight-Hessian trace per active weight",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
     definition="$\\operatorname{tr}(MHM)$ divided by the number of active parameters.",
     reference="yao2020pyhessian",
-)  # fmt: skip
+)
 describe(
-    "weight_hessian_top", "Weight-Hessian top eigenvalue", dimension="flatness", higher_is_better=False,
+    "weight_hessian_top",
+    "Weight-Hessian top eigenvalue",
+    dimension="flatness",
+    higher_is_better=False,
     unit="nats",
     definition="The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error.",
     reference="ghorbani2019investigation",
-)  # fmt: skip
+)
 describe(
-    "relative_flatness", "Relative flatness", dimension="flatness", higher_is_better=False, unit="nats",
+    "relative_flatness",
+    "Relative flatness",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
     definition="$\\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and "
     "the next normalisation undoes it; for small $\\sigma$, noise $\\sigma|w_j|\\varepsilon_j$ raises the "
     "loss by $\\tfrac12\\sigma^2$ times this.",
     reference="tsuzuku2020normalized",
-)  # fmt: skip
+)
 describe(
-    "input_hessian_trace", "Input-Hessian trace", dimension="flatness", higher_is_better=False,
+    "input_hessian_trace",
+    "Input-Hessian trace",
+    dimension="flatness",
+    higher_is_better=False,
     unit="nats/pixel²",
     definition="The mean over images of $\\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s "
     "cross-entropy in its $[0,1]$ pixels; exact for piecewise-linear networks.",
-    reference="yao2020pyhessian", in_verdict=True,
-)  # fmt: skip
-describe(
-    "input_hessian_top", "Input-Hessian top eigenvalue", dimension="flatness", higher_is_better=False,
-    unit="nats/pixel²", definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
     reference="yao2020pyhessian",
-)  # fmt: skip
+    in_verdict=True,
+)
 describe(
-    "legacy_batch_eigenvalue", "Input-Hessian top eigenvalue, as published", dimension="flatness",
-    higher_is_better=False, unit="nats/pixel²",
+    "input_hessian_top",
+    "Input-Hessian top eigenvalue",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats/pixel²",
+    definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
+    reference="yao2020pyhessian",
+)
+describe(
+    "legacy_batch_eigenvalue",
+    "Input-Hessian top eigenvalue, as published",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats/pixel²",
     definition="$\\max_i\\lambda_{\\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in "
     "all its pixels: depends on $B$.",
     reference="chen2022can",
-)  # fmt: skip
+)
 describe(
-    "pac_bayes_weight_sigma", "Weight noise borne", dimension="flatness", higher_is_better=True, unit="",
+    "pac_bayes_weight_sigma",
+    "Weight noise borne",
+    dimension="flatness",
+    higher_is_better=True,
+    unit="",
     definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(w+\\sigma|w|\\varepsilon)\\le1.1\\,L(w)$, "
     "$\\varepsilon$ standard normal, on convolution weights.",
     reference="jiang2020fantastic",
-)  # fmt: skip
+)
 describe(
-    "pac_bayes_input_sigma", "Input noise borne", dimension="flatness", higher_is_better=True, unit="pixel",
+    "pac_bayes_input_sigma",
+    "Input noise borne",
+    dimension="flatness",
+    higher_is_better=True,
+    unit="pixel",
     definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(\\operatorname{clamp}(x+\\sigma\\varepsilon,0,1))"
     "\\le1.1\\,L(x)$, pixels in $[0,1]$.",
     reference="chen2022can",
-)  # fmt: skip
+)
 describe(
-    "loss_barrier", "Loss barrier to the dense network", dimension="flatness", higher_is_better=False,
+    "loss_barrier",
+    "Loss barrier to the dense network",
+    dimension="flatness",
+    higher_is_better=False,
     unit="nats",
     definition="$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks.",
     reference="frankle2020linear",
-)  # fmt: skip
+)
 describe(
-    "error_barrier", "Error barrier to the dense network", dimension="flatness", higher_is_better=False,
+    "error_barrier",
+    "Error barrier to the dense network",
+    dimension="flatness",
+    higher_is_better=False,
     unit="fraction",
     definition="$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified.",
     reference="frankle2020linear",
-)  # fmt: skip
+)
 
 
 def weight_trace(
@@ -194,12 +228,7 @@ def weight_trace(
 
 
 def input_hessian(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    chunk: int | None = None,
-    probes: int = 30,
-    seed: int = 0,
+    model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None = None, probes: int = 30, seed: int = 0
 ) -> InputHessian:
     """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
 
@@ -313,9 +342,7 @@ def measure(
         wide = _wide(model, draw(n_wide), masks)
         shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
         rescaled = _rescaled(model, draw(n_weights), masks, shares)
-        parts.append(
-            ([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled})
-        )
+        parts.append(([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled}))
     values = [value for found, _ in parts for value in found]
     return values, {name: array for _, arrays in parts for name, array in arrays.items()}
 
@@ -354,9 +381,7 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
     return values, arrays
 
 
-def _of_spectrum(
-    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float
-) -> Found:
+def _of_spectrum(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float) -> Found:
     found = top_eigenvalues(model, *batch, masks, tolerance=tolerance)
     bound = {"top_bound": found.error_bounds[:1], "top_magnitude": np.array([found.largest_magnitude])}
     return [Value("weight_hessian_top", found.top, len(batch[1]))], bound
@@ -411,9 +436,7 @@ def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:
     return {f"{name}_{part}": getattr(line, part) for part in parts} if line else {}
 
 
-def _pictures(
-    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int
-) -> dict[str, np.ndarray]:
+def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int) -> dict[str, np.ndarray]:
     """Return ``surface_a``, ``surface_b``, ``surface_loss`` in the weights, and ``slice_...`` in the pixels."""
     surfaces = {
         "surface": filter_normalised_surface(model, *batch, masks, SPAN, points),

@@ -34,9 +34,7 @@ class Frozen:
         classes: The number of logits.
     """
 
-    def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor] | None = None
-    ):
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor] | None = None):
         """Check everything; see `check_batch` and `check_masks` for what raises `UserError`.
 
         Raises:
@@ -227,9 +225,7 @@ def norms_behind(frozen: Frozen) -> dict[str, str]:
             takers.setdefault(parent, []).append(node)
     pairs = {}
     for norm, name in nodes.items():
-        conv = (
-            norm.next_functions[0][0] if _has_running_statistics(frozen.model.get_submodule(name)) else None
-        )
+        conv = norm.next_functions[0][0] if _has_running_statistics(frozen.model.get_submodule(name)) else None
         if conv in nodes and _holds(norm, name, leaves) and _alone(conv, nodes[conv], leaves, takers):
             pairs[nodes[conv]] = name
     with torch.no_grad():  # a subclass may do more with its weights than the graph tells
@@ -255,9 +251,7 @@ def _graph(frozen: Frozen, leaves: Mapping[str, Tensor]) -> tuple[Tensor, dict[o
     finally:
         for handle in handles:
             handle.remove()
-    return logits, {
-        calls[0]: name for name, calls in made.items() if len(calls) == 1 and calls[0] is not None
-    }
+    return logits, {calls[0]: name for name, calls in made.items() if len(calls) == 1 and calls[0] is not None}
 
 
 def _alone(conv: object, name: str, leaves: Mapping[str, Tensor], takers: Mapping[object, list]) -> bool:

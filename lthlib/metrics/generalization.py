@@ -22,14 +22,7 @@ from lthlib.data import ood_classes, source
 from lthlib.errors import Registry, UserError, choose
 from lthlib.metrics import Value, describe
 from lthlib.metrics._arrays import as_array, check_labels, check_logits, softmax
-from lthlib.predictions import (
-    Subject,
-    corrupted_parts,
-    corruption_names,
-    corruption_source,
-    sample,
-    scaled_to,
-)
+from lthlib.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample, scaled_to
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
@@ -421,20 +414,14 @@ def _mean_errors(errors: Errors, corruptions: Sequence[str]) -> np.ndarray:
         raise UserError("Name at least one corruption, and each only once.")
     missing = [name for name in corruptions if name not in errors]
     if missing:
-        raise UserError(
-            f"No error rates for {', '.join(missing)}; all {len(corruptions)} corruptions are needed."
-        )
+        raise UserError(f"No error rates for {', '.join(missing)}; all {len(corruptions)} corruptions are needed.")
     rows = {name: as_array(errors[name], f"errors under {name}") for name in corruptions}
     shapes = {row.shape for row in rows.values()}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1 or shapes == {(0,)}:
-        raise UserError(
-            f"Each corruption needs one error rate per severity, the same number for all; got {shapes}."
-        )
+        raise UserError(f"Each corruption needs one error rate per severity, the same number for all; got {shapes}.")
     table = np.array(list(rows.values()), dtype=np.float64)
     if table.min() < 0 or table.max() > 1:
-        raise UserError(
-            f"Error rates run from {table.min():.4g} to {table.max():.4g}; give fractions in [0, 1]."
-        )
+        raise UserError(f"Error rates run from {table.min():.4g} to {table.max():.4g}; give fractions in [0, 1].")
     return table.mean(axis=1)
 
 
@@ -467,8 +454,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, chunk
     _check_epsilon(epsilon)
     with _evaluating(model):
         parts = [
-            _step(x, _sign(model, x, y), epsilon).to(images.device)
-            for x, y in _batches(model, images, labels, chunk)
+            _step(x, _sign(model, x, y), epsilon).to(images.device) for x, y in _batches(model, images, labels, chunk)
         ]
     return torch.cat(parts)
 
@@ -551,9 +537,7 @@ def adversarial_logits(
     """
     choose(attack, ("fgsm", "pgd"), "attack")
     if len(epsilons) == 0 or (attack == "fgsm" and pgd_options):
-        raise UserError(
-            f"Give at least one epsilon, and {sorted(pgd_options) or 'steps'} only to attack='pgd'."
-        )
+        raise UserError(f"Give at least one epsilon, and {sorted(pgd_options) or 'steps'} only to attack='pgd'.")
     for epsilon in epsilons:
         _check_epsilon(epsilon)
     parts = []
@@ -680,109 +664,136 @@ def _row(name: str, title: str, definition: str, reference: str, **more: object)
 
 
 _row(
-    "test_accuracy", "Accuracy",
+    "test_accuracy",
+    "Accuracy",
     "Fraction of images whose largest logit is the true class.",
-    "chen2022can", in_verdict=True,
-)  # fmt: skip
+    "chen2022can",
+    in_verdict=True,
+)
 _row(
-    "ood_auroc", "OoD ROC-AUC",
+    "ood_auroc",
+    "OoD ROC-AUC",
     r"$P(s_\mathrm{OoD} > s_\mathrm{ID}) + \frac12 P(=)$ with the score $1-\max_c p_c$.",
-    "hendrycks2017baseline", in_verdict=True,
-)  # fmt: skip
+    "hendrycks2017baseline",
+    in_verdict=True,
+)
 _row(
-    "corruption_error", "mCE (unnormalised, 15)",
+    "corruption_error",
+    "mCE (unnormalised, 15)",
     "Mean error over the 15 common corruptions and all severities, not divided by AlexNet's.",
-    "hendrycks2019benchmarking", in_verdict=True, higher_is_better=False,
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    in_verdict=True,
+    higher_is_better=False,
+)
 _row(
-    "fgsm_accuracy", "FGSM accuracy",
+    "fgsm_accuracy",
+    "FGSM accuracy",
     r"Accuracy on $\mathrm{clip}(x + \epsilon\,\mathrm{sign}\,\nabla_x L, 0, 1)$, $\epsilon = 8/255$ of a "
     "pixel's range.",
-    "goodfellow2015explaining", in_verdict=True,
-)  # fmt: skip
+    "goodfellow2015explaining",
+    in_verdict=True,
+)
+_row("ood_auroc_max_logit", "OoD ROC-AUC (max logit)", r"ROC-AUC with the score $-\max_c z_c$.", "hendrycks2022scaling")
+_row("ood_auroc_energy", "OoD ROC-AUC (energy)", r"ROC-AUC with the score $-\log\sum_c e^{z_c}$.", "liu2020energy")
 _row(
-    "ood_auroc_max_logit", "OoD ROC-AUC (max logit)",
-    r"ROC-AUC with the score $-\max_c z_c$.",
-    "hendrycks2022scaling",
-)  # fmt: skip
-_row(
-    "ood_auroc_energy", "OoD ROC-AUC (energy)",
-    r"ROC-AUC with the score $-\log\sum_c e^{z_c}$.",
-    "liu2020energy",
-)  # fmt: skip
-_row(
-    "ood_aupr", "OoD AUPR",
+    "ood_aupr",
+    "OoD AUPR",
     "Average precision with OoD as the positive class; chance is the share of OoD images.",
     "hendrycks2017baseline",
-)  # fmt: skip
+)
 _row(
-    "ood_aupr_id", "OoD AUPR (ID positive)",
+    "ood_aupr_id",
+    "OoD AUPR (ID positive)",
     "Average precision with in-distribution as the positive class; chance is the share of ID images.",
     "hendrycks2017baseline",
-)  # fmt: skip
+)
 _row(
-    "ood_fpr95", "OoD FPR95",
+    "ood_fpr95",
+    "OoD FPR95",
     "Share of OoD images accepted when 95 % of the in-distribution images are accepted.",
-    "liang2018enhancing", higher_is_better=False,
-)  # fmt: skip
+    "liang2018enhancing",
+    higher_is_better=False,
+)
 _row(
-    "ood_fpr95_ood_positive", "OoD FPR95 (OoD positive)",
+    "ood_fpr95_ood_positive",
+    "OoD FPR95 (OoD positive)",
     "Share of in-distribution images flagged when 95 % of the OoD images are flagged.",
-    "hendrycks2019deep", higher_is_better=False,
-)  # fmt: skip
+    "hendrycks2019deep",
+    higher_is_better=False,
+)
 _row(
-    "corrupted_accuracy", "Accuracy under corruption",
+    "corrupted_accuracy",
+    "Accuracy under corruption",
     "Accuracy on test images under one corruption at one severity.",
     "hendrycks2019benchmarking",
-)  # fmt: skip
+)
 _row(
-    "corruption_error_all", "mCE (unnormalised, with the extra ones)",
+    "corruption_error_all",
+    "mCE (unnormalised, with the extra ones)",
     "Mean error over the 15 common corruptions, the extra ones and all severities, not divided by AlexNet's.",
-    "hendrycks2019benchmarking", higher_is_better=False,
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    higher_is_better=False,
+)
 _row(
-    "official_corruptions", "Corruptions from published files",
+    "official_corruptions",
+    "Corruptions from published files",
     "Of the corruptions measured, how many were read from the published files; the others were made here.",
-    "hendrycks2019benchmarking", higher_is_better=None, unit="",
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    higher_is_better=None,
+    unit="",
+)
 _row(
-    "relative_corruption_error", "Relative mCE (15)",
+    "relative_corruption_error",
+    "Relative mCE (15)",
     "Unnormalised mean corruption error minus the clean error.",
-    "hendrycks2019benchmarking", higher_is_better=False,
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    higher_is_better=False,
+)
 _row(
-    "corruption_error_alexnet", "mCE (AlexNet-normalised, 15)",
+    "corruption_error_alexnet",
+    "mCE (AlexNet-normalised, 15)",
     r"$\frac1{15}\sum_c \sum_s E_{sc} / \sum_s E^\mathrm{AlexNet}_{sc}$, with AlexNet's errors on "
     "ImageNet-C.",
-    "hendrycks2019benchmarking", higher_is_better=False, unit="",
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    higher_is_better=False,
+    unit="",
+)
 _row(
-    "relative_corruption_error_alexnet", "Relative mCE (AlexNet-normalised, 15)",
+    "relative_corruption_error_alexnet",
+    "Relative mCE (AlexNet-normalised, 15)",
     r"$\frac1{15}\sum_c \sum_s (E_{sc} - E_0) / \sum_s (E^\mathrm{AlexNet}_{sc} - E^\mathrm{AlexNet}_0)$, "
     "with AlexNet's errors on ImageNet-C and on the clean images.",
-    "hendrycks2019benchmarking", higher_is_better=False, unit="",
-)  # fmt: skip
+    "hendrycks2019benchmarking",
+    higher_is_better=False,
+    unit="",
+)
 _row(
-    "pgd_accuracy", "PGD-20 accuracy",
+    "pgd_accuracy",
+    "PGD-20 accuracy",
     r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$.",
     "madry2018towards",
-)  # fmt: skip
+)
 _row(
-    "fgsm_pgd_gap", "FGSM minus PGD-20",
+    "fgsm_pgd_gap",
+    "FGSM minus PGD-20",
     r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where one step "
     "flatters, below zero a sign of masked gradients.",
-    "athalye2018obfuscated", higher_is_better=None,
-)  # fmt: skip
+    "athalye2018obfuscated",
+    higher_is_better=None,
+)
 _row(
-    "adversarial_margin", "Adversarial margin",
+    "adversarial_margin",
+    "Adversarial margin",
     r"Mean of $p_y - \max_{j \neq y} p_j$ on FGSM images, $\epsilon = 8/255$; from -1 to 1.",
-    "goodfellow2015explaining", unit="",
-)  # fmt: skip
+    "goodfellow2015explaining",
+    unit="",
+)
 _row(
-    "adversarial_accuracy", "Accuracy under attack",
+    "adversarial_accuracy",
+    "Accuracy under attack",
     r"Accuracy on images changed by at most $\epsilon$ (severity: $255\,\epsilon$) by FGSM or PGD-20.",
     "madry2018towards",
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------------------------- a ticket
@@ -876,13 +887,9 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Va
     if corruptions.default_constants(subject.data.size, subject.data.size) == "imagenet":
         numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
         numbers["relative_corruption_error_alexnet"] = relative_corruption_error_alexnet(errors, clean)
-    values += [
-        Value(metric, value, n * 5 * len(COMMON_CORRUPTIONS), "common") for metric, value in numbers.items()
-    ]
+    values += [Value(metric, value, n * 5 * len(COMMON_CORRUPTIONS), "common") for metric, value in numbers.items()]
     if len(names) > len(COMMON_CORRUPTIONS):
-        values.append(
-            Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all")
-        )
+        values.append(Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all"))
     official = sum(corruption_source(subject.data, name) == "official" for name in names)
     return [*values, Value("official_corruptions", official, len(names))]
 

@@ -81,9 +81,7 @@ class WeightTrace:
         """Sum the shares over kinds of parameter: ``"Conv2d.weight"``, ``"BatchNorm2d.bias"``, ..."""
         owner, _, _ = zip(*(name.rpartition(".") for name in self.active), strict=True)
         kinds = {name: type(model.get_submodule(name)).__name__ for name in owner}
-        return self._grouped(
-            lambda name: f"{kinds[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}", relative
-        )
+        return self._grouped(lambda name: f"{kinds[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}", relative)
 
     def _grouped(self, key: Callable[[str], str], relative: bool) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -127,11 +125,7 @@ class InputHessian:
 
 
 def weight_hessian_trace(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    masks: Mapping[str, Tensor] | None = None,
-    chunk: int = 50,
+    model: nn.Module, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor] | None = None, chunk: int = 50
 ) -> WeightTrace:
     """Compute the trace of the weight Hessian exactly, for a piecewise-linear network (lower is flatter).
 
@@ -173,8 +167,7 @@ def trace_obstacles(frozen: Frozen) -> tuple[str, ...]:
         for name in ("weight", "bias")
     }
     foreign = [
-        f"no rule for the gradients of {name} "
-        f"(of {type(frozen.model.get_submodule(name.rpartition('.')[0])).__name__})"
+        f"no rule for the gradients of {name} (of {type(frozen.model.get_submodule(name.rpartition('.')[0])).__name__})"
         for name in frozen.weights
         if name not in held
     ]
@@ -189,23 +182,16 @@ def _reshaped(frozen: Frozen) -> list[str]:
     def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         called.add(name)
         if len(output) != len(images) or (isinstance(module, nn.Linear) and output.dim() != 2):
-            found.append(
-                f"no rule for {name}, which sees shape {tuple(inputs[0].shape)} for {len(images)} images"
-            )
+            found.append(f"no rule for {name}, which sees shape {tuple(inputs[0].shape)} for {len(images)} images")
 
     with _watching(frozen.model, look), torch.enable_grad():
         logits = frozen(images, leaves)
     missed = {
         name: leaf
         for name, leaf in leaves.items()
-        if name.rpartition(".")[0] not in called
-        and _rule(frozen.model.get_submodule(name.rpartition(".")[0]))
+        if name.rpartition(".")[0] not in called and _rule(frozen.model.get_submodule(name.rpartition(".")[0]))
     }
-    reached = (
-        grad(logits.sum(), list(missed.values()), allow_unused=True)
-        if missed and logits.requires_grad
-        else ()
-    )
+    reached = grad(logits.sum(), list(missed.values()), allow_unused=True) if missed and logits.requires_grad else ()
     astray = [name for name, gradient in zip(missed, reached, strict=False) if gradient is not None]
     return [*found, *(f"no rule for {name}, which is used without a call of its module" for name in astray)]
 
@@ -266,14 +252,10 @@ def _squared_gradients(frozen: Frozen, images: Tensor, measures: dict[str, Tenso
     return sums
 
 
-def _hand_over(
-    add: Callable, prefix: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
+def _hand_over(add: Callable, prefix: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Hand the gradients of a module's parameters to ``add`` whenever the gradient of its output arrives."""
     gradients = _rule(module)(module, inputs[0].detach())
-    names = {
-        name: f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)
-    }
+    names = {name: f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
 
     def receive(output_gradient: Tensor) -> None:
         for name, gradient in gradients(output_gradient):
@@ -311,9 +293,9 @@ def _conv_gradients(conv: nn.Conv2d, x: Tensor) -> Callable:
         of_groups = g.reshape(1, -1, *g.shape[2:])
         yield (
             "weight",
-            conv2d_weight(
-                grouped, shape, of_groups, conv.stride, padding, conv.dilation, n * conv.groups
-            ).unflatten(0, (n, -1)),
+            conv2d_weight(grouped, shape, of_groups, conv.stride, padding, conv.dilation, n * conv.groups).unflatten(
+                0, (n, -1)
+            ),
         )
         if conv.bias is not None:
             yield "bias", g.sum((2, 3))
@@ -444,7 +426,5 @@ def image_interval(per_image: Tensor, level: float = 0.95, seed: int = 0) -> tup
         raise UserError("An interval over images needs at least two images.")
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = bootstrap(
-        (values,), np.mean, confidence_level=level, n_resamples=2000, rng=np.random.default_rng(seed)
-    )
+    found = bootstrap((values,), np.mean, confidence_level=level, n_resamples=2000, rng=np.random.default_rng(seed))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -27,14 +27,7 @@ from lthlib.data import data_folder
 from lthlib.errors import UserError, choose, suggest
 from lthlib.metrics import METRICS, Value, composition, describe, dissection
 from lthlib.metrics.dissection import Floor, Tally, null_floor, tally, thresholds
-from lthlib.metrics.explanations import (
-    SEGMENTATIONS,
-    Explanations,
-    differences,
-    expo,
-    fidelity_stability,
-    segment,
-)
+from lthlib.metrics.explanations import SEGMENTATIONS, Explanations, differences, expo, fidelity_stability, segment
 from lthlib.metrics.regions import CHUNK, Stream, activations, chunks, regions
 from lthlib.predictions import Subject, sample
 from lthlib.tickets import new_model
@@ -46,22 +39,28 @@ BLOCKS = 10  # of images left out in turn, for the standard errors of a dissecti
 SHOWN_IMAGES, SHOWN_UNITS, TOP_IMAGES, GALLERY = 6, 4, 3, 8
 SHOWN_SIDE = 48  # pixels; larger images are kept reduced to this
 FLOORED = ("fidelity", "stability", "fidelity_r2", "stability_relative")
-RANDOM = (
-    *FLOORED, "unique_detectors", "interpretable_units", "mean_best_iou", "units_above_floor", "composition_iou",
-)  # fmt: skip
+RANDOM = (*FLOORED, "unique_detectors", "interpretable_units", "mean_best_iou", "units_above_floor", "composition_iou")
 
 for _name in FLOORED:
     describe(
-        f"{_name}_seed_floor", f"{METRICS[_name].title}: mask-seed floor", dimension="interpretability",
-        higher_is_better=None, unit="fraction", reference="ribeiro2016why",
+        f"{_name}_seed_floor",
+        f"{METRICS[_name].title}: mask-seed floor",
+        dimension="interpretability",
+        higher_is_better=None,
+        unit="fraction",
+        reference="ribeiro2016why",
         definition=r"$|a - b| \,/\, \tfrac12(|a| + |b|)$ of the means $a$, $b$ with two seeds of the random masks",
-    )  # fmt: skip
+    )
 for _name in RANDOM:
     describe(
-        f"{_name}_random", f"{METRICS[_name].title}: random weights", dimension="interpretability",
-        higher_is_better=None, unit=METRICS[_name].unit, reference=METRICS[_name].reference,
+        f"{_name}_random",
+        f"{METRICS[_name].title}: random weights",
+        dimension="interpretability",
+        higher_is_better=None,
+        unit=METRICS[_name].unit,
+        reference=METRICS[_name].reference,
         definition="the same for the dense network of this seed before training",
-    )  # fmt: skip
+    )
 
 
 # --- which layer, which superpixels, which concepts --------------------------------------------------------
@@ -126,9 +125,14 @@ def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
     n = min(n, len(found))
     found = found.subset(np.arange(n) * len(found) // n)  # neighbours in a list are often alike
     return ConceptSet(
-        found.name, _Resized(found.images, size, channels), found.planes, found.labels, found.categories,
-        found.category_of, found.quantile,
-    )  # fmt: skip
+        found.name,
+        _Resized(found.images, size, channels),
+        found.planes,
+        found.labels,
+        found.categories,
+        found.category_of,
+        found.quantile,
+    )
 
 
 _scenes = functools.lru_cache(maxsize=2)(scenes)
@@ -200,9 +204,10 @@ class Dissection:
     def numbers(self) -> dict[str, float]:
         """Return the layer's numbers, by their names in `METRICS`."""
         return {
-            **dissection.summary(self.scores), "units_above_floor": self.floor.units_above_floor,
+            **dissection.summary(self.scores),
+            "units_above_floor": self.floor.units_above_floor,
             **composition.summary(self.formulas),
-        }  # fmt: skip
+        }
 
     def by_length(self) -> np.ndarray:
         """Return the best IoU with formulas of at most 1, 2, ... concepts, mean over units."""
@@ -210,9 +215,14 @@ class Dissection:
 
 
 def dissect(
-    model: nn.Module, concepts: ConceptSet, layer: str, *, quantile: float | None = None, draws: int = 39,
+    model: nn.Module,
+    concepts: ConceptSet,
+    layer: str,
+    *,
+    quantile: float | None = None,
+    draws: int = 39,
     formula_length: int = 3,
-) -> Dissection:  # fmt: skip
+) -> Dissection:
     """Find what every unit of a layer stands for: a concept, a formula, or nothing beyond chance.
 
     Args:
@@ -236,11 +246,14 @@ def dissect(
         for i, j, part in _blocks(concepts)
     ]
     return Dissection(
-        layer, limits, dissection.iou(_sum(parts)), _jackknife(parts),
+        layer,
+        limits,
+        dissection.iou(_sum(parts)),
+        _jackknife(parts),
         null_floor(maps, limits, concepts, draws=draws),
         composition.explain(composition.census(maps, limits, concepts), max_length=formula_length),
         np.concatenate([block.max((2, 3)) for block in chunks(maps)]),
-    )  # fmt: skip
+    )
 
 
 def _blocks(concepts: ConceptSet):
@@ -255,9 +268,7 @@ def _sum(parts: Sequence[Tally]) -> Tally:
 
 
 def _jackknife(parts: Sequence[Tally]) -> dict[str, float]:
-    left_out = [
-        dissection.summary(dissection.iou(_sum([*parts[:i], *parts[i + 1 :]]))) for i in range(len(parts))
-    ]
+    left_out = [dissection.summary(dissection.iou(_sum([*parts[:i], *parts[i + 1 :]]))) for i in range(len(parts))]
     spread = (len(parts) - 1) ** 0.5
     return {name: spread * float(np.std([one[name] for one in left_out])) for name in left_out[0]}
 
@@ -281,19 +292,18 @@ class _Probe:
 
     def explain(self, model: nn.Module, seed: int = 0) -> Explanations:
         return fidelity_stability(
-            model,
-            self.images,
-            segments=self.segments,
-            n_masks=self.n_masks,
-            seed=seed,
-            precision=self.precision,
+            model, self.images, segments=self.segments, n_masks=self.n_masks, seed=seed, precision=self.precision
         )
 
     def dissect(self, model: nn.Module) -> Dissection:
         return dissect(
-            model, self.concepts, self.layer, quantile=self.quantile, draws=self.draws,
+            model,
+            self.concepts,
+            self.layer,
+            quantile=self.quantile,
+            draws=self.draws,
             formula_length=self.formula_length,
-        )  # fmt: skip
+        )
 
 
 def measure(
@@ -349,9 +359,7 @@ def measure(
     random, random_arrays = _random_weights(subject, probe, given)
     n_scored, n_concepts = int((~explained.single_segment).sum()), len(probe.concepts)
     values = _values(explained.summary() | floors, n_scored) + _values(dissected.numbers(), n_concepts)
-    values += [
-        Value(f"{name}_random", random[name], n_scored if name in FLOORED else n_concepts) for name in random
-    ]
+    values += [Value(f"{name}_random", random[name], n_scored if name in FLOORED else n_concepts) for name in random]
     if n_expo > 0:
         few = expo(subject.model, probe.images[:n_expo], segments=probe.segments[:n_expo])
         values += _values(few.summary(), len(few))
@@ -380,18 +388,34 @@ def _values(numbers: Mapping[str, float], n: int) -> list[Value]:
 
 
 def _probe(
-    subject: Subject, *, n_images: int, n_masks: int, segmentation: str | None, concepts: str,
-    n_concept_images: int, layer: str | None, quantile: float | None, draws: int, formula_length: int, **_: object,
-) -> _Probe:  # fmt: skip
+    subject: Subject,
+    *,
+    n_images: int,
+    n_masks: int,
+    segmentation: str | None,
+    concepts: str,
+    n_concept_images: int,
+    layer: str | None,
+    quantile: float | None,
+    draws: int,
+    formula_length: int,
+    **_: object,
+) -> _Probe:
     shape = subject.data.shape
     segmentation = segmentation or default_segmentation(shape[0], shape[1])
     choose(segmentation, SEGMENTATIONS, "segmentation")
     low = compute.resolve_precision(subject.precision) == torch.bfloat16
     return _Probe(
-        subject.images("test", n_images).numpy(), _segments(subject, n_images, segmentation), n_masks,
-        "bfloat16" if low else "float32", concept_set(concepts, shape[1], shape[0], n_concept_images),
-        layer or last_maps(subject.model, shape), quantile, draws, formula_length,
-    )  # fmt: skip
+        subject.images("test", n_images).numpy(),
+        _segments(subject, n_images, segmentation),
+        n_masks,
+        "bfloat16" if low else "float32",
+        concept_set(concepts, shape[1], shape[0], n_concept_images),
+        layer or last_maps(subject.model, shape),
+        quantile,
+        draws,
+        formula_length,
+    )
 
 
 def _segments(subject: Subject, n: int, method: str) -> np.ndarray:
@@ -490,11 +514,13 @@ def _unit_arrays(model: nn.Module, concepts: ConceptSet, found: Dissection) -> d
         "unit_formula": np.array([f.formula.text(concepts.labels) if f.formula else "" for f in formulas]),
         "unit_formula_iou": np.array([f.iou for f in formulas], np.float32),
         "unit_images": np.stack([_reduced(p) for p in pictures]).reshape(*top.shape, *_reduced(pictures[0]).shape),
-        "unit_regions": np.stack([
-            np.stack([_nearest(active[k, i, u], len(_reduced(pictures[0]))) for i in range(top.shape[1])])
-            for k, u in enumerate(units)
-        ]),
-    }  # fmt: skip
+        "unit_regions": np.stack(
+            [
+                np.stack([_nearest(active[k, i, u], len(_reduced(pictures[0]))) for i in range(top.shape[1])])
+                for k, u in enumerate(units)
+            ]
+        ),
+    }
 
 
 def _gallery(concepts: ConceptSet) -> dict[str, np.ndarray]:

@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lthlib.errors import UserError, choose, suggest
-from lthlib.metrics.frozen import (
-    Frozen,
-    check_batch,
-    check_finite,
-    evaluating,
-    normal_like,
-    rademacher_like,
-    stateless,
-)
+from lthlib.metrics.frozen import Frozen, check_batch, check_finite, evaluating, normal_like, rademacher_like, stateless
 
 STATISTICS = ("interpolate", "recompute")
 
@@ -102,13 +94,9 @@ def interpolate(
     check_batch(images, labels)
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
     if points < 3:
-        raise UserError(
-            f"A barrier needs the two ends and at least one point between them; got {points} points."
-        )
+        raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
     if statistics == "recompute" and (statistics_images is None or min(len(statistics_images), chunk) < 2):
-        raise UserError(
-            "statistics='recompute' needs statistics_images (two or more) and a chunk of 2 or more."
-        )
+        raise UserError("statistics='recompute' needs statistics_images (two or more) and a chunk of 2 or more.")
     for state in (state_a, state_b):
         _check_state(model, state)
     ts = np.linspace(0, 1, points)
@@ -166,9 +154,14 @@ def filter_normalised_surface(
 
 
 def adversarial_slice(
-    model: nn.Module, images: Tensor, labels: Tensor, span: float = 8 / 255, points: int = 21, seed: int = 0,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    span: float = 8 / 255,
+    points: int = 21,
+    seed: int = 0,
     chunk: int = 250,
-) -> LossSurface:  # fmt: skip
+) -> LossSurface:
     """Measure the loss on a plane of inputs: along the sign of each image's gradient, and a random sign.
 
     Args:
@@ -244,9 +237,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _with_statistics(
-    model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int
-) -> dict[str, Tensor]:
+def _with_statistics(model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int) -> dict[str, Tensor]:
     """Return the state with batch norm's statistics measured anew, the mean over batches."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     state = {name: value.clone() for name, value in state.items()}

@@ -168,9 +168,7 @@ def largest_sigma(
     slope = (excess(1.05 * sigma) - excess(sigma)) / (0.05 * sigma)
     spread = student.ppf(0.975, draws - 1) * float(tried[sigma].std()) / math.sqrt(draws)
     half = float(spread / slope) if slope > 0 else math.inf
-    return NoiseTolerance(
-        sigma, max(0.0, sigma - half), sigma + half, clean, (1 + rise) * clean, False, len(tried) - 1
-    )
+    return NoiseTolerance(sigma, max(0.0, sigma - half), sigma + half, clean, (1 + rise) * clean, False, len(tried) - 1)
 
 
 def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float, float | None]:
@@ -181,9 +179,7 @@ def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float,
             return high / 2, high
         high /= 2
         if high < 1e-12 * sigma_max:
-            raise UserError(
-                "The loss rises beyond its bound under the smallest noise: is it discontinuous there?"
-            )
+            raise UserError("The loss rises beyond its bound under the smallest noise: is it discontinuous there?")
     while high < sigma_max:
         if excess(min(2 * high, sigma_max)) > 0:
             return high, min(2 * high, sigma_max)
@@ -192,11 +188,7 @@ def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float,
 
 
 def _mean_loss(
-    frozen: Frozen,
-    loss: Loss,
-    chunk: int,
-    weights: dict[str, Tensor] | None = None,
-    images: Tensor | None = None,
+    frozen: Frozen, loss: Loss, chunk: int, weights: dict[str, Tensor] | None = None, images: Tensor | None = None
 ) -> float:
     images = frozen.images if images is None else images
     with torch.no_grad():
@@ -209,7 +201,4 @@ def _mean_loss(
 
 def _in_proportion(weights: dict[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
     """Return |w| ε; ε depends on (seed, draw) alone, so every σ meets the same."""
-    return {
-        name: w.abs() * normal_like(w, seed, draw, position)
-        for position, (name, w) in enumerate(weights.items())
-    }
+    return {name: w.abs() * normal_like(w, seed, draw, position) for position, (name, w) in enumerate(weights.items())}

@@ -19,25 +19,101 @@ from torch import Tensor, nn
 from lthlib.metrics.frozen import draws_random_numbers, stateless, upstream
 
 LINEAR = {
-    "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cat", "Stack", "Clone", "ToCopy", "Alias", "Copy",
-    "CopySlices", "View", "UnsafeView", "ReshapeAlias", "Reshape", "Permute", "Transpose", "T", "Squeeze",
-    "Unsqueeze", "Expand", "Slice", "Select", "Narrow", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind",
-    "Index", "IndexSelect", "Gather", "Repeat", "Roll", "Flip", "AsStrided", "Diagonal", "MaskedFill",
-    "Where", "AccumulateGrad", "ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D", "PixelShuffle",
-    "PixelUnshuffle", "ChannelShuffle", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool1D",
-    "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D", "UpsampleNearest2D",
+    "Add",
+    "Sub",
+    "Rsub",
+    "Neg",
+    "Sum",
+    "Mean",
+    "Cat",
+    "Stack",
+    "Clone",
+    "ToCopy",
+    "Alias",
+    "Copy",
+    "CopySlices",
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Reshape",
+    "Permute",
+    "Transpose",
+    "T",
+    "Squeeze",
+    "Unsqueeze",
+    "Expand",
+    "Slice",
+    "Select",
+    "Narrow",
+    "Split",
+    "SplitWithSizes",
+    "UnsafeSplit",
+    "Unbind",
+    "Index",
+    "IndexSelect",
+    "Gather",
+    "Repeat",
+    "Roll",
+    "Flip",
+    "AsStrided",
+    "Diagonal",
+    "MaskedFill",
+    "Where",
+    "AccumulateGrad",
+    "ConstantPadNd",
+    "ReflectionPad2D",
+    "ReplicationPad2D",
+    "PixelShuffle",
+    "PixelUnshuffle",
+    "ChannelShuffle",
+    "AvgPool1D",
+    "AvgPool2D",
+    "AvgPool3D",
+    "AdaptiveAvgPool1D",
+    "AdaptiveAvgPool2D",
+    "AdaptiveAvgPool3D",
+    "MkldnnAdaptiveAvgPool2D",
+    "UpsampleNearest2D",
     "UpsampleBilinear2D",
-}  # fmt: skip
+}
 KINKED = {
-    "Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax",
-    "Threshold", "Abs", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin", "MaxPool2DWithIndices",
-    "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
-}  # fmt: skip
+    "Relu",
+    "LeakyRelu",
+    "RreluWithNoise",
+    "Hardtanh",
+    "Hardsigmoid",
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Threshold",
+    "Abs",
+    "Maximum",
+    "Minimum",
+    "Max",
+    "Min",
+    "Amax",
+    "Amin",
+    "MaxPool2DWithIndices",
+    "MaxPool3DWithIndices",
+    "AdaptiveMaxPool2D",
+    "AdaptiveMaxPool3D",
+}
 BATCH_NORM = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 PRODUCTS = {
-    "Mul", "Convolution", "MkldnnConvolution", "Addmm", "Addmv", "Mm", "Mv", "Bmm", "Baddbmm", "Dot",
-    "Linear", "PreluKernel", *BATCH_NORM,
-}  # fmt: skip
+    "Mul",
+    "Convolution",
+    "MkldnnConvolution",
+    "Addmm",
+    "Addmv",
+    "Mm",
+    "Mv",
+    "Bmm",
+    "Baddbmm",
+    "Dot",
+    "Linear",
+    "PreluKernel",
+    *BATCH_NORM,
+}
 STATISTICS = "normalisation by present statistics, as training-mode batch norm"
 COUPLED = "images that change each other's logits (training-mode batch norm, an operation along the batch)"
 
@@ -66,11 +142,7 @@ def nonlinear_parts(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     found = ["random numbers in the forward pass (dropout?)"] if draws_random_numbers(model, images) else []
     logits, pixels, owners, leaves = _record(model, images)
     nodes = upstream(logits.grad_fn, {})
-    found += [
-        *_faults(nodes, owners),
-        *_tied(nodes, leaves),
-        *([COUPLED] if _coupled(logits, pixels) else []),
-    ]
+    found += [*_faults(nodes, owners), *_tied(nodes, leaves), *([COUPLED] if _coupled(logits, pixels) else [])]
     return tuple(dict.fromkeys(found))
 
 
@@ -170,6 +242,4 @@ def _tied(nodes: list, leaves: dict) -> list[str]:
             if parent is not None and hasattr(parent, "variable"):
                 name = leaves.get(id(parent.variable))
                 uses[name] = uses.get(name, 0) + 1
-    return [
-        f"tied weights: {name} is used {n} times" for name, n in uses.items() if name is not None and n > 1
-    ]
+    return [f"tied weights: {name} is used {n} times" for name, n in uses.items() if name is not None and n > 1]

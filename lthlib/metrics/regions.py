@@ -67,9 +67,7 @@ class Stream:
         maps = outputs[0]
         if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
             shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
-            raise UserError(
-                f"Layer {self.layer!r} gives {shape}; dissection needs (N, units, h, w) or (N, units)."
-            )
+            raise UserError(f"Layer {self.layer!r} gives {shape}; dissection needs (N, units, h, w) or (N, units).")
         maps = maps.float().cpu().numpy()
         return maps if maps.ndim == 4 else maps[:, :, None, None]
 
@@ -236,10 +234,7 @@ class Upsampler:
         return packed.reshape(*bits.shape[:-1], self.bytes // self.word.itemsize)
 
     def cells(
-        self,
-        pictures: Sequence[np.ndarray],
-        shifts: np.ndarray | None = None,
-        entries: Sequence | None = None,
+        self, pictures: Sequence[np.ndarray], shifts: np.ndarray | None = None, entries: Sequence | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which labels hold in some pictures, and where.
 
@@ -274,9 +269,7 @@ class Upsampler:
         """Return the pixel that each shift brings to each slot of the cells, (K, slots); any where there is none."""
         if shifts is None:
             return np.minimum(self.pixels, self.high[0] * self.high[1] - 1).reshape(1, -1)
-        y, x = (
-            (np.arange(side) - shift[:, None]) % side for side, shift in zip(self.high, shifts.T, strict=True)
-        )
+        y, x = ((np.arange(side) - shift[:, None]) % side for side, shift in zip(self.high, shifts.T, strict=True))
         pixels = y[:, :, None] * self.high[1] + x[:, None]
         return pixels.reshape(len(shifts), -1).take(self.pixels.ravel(), 1, mode="clip")
 

@@ -43,9 +43,13 @@ class WeightHessian:
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor] | None = None,
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        masks: Mapping[str, Tensor] | None = None,
         chunk: int | None = None,
-    ):  # fmt: skip
+    ):
         """Check the batch; see `Frozen` for the arguments and for what raises `UserError`.
 
         With ``chunk`` images at a time memory is bounded, and the graph is built anew for every product; None
@@ -160,10 +164,12 @@ class WeightHessian:
         return full
 
     def _gather(self, tensors: list[Tensor]) -> Tensor:
-        return torch.cat([
-            tensor.flatten()[self.active[name]] if name in self.active else tensor.flatten()
-            for name, tensor in zip(self.frozen.weights, tensors, strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                tensor.flatten()[self.active[name]] if name in self.active else tensor.flatten()
+                for name, tensor in zip(self.frozen.weights, tensors, strict=True)
+            ]
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the ends
@@ -405,9 +411,7 @@ def density_of(
 ) -> SpectralDensity:
     """Do what `spectral_density` does for any symmetric operator or matrix."""
     if probes < 1 or steps < 1 or points < 2 or width <= 0:
-        raise UserError(
-            "The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0."
-        )
+        raise UserError("The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0.")
     like = torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
     steps = min(steps, operator.shape[0])
     nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
@@ -426,9 +430,7 @@ def density_of(
 # ------------------------------------------------------------------------------------------------- estimators
 
 
-def estimate_trace(
-    frozen: Frozen, method: str, probes: int, repeats: int, seed: int, reason: str = ""
-) -> WeightTrace:
+def estimate_trace(frozen: Frozen, method: str, probes: int, repeats: int, seed: int, reason: str = "") -> WeightTrace:
     """Estimate tr(M H M) with curvlinops; see `lthlib.metrics.hessian.weight_trace`.
 
     Hutchinson's probes are independent, so their spread gives the standard error, and the diagonal that each
@@ -486,9 +488,7 @@ def _totals(hessian: WeightHessian, method: str, probes: int, runs: int) -> Tens
     estimate: Callable = {"hutchpp": hutchpp_trace, "xtrace": xtrace}[method]
     probes -= probes % (3 if method == "hutchpp" else 2)
     if not 1 < probes < hessian.shape[0]:
-        raise UserError(
-            f"{method} needs between 3 and {hessian.shape[0] - 1} probes (active weights less one)."
-        )
+        raise UserError(f"{method} needs between 3 and {hessian.shape[0] - 1} probes (active weights less one).")
     weighted = _Scaled(hessian, hessian.weights())
     rows = [[estimate(operator, num_matvecs=probes) for operator in (hessian, weighted)] for _ in range(runs)]
     return torch.tensor(rows, dtype=torch.float64)
@@ -542,9 +542,7 @@ def estimate_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str =
     return InputHessian(traces.mean(0), top, "hutchinson+lanczos", error, residual, reason)
 
 
-def _batched_top(
-    product: Callable[[Tensor], Tensor], start: Tensor, steps: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def _batched_top(product: Callable[[Tensor], Tensor], start: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Run Lanczos on many symmetric matrices at once; return the largest Ritz value and residual of each.
 
     A matrix whose Krylov space is exhausted goes on with a new random vector: rounding errors are no direction.

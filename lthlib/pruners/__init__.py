@@ -261,11 +261,7 @@ def find(name: str, moment: Moment) -> Found:
 def _check_sources() -> None:
     """Raise `UserError` where a method's source is neither a network that there is nor another method."""
     for entry in METHODS.values():
-        choose(
-            entry.source,
-            (*SOURCES, *(name for name in METHODS if name != entry.name)),
-            f"source of {entry.name}",
-        )
+        choose(entry.source, (*SOURCES, *(name for name in METHODS if name != entry.name)), f"source of {entry.name}")
 
 
 def _sort() -> None:

@@ -71,9 +71,7 @@ def halves(images: Tensor, labels: Tensor, iterations: int) -> Iterator[Batch]:
     """Cut a class-sorted batch into ``iterations`` class-sorted ones, and each of those in halves."""
     classes = int(labels.unique().numel())
     if len(labels) % (classes * iterations):
-        raise UserError(
-            f"GraSP needs equally many images of each class; got {len(labels)} of {classes} classes."
-        )
+        raise UserError(f"GraSP needs equally many images of each class; got {len(labels)} of {classes} classes.")
     by_class = torch.arange(len(labels)).view(classes, iterations, -1)
     for i in range(iterations):
         for places in by_class[:, i].flatten().tensor_split(2):
@@ -115,8 +113,6 @@ def find(moment: Moment) -> Found:
         _redraw_linear(model, moment.seed)
     set_bn_mode(model, options["bn_mode"])
     images, labels = moment.batch(per_class=options["samples_per_class"] * options["iterations"])
-    _, hg = hessian_gradient(
-        model, list(halves(images, labels, options["iterations"])), options["temperature"]
-    )
+    _, hg = hessian_gradient(model, list(halves(images, labels, options["iterations"])), options["temperature"])
     scores = {name: hg[name].mul_(w.detach()) for name, w in masking.prunable(model).items()}
     return Found(masking.keep_top(scores, moment.n_keep))

@@ -24,15 +24,7 @@ def largest(model: nn.Module, n_keep: int) -> Masks:
     return masking.keep_top(scores, n_keep)
 
 
-@method(
-    "omp",
-    title="OMP",
-    source="dense",
-    start="rewind",
-    reference="han2015learning",
-    family="magnitude",
-    paper=True,
-)
+@method("omp", title="OMP", source="dense", start="rewind", reference="han2015learning", family="magnitude", paper=True)
 def find(moment: Moment) -> Found:
     """Keep the largest weights of the trained dense network."""
     return Found(largest(moment.model, moment.n_keep))

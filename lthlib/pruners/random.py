@@ -56,9 +56,7 @@ def find_layerwise(moment: Moment) -> Found:
     return Found(masking.keep_top_per_layer(random_scores(moment), counts))
 
 
-@method(
-    "rp-erk", title="RP (ERK)", source="init", start="rewind", reference="evci2020rigging", family="random"
-)
+@method("rp-erk", title="RP (ERK)", source="init", start="rewind", reference="evci2020rigging", family="random")
 def find_erk(moment: Moment) -> Found:
     """Keep a uniform random choice from each layer, at Erdos-Renyi-kernel densities."""
     counts = masking.erk_counts(_shapes(moment), moment.n_keep)

@@ -94,11 +94,7 @@ class RigL:
         for name, weight in masking.prunable(model).items():
             n_move = int(alpha * int(masks[name].sum()))
             masks[name], new = move(
-                masks[name],
-                weight.detach().abs(),
-                weight.grad.abs(),
-                n_move,
-                regrow_dropped=self.regrow_dropped,
+                masks[name], weight.detach().abs(), weight.grad.abs(), n_move, regrow_dropped=self.regrow_dropped
             )
             place_(weight, masks[name], new, optimizer)
         return self.skip_step

@@ -49,12 +49,7 @@ def fit(model: nn.Module, n_keep: int) -> dict[str, int]:
 
 
 @method(
-    "small-dense",
-    title="Small dense",
-    source="init",
-    start="init",
-    reference="liu2019rethinking",
-    family="structured",
+    "small-dense", title="Small dense", source="init", start="init", reference="liu2019rethinking", family="structured"
 )
 def find(moment: Moment) -> Found:
     """Scale the widths of the architecture to the budget."""

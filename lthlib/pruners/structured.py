@@ -54,18 +54,12 @@ def bn_scale(model: nn.Module) -> Channels:
     return _mean_over_writers(model, nn.BatchNorm2d, lambda layer: layer.weight.detach().double().abs())
 
 
-def _mean_over_writers(
-    model: nn.Module, kind: type[nn.Module], score: Callable[[nn.Module], Tensor]
-) -> Channels:
+def _mean_over_writers(model: nn.Module, kind: type[nn.Module], score: Callable[[nn.Module], Tensor]) -> Channels:
     scores = {}
     for group in channel_groups(model):
-        layers = [
-            m for m in model.modules() if isinstance(m, kind) and getattr(m, "out_group", None) == group
-        ]
+        layers = [m for m in model.modules() if isinstance(m, kind) and getattr(m, "out_group", None) == group]
         if not layers:
-            raise UserError(
-                f"No {kind.__name__} scores the channel group {group!r}: use another structured method."
-            )
+            raise UserError(f"No {kind.__name__} scores the channel group {group!r}: use another structured method.")
         scores[group] = torch.stack([score(layer) for layer in layers]).mean(0)
     return scores
 
@@ -86,9 +80,7 @@ def select(scores: Channels, cost: Callable[[Mapping[str, int]], int], budget: i
     """
     for group, values in scores.items():
         if not values.isfinite().all():
-            raise UserError(
-                f"The channel scores of group {group!r} are not finite: look for infinite weights."
-            )
+            raise UserError(f"The channel scores of group {group!r} are not finite: look for infinite weights.")
     order = _removal_order(scores)
     full = {group: len(values) for group, values in scores.items()}
 
@@ -123,10 +115,7 @@ def _removal_order(scores: Channels) -> list[tuple[str, int]]:
 
 
 def _put_back(
-    removed: list[tuple[str, int]],
-    full: Mapping[str, int],
-    cost: Callable[[Mapping[str, int]], int],
-    budget: int,
+    removed: list[tuple[str, int]], full: Mapping[str, int], cost: Callable[[Mapping[str, int]], int], budget: int
 ) -> list[tuple[str, int]]:
     sizes = dict(full)
     for group, _ in removed:
@@ -211,9 +200,7 @@ def channel_masks(model: nn.Module, kept_channels: Channels) -> Masks:
 
 def _keep_vectors(model: nn.Module, kept_channels: Channels) -> dict[str, Tensor]:
     sizes = channel_groups(model)
-    return {
-        g: torch.zeros(sizes[g], dtype=torch.bool).index_fill_(0, c, True) for g, c in kept_channels.items()
-    }
+    return {g: torch.zeros(sizes[g], dtype=torch.bool).index_fill_(0, c, True) for g, c in kept_channels.items()}
 
 
 def _check_channels(model: nn.Module, kept_channels: Channels) -> None:
@@ -221,11 +208,7 @@ def _check_channels(model: nn.Module, kept_channels: Channels) -> None:
     for group, kept in kept_channels.items():
         choose(group, sizes, "prunable channel group")
         indices = kept.tolist()
-        if (
-            not indices
-            or indices != sorted(set(indices))
-            or not 0 <= indices[0] <= indices[-1] < sizes[group]
-        ):
+        if not indices or indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < sizes[group]:
             raise UserError(
                 f"The channels kept of group {group!r} have to be different, sorted, and from 0 to "
                 f"{sizes[group] - 1}, at least one; got {indices[:5]}{'...' if len(indices) > 5 else ''}."
@@ -240,9 +223,7 @@ def macs_budget(moment: Moment) -> tuple[Callable[[Mapping[str, int]], int], int
     model = moment.model
     spec = spec_of(model)
     shape = (spec.in_channels, spec.image_size, spec.image_size)
-    sizes = {
-        name: layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "out_group")
-    }
+    sizes = {name: layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "out_group")}
     uses = {name: total // sizes[name] for name, total in macs(model, shape).items()}
     allowed = masking.sparse_macs(model, shape, largest(model, moment.n_keep))
     return convolution_cost(model, uses), round(allowed)

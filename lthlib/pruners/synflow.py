@@ -68,9 +68,7 @@ class Slope:
         """Return dR/dw at flat indices."""
         fan_in = self.uses[0][0].shape[1]
         rows, columns = places // fan_in, places % fan_in
-        return reduce(
-            add, ((leaving[:, rows] * entering[:, columns]).sum(0) for entering, leaving in self.uses)
-        )
+        return reduce(add, ((leaving[:, rows] * entering[:, columns]).sum(0) for entering, leaving in self.uses))
 
 
 def flow(model: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor, dict[str, Slope]]:
@@ -89,9 +87,7 @@ def flow(model: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor, dict[str
     whole = {name: weight for name, weight in weights.items() if name not in factored}
     products = [product for each in factored.values() for _, product in each]
     gradients = iter(autograd.grad(total, [*products, *whole.values()]))
-    slopes = {
-        name: Slope([(patches, next(gradients)) for patches, _ in each]) for name, each in factored.items()
-    }
+    slopes = {name: Slope([(patches, next(gradients)) for patches, _ in each]) for name, each in factored.items()}
     for name in whole:
         gradient = next(gradients).flatten(1)
         slopes[name] = Slope([(gradient, torch.eye(len(gradient)).to(gradient))])
@@ -202,9 +198,7 @@ def _lowest(scores: np.ndarray, n: int) -> np.ndarray:
     return goes
 
 
-def _guess_bound(
-    weights: Mapping[str, Tensor], slopes: Mapping[str, Slope], masks: Masks, fraction: float
-) -> float:
+def _guess_bound(weights: Mapping[str, Tensor], slopes: Mapping[str, Slope], masks: Masks, fraction: float) -> float:
     """Return a bound above about ``fraction`` of the scores kept and a margin, from a sample of them."""
     stride = max(1, sum(mask.numel() for mask in masks.values()) // SAMPLE)
     seen = []
@@ -214,9 +208,7 @@ def _guess_bound(
         seen.append(weights[name].detach().view(-1)[places] * slopes[name].at(places))
     seen = torch.cat(seen)
     rank = len(seen) * fraction
-    rank = int(
-        rank + 8 * rank**0.5 + 8
-    )  # generous: low scores come in clusters; a bound too low is only slow
+    rank = int(rank + 8 * rank**0.5 + 8)  # generous: low scores come in clusters; a bound too low is only slow
     return seen.kthvalue(rank).values.item() if rank <= len(seen) else np.inf
 
 
@@ -227,9 +219,7 @@ def _all_below(
     return {name: _below(name, weights[name], slopes[name], masks[name], bound) for name in masks}
 
 
-def _below(
-    name: str, weight: Tensor, slope: Slope, mask: Tensor, bound: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _below(name: str, weight: Tensor, slope: Slope, mask: Tensor, bound: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the flat indices of a layer's kept scores up to ``bound``, and these scores."""
     weight, mask = weight.detach().flatten(1), mask.flatten(1)
     n_rows = max(1, PIECE // weight.shape[1])
