@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from sklearn.datasets import load_sample_images
 
-from lthlib.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from lthlib.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 PEERS = ("imagecorruptions", "corrupt_tta")
 DETERMINISTIC = (

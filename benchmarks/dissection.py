@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lthlib.concepts import ConceptSet
-from lthlib.metrics import composition, dissection
-from lthlib.metrics.regions import regions
+from lthlib.data.concepts import ConceptSet
+from lthlib.metrics.interpretability import composition, dissection
+from lthlib.metrics.interpretability.regions import regions
 
 LABELS, SIZE, LOW, LENGTH = 11, 112, 7, 3
 MANY, BRODEN = 60_000, 1_197  # images that must fit in 8 GB, and labels of the full Broden

@@ -24,8 +24,8 @@ from sklearn.datasets import load_sample_images
 from sklearn.metrics import pairwise_distances
 from torch.nn import functional as F
 
-from lthlib.metrics import explanations
-from lthlib.models import build
+from lthlib.metrics.interpretability import explanations
+from lthlib.networks.models import build
 
 CROP, SHRINK, CLASSES = 32, 2, 8
 SCORES = ("fidelity", "stability", "lime_r2")

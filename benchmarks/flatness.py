@@ -31,11 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lthlib import data, masks, models
+from lthlib import data
+from lthlib.core.store import Store
 from lthlib.data import Images
-from lthlib.metrics import flatness
-from lthlib.store import Store
-from lthlib.train import Recipe, as_input, train
+from lthlib.metrics.flatness import measure as flatness
+from lthlib.networks import models
+from lthlib.pruning import masks
+from lthlib.training.loop import Recipe, as_input, train
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 

@@ -20,12 +20,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lthlib import compute, masks, models
-from lthlib.evaluate import LATENCY
-from lthlib.predictions import for_inference
-from lthlib.pruners import METHODS, Moment, find
-from lthlib.pruners.structured import shrink
-from lthlib.store import ROOT, seal, write_atomically
+from lthlib.core import machine as compute
+from lthlib.core.store import ROOT, seal, write_atomically
+from lthlib.networks import models
+from lthlib.pruning import METHODS, Moment, find, masks
+from lthlib.pruning.structured import shrink
+from lthlib.results.evaluate import LATENCY
+from lthlib.tickets.predictions import for_inference
 
 ROUND = 10  # 89.3 %
 SHAPE = (3, 32, 32)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib import masks, models
-from lthlib.pruners import METHODS, Moment, find
+from lthlib.networks import models
+from lthlib.pruning import METHODS, Moment, find, masks
 
 ROUND = 10  # 89.3 %
 N_SCORES, N_LAYERS = 15_000_000, 12

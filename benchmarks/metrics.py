@@ -19,8 +19,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lthlib.metrics.calibration import bootstrap, bootstrap_summary, calibration_summary, ece, nll, softmax
-from lthlib.metrics.generalization import auroc, msp_score
+from lthlib.metrics.calibration.measure import bootstrap, bootstrap_summary, calibration_summary, ece, nll, softmax
+from lthlib.metrics.generalization.measure import auroc, msp_score
 
 
 def over_and_underconfident(sets: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,8 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lthlib.execute import execute
-from lthlib.zygote import ROOT, VARIABLE, zygote
+from lthlib.book.runner import execute
+from lthlib.book.zygote import ROOT, VARIABLE, zygote
 
 CELLS = (
     "import pandas, seaborn, torch, torchvision",
@@ -37,7 +37,7 @@ def in_process(path: Path) -> None:
 
 
 def command_line(path: Path) -> None:
-    command = [sys.executable, "-m", "lthlib.execute", str(path), str(path.with_name("page.ipynb"))]
+    command = [sys.executable, "-m", "lthlib.book.runner", str(path), str(path.with_name("page.ipynb"))]
     subprocess.run(command, check=True, cwd=ROOT)
 
 

@@ -23,11 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from lthlib import compute, models
+from lthlib.core import machine as compute
 from lthlib.data import Images
-from lthlib.metrics.calibration import LEGACY_BINS, calibration_summary, sce, softmax
-from lthlib.predictions import for_inference, predict
-from lthlib.train import Recipe, train
+from lthlib.metrics.calibration.measure import LEGACY_BINS, calibration_summary, sce, softmax
+from lthlib.networks import models
+from lthlib.tickets.predictions import for_inference, predict
+from lthlib.training.loop import Recipe, train
 
 
 def images(n: int, seed: int) -> Images:

@@ -62,11 +62,12 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
     """Evaluate n images in this process."""
     import torch
 
-    from lthlib import data, models
-    from lthlib.metrics.calibration import calibration_summary
-    from lthlib.predictions import Subject, corrupted_parts, predict
-    from lthlib.store import Store
-    from lthlib.tickets import Ticket
+    from lthlib import data
+    from lthlib.core.store import Store
+    from lthlib.metrics.calibration.measure import calibration_summary
+    from lthlib.networks import models
+    from lthlib.tickets.predictions import Subject, corrupted_parts, predict
+    from lthlib.tickets.ticket import Ticket
 
     store, began = Store(), time.perf_counter()
     subject = Subject(Ticket(data="imagenet@224", arch="resnet50"), store)
@@ -97,11 +98,13 @@ def measure_cifar(n: int) -> None:
     """Measure both dimensions of an untrained ResNet-20 on n random images in this process, and say the peak."""
     import torch
 
-    from lthlib import data, models
-    from lthlib.metrics import calibration, generalization
-    from lthlib.predictions import Subject
-    from lthlib.store import Store
-    from lthlib.tickets import Ticket
+    from lthlib import data
+    from lthlib.core.store import Store
+    from lthlib.metrics.calibration import measure as calibration
+    from lthlib.metrics.generalization import measure as generalization
+    from lthlib.networks import models
+    from lthlib.tickets.predictions import Subject
+    from lthlib.tickets.ticket import Ticket
 
     rng = np.random.default_rng(0)
 

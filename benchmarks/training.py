@@ -2,9 +2,9 @@
 
     python benchmarks/training.py [--images 4096] [--repeats 5] [--threads 2]
 
-Images a second of `lthlib.train.train`, with masks and without, beside a plain loop: float32 in NCHW, a DataLoader with
-two workers that crop, mirror and normalise PIL images, masks by `torch.nn.utils.prune`. An epoch each, in turns; the
-median of the repetitions. Same network, batch, optimizer and masks.
+Images a second of `lthlib.training.loop.train`, with masks and without, beside a plain loop: float32 in NCHW, a
+DataLoader with two workers that crop, mirror and normalise PIL images, masks by `torch.nn.utils.prune`. An epoch
+each, in turns; the median of the repetitions. Same network, batch, optimizer and masks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lthlib import masks, models
 from lthlib.data import Images
-from lthlib.train import Recipe, train
+from lthlib.networks import models
+from lthlib.pruning import masks
+from lthlib.training.loop import Recipe, train
 
 ROUND = 7  # 79.0 %
 RECIPE = Recipe(epochs=1, batch_size=128, lr=0.01, warmup=0.0, augment="crop-flip")

@@ -14,8 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from lthlib import gpus, lifeline
-from lthlib.errors import UserError
+from lthlib.book import lifeline
+from lthlib.core import gpus
+from lthlib.core.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     lifeline.watch()
     if options["command"] == "tickets":
         gpus.claim()
-    from lthlib import estimate, own, report  # late: they import torch, and --help should not
+    from lthlib import own
+    from lthlib.book import cost as estimate
+    from lthlib.book import front as report  # late: they import torch, and --help should not
 
     command = options.pop("command")
     try:

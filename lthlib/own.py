@@ -21,14 +21,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lthlib import data, masks, models, verdict
-from lthlib.errors import UserError, suggest
-from lthlib.evaluate import COLUMNS, DIMENSIONS, measured, table_of
-from lthlib.grid import Grid, read_grid
+from lthlib import data
+from lthlib.book.grid import Grid, read_grid
+from lthlib.core.errors import UserError, suggest
+from lthlib.core.store import Store, write_atomically
 from lthlib.metrics import METRICS
-from lthlib.predictions import Subject
-from lthlib.store import Store, write_atomically
-from lthlib.tickets import Trained
+from lthlib.networks import models
+from lthlib.pruning import masks
+from lthlib.results import verdict
+from lthlib.results.evaluate import COLUMNS, DIMENSIONS, measured, table_of
+from lthlib.tickets.predictions import Subject
+from lthlib.tickets.ticket import Trained
 
 DENSE = "dense"
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
@@ -148,7 +151,7 @@ def _few(what: str, names: list[str], limit: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Label:
-    """What names a network of your own in tables; it takes the place of a `lthlib.tickets.Ticket`."""
+    """What names a network of your own in tables; it takes the place of a `lthlib.tickets.ticket.Ticket`."""
 
     data: str
     method: str
@@ -237,12 +240,13 @@ def compare(
         pruned: By a name of your choice; pruned weights are exactly zero, or channels are gone.
         images: Name of a data set (`lthlib.data.load`).
         store: Where predictions are kept.
-        dimensions: Names in `lthlib.evaluate.DIMENSIONS`, with parameters where they differ from the defaults.
+        dimensions: Names in `lthlib.results.evaluate.DIMENSIONS`, with parameters where they differ from the defaults.
         precision: Of the forward passes for logits.
         train_size: Number of training images that flatness may draw from, None for all.
 
     Returns:
-        A tidy table as `lthlib.verdict.regions` takes it; the pruned networks' rounds are their order by sparsity.
+        A tidy table as `lthlib.results.verdict.regions` takes it; the pruned networks' rounds are their order by
+        sparsity.
     """
     if DENSE in pruned:
         raise UserError(f"A pruned network cannot be named {DENSE!r}: that is its parent's name.")
@@ -306,7 +310,7 @@ def compare_files(
     """Compare networks from files by a grid's images, measurements and thresholds.
 
     Returns:
-        The tidy rows, and what `lthlib.verdict.regions` says of them.
+        The tidy rows, and what `lthlib.results.verdict.regions` says of them.
     """
     if len(plan.studies) > 1:
         raise UserError(f"{plan.name} has {len(plan.studies)} studies; a grid with one data set and arch is needed.")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lthlib.store import Store
-from lthlib.train import Recipe
+from lthlib.core.store import Store
+from lthlib.training.loop import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
 

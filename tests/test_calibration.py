@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from lthlib.corruptions import corrupt
-from lthlib.errors import UserError
-from lthlib.metrics import METRICS, generalization
-from lthlib.metrics.calibration import (
+from lthlib.core.errors import UserError
+from lthlib.data.corruptions import corrupt
+from lthlib.metrics import METRICS
+from lthlib.metrics.calibration.measure import (
     _bin_index,
     ace,
     adaptive_ece,
@@ -29,10 +29,11 @@ from lthlib.metrics.calibration import (
     softmax,
     temperature_scaling,
 )
-from lthlib.predictions import Subject
-from lthlib.predictions import sample as positions
-from lthlib.tickets import Ticket
-from lthlib.train import as_input
+from lthlib.metrics.generalization import measure as generalization
+from lthlib.tickets.predictions import Subject
+from lthlib.tickets.predictions import sample as positions
+from lthlib.tickets.ticket import Ticket
+from lthlib.training.loop import as_input
 
 BINNED = [ece, sce, adaptive_ece, ace]
 OF_PROBS = [*BINNED, brier]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lthlib import code_version as module
+from lthlib.core import versions as module
 
 BASE = {
     "a": """
@@ -108,12 +108,17 @@ def test_a_registered_function_has_its_own_version(version):
 
 
 def test_what_keeps_results_is_not_among_what_makes_them():
-    from lthlib.evaluate import evaluate
+    from lthlib.results.evaluate import evaluate
 
     reached = module._reached(frozenset({(evaluate.__module__, evaluate.__qualname__)}))
     files = {name for name, _ in reached}
-    assert {"lthlib.tickets", "lthlib.train", "lthlib.predictions", "lthlib.masks"} <= files
-    assert files.isdisjoint({"lthlib.store", "lthlib.errors"})
+    assert {
+        "lthlib.tickets.ticket",
+        "lthlib.training.loop",
+        "lthlib.tickets.predictions",
+        "lthlib.pruning.masks",
+    } <= files
+    assert files.isdisjoint({"lthlib.core.store", "lthlib.core.errors"})
 
 
 def test_a_file_edited_under_a_running_process_does_not_change_what_that_process_calls_its_code(tmp_path):
@@ -123,10 +128,11 @@ def test_a_file_edited_under_a_running_process_does_not_change_what_that_process
     program = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-from lthlib import listing, code_version
+from lthlib.data import listing
+from lthlib.core import versions as code_version
 path = Path(listing.__file__)
 assert path.is_relative_to({str(tmp_path)!r})
-function = next(f for f in vars(listing).values() if getattr(f, "__module__", "") == "lthlib.listing" and callable(f))
+function = next(f for f in vars(listing).values() if getattr(f, "__module__", "") == "lthlib.data.listing" and callable(f))
 path.write_text(path.read_text().replace("def ", "def  "))
 print(code_version.code_version(function))
 code_version._TEXTS.clear(); code_version._module.cache_clear(); code_version._hash.cache_clear()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lthlib.concepts import COLOURS, GREYS, PARTS, SHAPES, TEXTURES, read_broden, scenes
-from lthlib.errors import UserError
+from lthlib.core.errors import UserError
+from lthlib.data.concepts import COLOURS, GREYS, PARTS, SHAPES, TEXTURES, read_broden, scenes
 
 SIZES = {"ih": 8, "iw": 8, "sh": 4, "sw": 4}
 COLUMNS = ["image", "split", *SIZES, "colour", "object", "scene"]

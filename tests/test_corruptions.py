@@ -14,8 +14,9 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from sklearn.datasets import load_sample_images
 
-from lthlib import corruptions
-from lthlib.corruptions import (
+from lthlib.core.errors import UserError
+from lthlib.data import corruptions
+from lthlib.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     Draws,
@@ -30,7 +31,6 @@ from lthlib.corruptions import (
     speckle_channel,
     stream_official,
 )
-from lthlib.errors import UserError
 
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 TABLES = ("cifar", "imagenet")

@@ -9,11 +9,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from lthlib import code_version, data, evaluate, generated, report, verify
-from lthlib.errors import UserError
-from lthlib.evaluate import Archive, recorded_json
-from lthlib.grid import read_grid
-from lthlib.store import MANIFEST, ROOT, Store, seal
+from lthlib import data
+from lthlib.book import front as report
+from lthlib.book import generated, verify
+from lthlib.book.grid import read_grid
+from lthlib.core import versions as code_version
+from lthlib.core.errors import UserError
+from lthlib.core.store import MANIFEST, ROOT, Store, seal
+from lthlib.results import evaluate
+from lthlib.results.evaluate import Archive, recorded_json
 
 GRID = {
     "data": "mnist5k",

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lthlib import data
-from lthlib.errors import UserError
-from lthlib.store import Store
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store
 
 
 @pytest.fixture

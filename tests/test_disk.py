@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_report import copy_of_the_checkout
 
-from lthlib.store import Store
+from lthlib.core.store import Store
 
 GRID = {
     "title": "A tiny grid",

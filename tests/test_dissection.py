@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from lthlib.concepts import ConceptSet, scenes
-from lthlib.errors import UserError
-from lthlib.metrics import composition, dissection
-from lthlib.metrics.composition import Formula
-from lthlib.metrics.regions import Stream, Upsampler, activations, regions
+from lthlib.core.errors import UserError
+from lthlib.data.concepts import ConceptSet, scenes
+from lthlib.metrics.interpretability import composition, dissection
+from lthlib.metrics.interpretability.composition import Formula
+from lthlib.metrics.interpretability.regions import Stream, Upsampler, activations, regions
 
 
 def concept_set(planes, category_of=None):

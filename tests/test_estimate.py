@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lthlib import data, estimate, tickets
-from lthlib.errors import UserError
-from lthlib.grid import grid_from, read_grid
-from lthlib.store import ROOT, Store
-from lthlib.study import study_from
+from lthlib import data
+from lthlib.book import cost as estimate
+from lthlib.book.grid import grid_from, read_grid
+from lthlib.core.errors import UserError
+from lthlib.core.store import ROOT, Store
+from lthlib.tickets import ticket as tickets
+from lthlib.tickets.study import study_from
 
 STUDY = {
     "data": "mnist5k",

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lthlib import execute as module
-from lthlib.errors import UserError
-from lthlib.execute import PageError, check, execute, main, parameters_of
-from lthlib.zygote import KERNEL, ROOT, VARIABLE, fork, zygote
+from lthlib.book import runner as module
+from lthlib.book.runner import PageError, check, execute, main, parameters_of
+from lthlib.book.zygote import KERNEL, ROOT, VARIABLE, fork, zygote
+from lthlib.core.errors import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 
@@ -299,7 +299,7 @@ def test_a_failing_cell_keeps_its_notebook_and_the_older_page(template, tmp_path
     path = template("x = 2", "import warnings\nraise KeyError('method')", "print('never')")
     output = tmp_path / "page.ipynb"
     output.write_text("older")
-    command = [sys.executable, "-m", "lthlib.execute", str(path), str(output), "-p", "x", "5"]
+    command = [sys.executable, "-m", "lthlib.book.runner", str(path), str(output), "-p", "x", "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -347,7 +347,7 @@ def test_a_full_disk_is_said_and_the_older_page_stays(template, tmp_path, monkey
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_page_that_is_stopped_says_where_and_leaves_no_kernel(template, tmp_path, signum):
     path = template("import os, time; open(name, 'w').write(str(os.getpid()))\ntime.sleep(60)", parameters="name = ''")
-    command = [sys.executable, "-m", "lthlib.execute", str(path), str(tmp_path / "page.ipynb")]
+    command = [sys.executable, "-m", "lthlib.book.runner", str(path), str(tmp_path / "page.ipynb")]
     command += ["-p", "name", str(tmp_path / "pid")]
     # Tests that run in the background inherit that an interrupt is ignored.
     mind = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -403,7 +403,7 @@ def test_a_forked_kernel_is_like_a_plain_one_but_warm(forked, template, tmp_path
     *facts, parent, cuda, here, file = json.loads(texts(tmp_path / "page.ipynb"))
     assert facts == [True, "blue", str(tmp_path), str(ROOT / "lthlib" / "__init__.py")]
     assert (cuda, here, file) == (False, 1, False)
-    assert "lthlib.zygote" in psutil.Process(parent).cmdline()
+    assert "lthlib.book.zygote" in psutil.Process(parent).cmdline()
     assert psutil.Process(parent).num_threads() == 1
     pictures = [c.outputs[0].data for c in nbformat.read(tmp_path / "page.ipynb", 4).cells[-2:-1]]
     assert "image/png" in pictures[0]
@@ -555,9 +555,9 @@ def test_without_its_zygote_a_page_fails_and_the_next_starts_a_plain_kernel(ligh
 @linux
 def test_a_kernel_dies_with_its_page_and_the_zygote_with_its_driver(template, tmp_path):
     path = template(SLEEP, parameters="name = ''", name="sleep")
-    run = [sys.executable, "-m", "lthlib.execute", str(path)]
+    run = [sys.executable, "-m", "lthlib.book.runner", str(path)]
     script = (
-        "import subprocess, sys, time\nfrom lthlib.zygote import zygote\n"
+        "import subprocess, sys, time\nfrom lthlib.book.zygote import zygote\n"
         f"with zygote(['json']):\n"
         f"    for n in '12':\n"
         f"        p = subprocess.Popen({run!r} + [{str(tmp_path)!r} + f'/{{n}}.ipynb', '-p', 'name', "

@@ -6,10 +6,10 @@ from sklearn.metrics import pairwise_distances
 from torch import nn
 from torch.nn import functional as F
 
-from lthlib.errors import UserError
-from lthlib.inference import inference_copy
+from lthlib.core.errors import UserError
 from lthlib.metrics import METRICS
-from lthlib.metrics import explanations as ex
+from lthlib.metrics.interpretability import explanations as ex
+from lthlib.networks.fast import inference_copy
 
 
 class Small(nn.Module):

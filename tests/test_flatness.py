@@ -15,15 +15,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
-from lthlib.errors import UserError
+from lthlib.core.errors import UserError
 from lthlib.figures import flatness as drawing
 from lthlib.metrics import METRICS
-from lthlib.metrics import flatness as fl
-from lthlib.metrics.frozen import sample_factor
-from lthlib.metrics.pacbayes import largest_sigma
-from lthlib.metrics.spectrum import density_of, extreme_eigenvalues
-from lthlib.predictions import Subject
-from lthlib.study import Study
+from lthlib.metrics.flatness import measure as fl
+from lthlib.metrics.flatness.frozen import sample_factor
+from lthlib.metrics.flatness.pacbayes import largest_sigma
+from lthlib.metrics.flatness.spectrum import density_of, extreme_eigenvalues
+from lthlib.tickets.predictions import Subject
+from lthlib.tickets.study import Study
 
 
 class Tiny(nn.Module):
@@ -774,8 +774,8 @@ def test_recomputed_statistics_are_those_of_the_images(model, batch):
 
 
 def test_surface_is_centred_filter_normalised_and_keeps_pruned_weights(model, batch, masks):
-    from lthlib.metrics.frozen import Frozen
-    from lthlib.metrics.landscape import _filter_normalised
+    from lthlib.metrics.flatness.frozen import Frozen
+    from lthlib.metrics.flatness.landscape import _filter_normalised
 
     surface = fl.filter_normalised_surface(model, *batch, masks, points=3)
     pruned = masked(model, masks)
@@ -999,7 +999,7 @@ def test_rows_say_which_way_is_better_and_the_paper_asks_for_both_hessians():
 def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
     from curvlinops import GGNLinearOperator
 
-    from lthlib.models import build
+    from lthlib.networks.models import build
 
     model = build("resnet8", in_channels=1, num_classes=3, image_size=8, mean=[0.2], std=[0.3]).double().eval()
     generator = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""`lthlib.fork` behaves as ``python -m`` does, with a zygote and without."""
+"""`lthlib.book.fork` behaves as ``python -m`` does, with a zygote and without."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lthlib.zygote import ROOT, VARIABLE, zygote
+from lthlib.book.zygote import ROOT, VARIABLE, zygote
 
 MAIN = """
 import os, signal, sys, time
@@ -46,7 +46,7 @@ def environment(request, address):
 
 def start(folder, what, environment, **pipes):
     (folder / "work_on_it.py").write_text(MAIN)
-    command = [sys.executable, "-m", "lthlib.fork", "work_on_it.py", ".", what]
+    command = [sys.executable, "-m", "lthlib.book.fork", "work_on_it.py", ".", what]
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
 
@@ -108,7 +108,7 @@ def test_without_the_zygote_it_names_the_plain_process_starts(tmp_path, environm
 
 
 def test_a_module_is_run_as_main(environment):
-    command = [sys.executable, "-m", "lthlib.fork", "lthlib", "rows", "nowhere.yml", "rows.csv"]
+    command = [sys.executable, "-m", "lthlib.book.fork", "lthlib", "rows", "nowhere.yml", "rows.csv"]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 1
     assert "There is no grid file nowhere.yml" in found.stderr

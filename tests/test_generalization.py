@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import nn
 
-from lthlib.corruptions import corrupt
-from lthlib.errors import UserError
-from lthlib.metrics import METRICS, generalization
-from lthlib.metrics.generalization import (
+from lthlib.core.errors import UserError
+from lthlib.data.corruptions import corrupt
+from lthlib.metrics import METRICS
+from lthlib.metrics.generalization import measure as generalization
+from lthlib.metrics.generalization.measure import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERROR,
     ALL_CORRUPTIONS,
@@ -45,9 +46,9 @@ from lthlib.metrics.generalization import (
     softmax,
     true_class_margin,
 )
-from lthlib.predictions import Subject, sample
-from lthlib.tickets import Ticket
-from lthlib.train import as_input
+from lthlib.tickets.predictions import Subject, sample
+from lthlib.tickets.ticket import Ticket
+from lthlib.training.loop import as_input
 
 # ------------------------------------------------------------------------------------------------ accuracy
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lthlib import generated
+from lthlib.book import generated
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),

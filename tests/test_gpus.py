@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lthlib import gpus
-from lthlib.zygote import ROOT, VARIABLE, zygote
+from lthlib.book.zygote import ROOT, VARIABLE, zygote
+from lthlib.core import gpus
 
 JOB = """
 import sys, time
 from pathlib import Path
 folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-from lthlib import gpus
+from lthlib.core import gpus
 device = gpus.claim()
 import os
 torch = sys.modules.get("torch")
@@ -52,7 +52,7 @@ def environment(tmp_path, devices):
 
 
 def start(folder, environment, name, seconds):
-    command = [sys.executable, "-m", "lthlib.fork", str(folder / "job.py"), str(folder), name, str(seconds)]
+    command = [sys.executable, "-m", "lthlib.book.fork", str(folder / "job.py"), str(folder), name, str(seconds)]
     return subprocess.Popen(command, env=environment)
 
 

@@ -7,14 +7,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lthlib.errors import UserError, shown
-from lthlib.evaluate import DIMENSIONS
-from lthlib.grid import KEYS, grid_from, read_grid
-from lthlib.pruners import METHODS
-from lthlib.report import _contents, jobs, needs, pages
-from lthlib.study import study_from
-from lthlib.train import Recipe
-from lthlib.verdict import Thresholds
+from lthlib.book.front import _contents, jobs, needs, pages
+from lthlib.book.grid import KEYS, grid_from, read_grid
+from lthlib.core.errors import UserError, shown
+from lthlib.pruning import METHODS
+from lthlib.results.evaluate import DIMENSIONS
+from lthlib.results.verdict import Thresholds
+from lthlib.tickets.study import study_from
+from lthlib.training.loop import Recipe
 
 GOOD = {
     "data": "mnist5k",

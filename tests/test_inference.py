@@ -1,11 +1,11 @@
-"""`lthlib.inference`: the same logits, with less rounding than autocast. More is in test_predictions.py."""
+"""`lthlib.networks.fast`: the same logits, with less rounding than autocast. More is in test_predictions.py."""
 
 import pytest
 import torch
 from torch import nn
 
-from lthlib import models
-from lthlib.inference import inference_copy
+from lthlib.networks import models
+from lthlib.networks.fast import inference_copy
 
 
 def narrow(arch):

@@ -8,18 +8,26 @@ import pytest
 import torch
 from PIL import Image
 
-from lthlib.concepts import scenes
-from lthlib.errors import UserError
-from lthlib.evaluate import collect
+from lthlib.core.errors import UserError
+from lthlib.data.concepts import scenes
 from lthlib.figures import interpretability as drawing
-from lthlib.metrics import composition, dissection, interpretability
-from lthlib.metrics.explanations import expo, fidelity_stability, segment
-from lthlib.metrics.interpretability import concept_set, default_segmentation, dissect, last_maps, measure
-from lthlib.metrics.regions import activations, regions
-from lthlib.models import build
-from lthlib.predictions import Subject
-from lthlib.study import Study
-from lthlib.tickets import Ticket, new_model
+from lthlib.metrics.interpretability import measure as interpretability
+from lthlib.metrics.interpretability.explanations import expo, fidelity_stability, segment
+from lthlib.metrics.interpretability.measure import (
+    composition,
+    concept_set,
+    default_segmentation,
+    dissect,
+    dissection,
+    last_maps,
+    measure,
+)
+from lthlib.metrics.interpretability.regions import activations, regions
+from lthlib.networks.models import build
+from lthlib.results.evaluate import collect
+from lthlib.tickets.predictions import Subject
+from lthlib.tickets.study import Study
+from lthlib.tickets.ticket import Ticket, new_model
 
 SMALL = {"n_images": 4, "n_masks": 60, "n_expo": 1, "n_concept_images": 40, "draws": 19, "formula_length": 2}
 

@@ -3,9 +3,9 @@ import subprocess
 import sys
 import time
 
-from lthlib import lifeline
+from lthlib.book import lifeline
 
-WORKER = "import time; from lthlib import lifeline; lifeline.watch(); print('on', flush=True); time.sleep({})"
+WORKER = "import time; from lthlib.book import lifeline; lifeline.watch(); print('on', flush=True); time.sleep({})"
 
 
 def worker(run, seconds):

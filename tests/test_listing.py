@@ -8,8 +8,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from lthlib import data
-from lthlib.errors import UserError
-from lthlib.store import Store
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH = f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt"

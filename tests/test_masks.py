@@ -9,8 +9,9 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib import masks, models
-from lthlib.errors import UserError
+from lthlib.core.errors import UserError
+from lthlib.networks import models
+from lthlib.pruning import masks
 
 
 def network(seed=0):

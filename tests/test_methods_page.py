@@ -7,17 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lthlib import masks, methods_page, overlaps, verdict
-from lthlib.errors import UserError
-from lthlib.evaluate import Archive, collect
+from lthlib.book import methods_page
+from lthlib.book.front import COMPARISON, _methods, pages
+from lthlib.book.grid import ON_METHODS, grid_from
+from lthlib.book.pages import Page
+from lthlib.core.errors import UserError
 from lthlib.figures import methods as drawing
-from lthlib.grid import ON_METHODS, grid_from
-from lthlib.pages import Page
-from lthlib.pruners import METHODS
-from lthlib.report import COMPARISON, _methods, pages
-from lthlib.study import Study
-from lthlib.tickets import obtain
-from lthlib.train import Recipe
+from lthlib.pruning import METHODS, masks
+from lthlib.results import overlaps, verdict
+from lthlib.results.evaluate import Archive, collect
+from lthlib.tickets.study import Study
+from lthlib.tickets.ticket import obtain
+from lthlib.training.loop import Recipe
 
 BOOK = Path(__file__).parents[1] / "book"
 STUDY = Study(
@@ -58,7 +59,7 @@ def test_overlaps_are_those_of_the_stored_masks_of_one_round_and_seed(page, stor
 
 
 def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
-    from lthlib.store import Store
+    from lthlib.core.store import Store
 
     found = overlaps.compare(STUDY, store)
     Archive.write(tmp_path / "results" / "some", {}, {overlaps.FILE: found[list(overlaps.COLUMNS)]})

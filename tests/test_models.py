@@ -6,8 +6,8 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lthlib import models
-from lthlib.errors import UserError
+from lthlib.core.errors import UserError
+from lthlib.networks import models
 
 RGB = {"in_channels": 3, "num_classes": 10, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 GRAY = {"in_channels": 1, "num_classes": 10, "image_size": 28, "mean": [0.1], "std": [0.3]}

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib import masks, own, verdict
+from lthlib import own
 from lthlib.__main__ import main
-from lthlib.errors import UserError
-from lthlib.evaluate import collect
-from lthlib.grid import grid_from
-from lthlib.study import study_from
-from lthlib.tickets import Ticket, obtain
-from lthlib.train import Recipe
+from lthlib.book.grid import grid_from
+from lthlib.core.errors import UserError
+from lthlib.pruning import masks
+from lthlib.results import verdict
+from lthlib.results.evaluate import collect
+from lthlib.tickets.study import study_from
+from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.training.loop import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
 

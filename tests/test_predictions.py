@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from lthlib import data, models, predictions
-from lthlib.corruptions import corrupt
-from lthlib.errors import UserError
-from lthlib.predictions import Subject, for_inference, predict, sample
-from lthlib.store import Store
-from lthlib.tickets import Ticket
-from lthlib.train import Recipe, as_input
+from lthlib import data
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store
+from lthlib.data.corruptions import corrupt
+from lthlib.networks import models
+from lthlib.tickets import predictions
+from lthlib.tickets.predictions import Subject, for_inference, predict, sample
+from lthlib.tickets.ticket import Ticket
+from lthlib.training.loop import Recipe, as_input
 
 
 @pytest.fixture(scope="module")

@@ -10,51 +10,15 @@ import nbformat
 import pytest
 import yaml
 
-from lthlib.evaluate import DIMENSIONS
-from lthlib.execute import parameters_of
+from lthlib.book.front import TOPICS
+from lthlib.book.pages import STUDY
+from lthlib.book.runner import parameters_of
 from lthlib.metrics import METRICS
-from lthlib.pages import STUDY
-from lthlib.report import TOPICS
+from lthlib.results.evaluate import DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
-ROOMS = [
-    "errors",
-    "lifeline",
-    "code_version",
-    "store",
-    "generated",
-    "gpus",
-    "compute",
-    "corruptions",
-    "concepts",
-    "listing",
-    "data",
-    "models",
-    "inference",
-    "masks",
-    "pruners",
-    "train",
-    "tickets",
-    "study",
-    "predictions",
-    "metrics",
-    "evaluate",
-    "overlaps",
-    "verdict",
-    "figures",
-    "grid",
-    "zygote",
-    "fork",
-    "execute",
-    "pages",
-    "methods_page",
-    "estimate",
-    "own",
-    "reproducibility",
-    "report",
-    "verify",
-]
+ROOMS = ["core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own"]
 
 
 def room(path):
@@ -144,8 +108,8 @@ def test_the_page_on_methods_asks_for_what_its_dimension_computes_anyway():
 
 
 def test_every_reference_of_a_registry_is_in_the_bibliography():
-    from lthlib.models import ARCHITECTURES
-    from lthlib.pruners import METHODS
+    from lthlib.networks.models import ARCHITECTURES
+    from lthlib.pruning import METHODS
 
     keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "book/references.bib").read_text(), flags=re.M))
     used = {entry.reference for registry in (METRICS, METHODS, ARCHITECTURES) for entry in registry.values()}

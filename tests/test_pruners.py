@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lthlib import masks, models, pruners
-from lthlib.errors import UserError
-from lthlib.pruners import (
+from lthlib import pruning as pruners
+from lthlib.core.errors import UserError
+from lthlib.networks import models
+from lthlib.pruning import (
     FAMILIES,
     METHODS,
     Found,
@@ -19,13 +20,14 @@ from lthlib.pruners import (
     Option,
     find,
     grasp,
+    masks,
     method,
     rigl,
     snip,
     structured,
     synflow,
 )
-from lthlib.pruners.small_dense import fit
+from lthlib.pruning.small_dense import fit
 
 GIVEN = {"in_channels": 1, "num_classes": 4, "image_size": 12, "mean": [0.4], "std": [0.3]}
 ROUND = 8
@@ -87,7 +89,7 @@ def test_an_entry_says_what_the_others_need_to_know(name):
     assert entry.name == name
     assert entry.source in ("init", "dense", "previous", *METHODS)
     assert entry.family in FAMILIES
-    assert entry.find.__module__.startswith("lthlib.pruners.")
+    assert entry.find.__module__.startswith("lthlib.pruning.")
     assert entry.reference
     assert all(isinstance(v, (bool, int, float, str)) for v in entry.options.values())
 

@@ -16,9 +16,9 @@ import safetensors.numpy
 import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
-from lthlib.evaluate import COLUMNS, DIMENSIONS, Archive
-from lthlib.pruners import METHODS
-from lthlib.report import recorded_grids
+from lthlib.book.front import recorded_grids
+from lthlib.pruning import METHODS
+from lthlib.results.evaluate import COLUMNS, DIMENSIONS, Archive
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))

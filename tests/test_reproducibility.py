@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lthlib import data, reproducibility, tickets
-from lthlib.evaluate import DIMENSIONS
-from lthlib.pruners import METHODS
-from lthlib.pruners.snip import saliency
-from lthlib.store import ROOT, seal
-from lthlib.tickets import Ticket, new_model, training_batch
+from lthlib import data
+from lthlib.book import reproducibility
+from lthlib.core.store import ROOT, seal
+from lthlib.pruning import METHODS
+from lthlib.pruning.snip import saliency
+from lthlib.results.evaluate import DIMENSIONS
+from lthlib.tickets import ticket as tickets
+from lthlib.tickets.ticket import Ticket, new_model, training_batch
 
 BEFORE_TRAINING = [name for name, method in METHODS.items() if method.source == "init" and name != "dense"]
 
@@ -71,10 +73,10 @@ def test_scores_of_grey_images_are_as_exact_as_single_precision_allows(store):
 MEASURE = """
 import sys, shutil, torch
 from pathlib import Path
-from lthlib.evaluate import evaluate
-from lthlib.store import Store
-from lthlib.tickets import Ticket, obtain
-from lthlib.train import Recipe
+from lthlib.results.evaluate import evaluate
+from lthlib.core.store import Store
+from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.training.loop import Recipe
 
 root = Path(sys.argv[1])
 recipe = Recipe(epochs=2, batch_size=50, warmup=0.0)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lthlib.errors import UserError
-from lthlib.store import MANIFEST, Store, seal, unseal, whole_folder, write_atomically
+from lthlib.core.errors import UserError
+from lthlib.core.store import MANIFEST, Store, seal, unseal, whole_folder, write_atomically
 
 
 def writer(text, calls=None):
@@ -251,9 +251,9 @@ def test_a_makers_own_error_is_not_laid_on_the_store(tmp_path):
 FILLER = """
 import sys
 import numpy as np, torch, safetensors.torch
-from lthlib import masks
-from lthlib.errors import UserError
-from lthlib.store import Store
+from lthlib.pruning import masks
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store
 big = np.arange(2**20, dtype=np.int32)
 ways = {
     "bytes": lambda f: (f / "x").write_bytes(big.tobytes()),
@@ -304,7 +304,7 @@ def test_a_key_cannot_leave_the_store(tmp_path, key):
 MAKER = """
 import sys, time
 from pathlib import Path
-from lthlib.store import Store
+from lthlib.core.store import Store
 def make(folder):
     with open(sys.argv[2], "a") as log: log.write("made\\n")
     time.sleep(float(sys.argv[3]))

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from lthlib import data, masks
-from lthlib.errors import UserError
-from lthlib.pruners import METHODS
-from lthlib.store import ROOT, Store
-from lthlib.tickets import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
-from lthlib.train import Recipe
+from lthlib import data
+from lthlib.core.errors import UserError
+from lthlib.core.store import ROOT, Store
+from lthlib.pruning import METHODS, masks
+from lthlib.tickets.ticket import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
+from lthlib.training.loop import Recipe
 
 
 def make(tiny, method="dense", round=0, **more):
@@ -64,7 +64,7 @@ def test_lth_is_nested_counted_and_rewound(tiny, store):
 
 def test_the_rewind_point_lies_on_the_dense_run(tiny, store):
     """Training on from it gives the dense network bit for bit."""
-    from lthlib.train import train
+    from lthlib.training.loop import train
 
     images = data.load("mnist5k", store, tiny["train_size"])
     ticket = make(tiny, "lth", 1)

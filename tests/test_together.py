@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lthlib import estimate
-from lthlib.study import study_from
+from lthlib.book import cost as estimate
+from lthlib.tickets.study import study_from
 
 ROOT = Path(__file__).parents[1]
 STUDY = {
@@ -21,9 +21,9 @@ STUDY = {
 }
 CALLER = """
 import json, sys
-from lthlib import tickets
-from lthlib.store import Store
-from lthlib.study import study_from
+from lthlib.tickets import ticket as tickets
+from lthlib.core.store import Store
+from lthlib.tickets.study import study_from
 
 train = tickets.train
 

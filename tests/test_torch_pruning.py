@@ -7,8 +7,8 @@ import torch
 from test_pruners import images, narrow
 from torch import nn
 
-from lthlib import models
-from lthlib.pruners import structured
+from lthlib.networks import models
+from lthlib.pruning import structured
 
 peer = pytest.importorskip(
     "torch_pruning", reason="torch-pruning is no dependency: pip install torch-pruning to compare"

@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from lthlib.zygote import ROOT, VARIABLE, zygote
+from lthlib.book.zygote import ROOT, VARIABLE, zygote
 
 sys.path.insert(0, str(ROOT / "workflow"))
 import torture
@@ -30,7 +30,7 @@ def test_a_page_is_told_from_its_kernel_and_from_who_asked_for_it(tmp_path):
     checkout.folder = tmp_path
     with zygote(["ipykernel.kernelapp", "papermill.execute"]) as address, log.open("w") as output:
         client = subprocess.Popen(
-            [sys.executable, "-m", "lthlib.fork", "lthlib.execute", "template.ipynb", "page.ipynb"],
+            [sys.executable, "-m", "lthlib.book.fork", "lthlib.book.runner", "template.ipynb", "page.ipynb"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: address},
             stdout=output,

@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lthlib import data, masks, models
-from lthlib.errors import UserError
-from lthlib.train import Recipe, State, _Batches, as_input, mix, recipe_from, train
+from lthlib import data
+from lthlib.core.errors import UserError
+from lthlib.networks import models
+from lthlib.pruning import masks
+from lthlib.training.loop import Recipe, State, _Batches, as_input, mix, recipe_from, train
 
 RECIPE = Recipe(epochs=3, batch_size=50, precision="float32", augment="crop")
 

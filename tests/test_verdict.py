@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lthlib.errors import UserError
-from lthlib.metrics.calibration import ece, sce
-from lthlib.verdict import Thresholds, lth_pass, reach, regions, scorecard, summarise
+from lthlib.core.errors import UserError
+from lthlib.metrics.calibration.measure import ece, sce
+from lthlib.results.verdict import Thresholds, lth_pass, reach, regions, scorecard, summarise
 
 
 def rows(*entries):

@@ -24,11 +24,11 @@ import safetensors.numpy
 import yaml
 from torture import Checkout
 
-from lthlib import compute
-from lthlib.grid import read_grid
-from lthlib.pruners import METHODS
-from lthlib.report import jobs
-from lthlib.reproducibility import AGREEMENT, agreement_tables, deviation
+from lthlib.book.front import jobs
+from lthlib.book.grid import read_grid
+from lthlib.book.reproducibility import AGREEMENT, agreement_tables, deviation
+from lthlib.core import machine as compute
+from lthlib.pruning import METHODS
 
 GRID = {
     "title": "One grid, many machines",

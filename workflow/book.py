@@ -1,4 +1,4 @@
-"""Jupyter Book, tied to the run that started it (`lthlib.lifeline`).
+"""Jupyter Book, tied to the run that started it (`lthlib.book.lifeline`).
 
 With ``--unfinished`` in front, the book lacks pages, and the next run builds it again.
 """
@@ -7,7 +7,7 @@ import sys
 
 from jupyter_book.cli.main import main
 
-from lthlib import generated, lifeline
+from lthlib.book import generated, lifeline
 
 if __name__ == "__main__":
     lifeline.watch()

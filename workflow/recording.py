@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lthlib.store import seal, write_atomically
+from lthlib.core.store import seal, write_atomically
 
 
 def main(

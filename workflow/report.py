@@ -24,10 +24,11 @@ from typing import TextIO
 from progress import DRY, Run, Step, remember, span
 from tqdm import tqdm
 
-from lthlib import generated, gpus, lifeline
-from lthlib.errors import UserError, choose
-from lthlib.store import ROOT, Store, say, why
-from lthlib.zygote import TemporaryFolder, zygote
+from lthlib.book import generated, lifeline
+from lthlib.book.zygote import TemporaryFolder, zygote
+from lthlib.core import gpus
+from lthlib.core.errors import UserError, choose
+from lthlib.core.store import ROOT, Store, say, why
 
 SLURM_RUN = re.compile(r"^SLURM run ID: (\S+)", re.MULTILINE)
 LOG = ROOT / "_build" / "snakemake.log"
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace) -> tuple[int, list[Step]]:
     command = [
         sys.executable,
         "-m",
-        "lthlib.fork",
+        "lthlib.book.fork",
         "workflow/snake.py",
         options.grid,
         "--snakefile",
@@ -212,7 +213,7 @@ def heard(stream: TextIO) -> Iterator[str | None]:
 
 def build_unfinished(grid: str) -> bool:
     """Build the book of what succeeded, a stub in the place of each missing page; say whether there is one."""
-    fork = [sys.executable, "-m", "lthlib.fork"]
+    fork = [sys.executable, "-m", "lthlib.book.fork"]
     contents = generated.FOLDER / generated.UNFINISHED
     try:
         with UNFINISHED_LOG.open("w") as log:

@@ -23,16 +23,16 @@ import yaml
 from progress import DETAIL, KINDS, START
 from torture import GRID, PATIENCE, Checkout
 
-from lthlib import compute
-from lthlib.reproducibility import RERUNS, reruns_table
+from lthlib.book.reproducibility import RERUNS, reruns_table
+from lthlib.core import machine as compute
 
 STUDIED = {**GRID, "title": "What is made again", "method_pages": ["calibration"]}
 OUTDATED = """
 import sys
 from lthlib import data
-from lthlib.grid import read_grid
-from lthlib.store import Store
-from lthlib.tickets import version_of
+from lthlib.book.grid import read_grid
+from lthlib.core.store import Store
+from lthlib.tickets.ticket import version_of
 store = Store()
 for study in read_grid(sys.argv[1]).studies:
     images = data.load(study.data, store, study.train_size)
@@ -78,9 +78,9 @@ class Change:
 
 
 CHANGES = (
-    Change("the date of a file that pages read", "lthlib/pages.py", bytes),
-    Change("a comment beside a method", "lthlib/pruners/snip.py", lambda text: text + b"# said otherwise\n"),
-    Change("a line in the store's own file", "lthlib/store.py", line_in("write_atomically")),
+    Change("the date of a file that pages read", "lthlib/book/pages.py", bytes),
+    Change("a comment beside a method", "lthlib/pruning/snip.py", lambda text: text + b"# said otherwise\n"),
+    Change("a line in the store's own file", "lthlib/core/store.py", line_in("write_atomically")),
     Change("a page of prose", "book/reading.md", lambda text: text + b"\nOne more sentence.\n"),
     Change(
         "the heading of one template",
@@ -88,11 +88,11 @@ CHANGES = (
         lambda text: text.replace(b'"# Calibration', b'"# Calibration at a glance', 1),
     ),
     Change("a line in a figure", "lthlib/figures/calibration.py", line_in("reliability")),
-    Change("a line in the search for SNIP's masks", "lthlib/pruners/snip.py", line_in("saliency")),
+    Change("a line in the search for SNIP's masks", "lthlib/pruning/snip.py", line_in("saliency")),
     Change("an option of SNIP", "", setting("options", "snip", "batch", value=64)),
-    Change("a line in the measurement of calibration", "lthlib/metrics/calibration.py", line_in("measure")),
+    Change("a line in the measurement of calibration", "lthlib/metrics/calibration/measure.py", line_in("measure")),
     Change("a parameter of calibration", "", setting("dimensions", "calibration", "n_bins", value=10)),
-    Change("a line in the training loop", "lthlib/train.py", line_in("train")),
+    Change("a line in the training loop", "lthlib/training/loop.py", line_in("train")),
     Change("a setting of the recipe", "", setting("recipe", "lr", value=0.05)),
     Change("one more seed", "", setting("seeds", value=[0, 1])),
     Change(  # the last: what is damaged is set aside, and cannot be taken back

@@ -1,6 +1,6 @@
-"""Snakemake, after a look at the grid, tied to the run that started it (`lthlib.lifeline`).
+"""Snakemake, after a look at the grid, tied to the run that started it (`lthlib.book.lifeline`).
 
-A grid that is refused ends with status `REFUSED` and one line that says why. What `lthlib.verify` finds wanting,
+A grid that is refused ends with status `REFUSED` and one line that says why. What `lthlib.book.verify` finds wanting,
 Snakemake is told to make: by itself it would miss a part of it.
 """
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from progress import DRY, PLAN
 from snakemake.cli import main
 
-from lthlib import lifeline, report, verify
-from lthlib.errors import UserError
-from lthlib.grid import read_grid
-from lthlib.store import Store, say, why, write_atomically
+from lthlib.book import front as report
+from lthlib.book import lifeline, verify
+from lthlib.book.grid import read_grid
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store, say, why, write_atomically
 
 REFUSED = 3
 

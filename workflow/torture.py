@@ -524,7 +524,7 @@ def _role(process: psutil.Process, driver: int) -> tuple[str, str]:
         open_files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
     except (psutil.Error, OSError):
         return "client", ""  # it is ending
-    if "lthlib.zygote" not in command:
+    if "lthlib.book.zygote" not in command:
         return "client", ""
     if parent == driver:
         return "zygote", ""

@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib_inline.config import InlineBackend
 
-from lthlib import masks
 from lthlib.metrics import METRICS
-from lthlib.pruners import METHODS
-from lthlib.verdict import COLLAPSED, DEGRADED, WINNING
+from lthlib.pruning import METHODS, masks
+from lthlib.results.verdict import COLLAPSED, DEGRADED, WINNING
 
 STYLES = {WINNING: "-", DEGRADED: "--", COLLAPSED: ":"}
 WIDTH = 10.0  # inches; the book's column
@@ -76,7 +75,7 @@ def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None
     """Draw metric against sparsity, one panel a metric and shift.
 
     Args:
-        judged: As `lthlib.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.regions` returns it.
         panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction, of
             metrics with at most `MANY` such pairs.
         columns: Panels side by side.
@@ -142,7 +141,7 @@ def reach_map(table: pd.DataFrame) -> Figure:
     """Draw how far each method keeps each metric or dimension: the highest sparsity won without a break.
 
     Args:
-        table: As `lthlib.verdict.reach` returns it.
+        table: As `lthlib.results.verdict.reach` returns it.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
@@ -167,7 +166,7 @@ def reach_map(table: pd.DataFrame) -> Figure:
 
 
 def radar(table: pd.DataFrame) -> Figure:
-    """Draw the scorecard of `lthlib.verdict.scorecard`: an axis a metric, 1 (outside) the best of those shown."""
+    """Draw the scorecard of `lthlib.results.verdict.scorecard`: an axis a metric, the best at the rim."""
     angles = np.linspace(0, 2 * np.pi, len(table.columns), endpoint=False)
     figure, axis = plt.subplots(figsize=(6.5, 5), subplot_kw={"projection": "polar"}, layout="constrained")
     colour = {"dense": "black", **colours()}

@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lthlib import masks
-from lthlib.corruptions import CORRUPTIONS, common
+from lthlib.data.corruptions import CORRUPTIONS, common
 from lthlib.figures import WIDTH, colours, factor, label, shades
 from lthlib.metrics import METRICS
-from lthlib.pruners import METHODS
+from lthlib.pruning import METHODS, masks
 
 
 def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
@@ -25,7 +24,7 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
     the differences blue is better than dense and red worse, whichever way the metric points.
 
     Args:
-        judged: As `lthlib.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.regions` returns it.
         metric: A name that starts with ``corrupted_``.
         round: Of the sparse networks.
     """
@@ -84,7 +83,7 @@ def corruption_change(judged: pd.DataFrame, metric: str, round: int) -> Figure:
     """Draw sparse minus dense by corruption, mean over severities: each sparsity of one method, or each method.
 
     Args:
-        judged: As `lthlib.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.regions` returns it.
         metric: A name that starts with ``corrupted_``.
         round: The round at which several methods are compared.
     """
@@ -116,7 +115,7 @@ def severity_curves(judged: pd.DataFrame, metrics: Sequence[str], round: int) ->
     """Draw metrics against severity, mean over the 15 common corruptions: dense, and the sparse ones.
 
     Args:
-        judged: As `lthlib.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.regions` returns it.
         metrics: Names that start with ``corrupted_``; a panel each.
         round: The round at which several methods are compared; of one method every round is drawn.
     """

@@ -14,10 +14,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lthlib.figures import WIDTH, colours, label
-from lthlib.masks import sparsity_of
 from lthlib.metrics import METRICS
-from lthlib.metrics.flatness import image_interval
-from lthlib.pruners import METHODS
+from lthlib.metrics.flatness.measure import image_interval
+from lthlib.pruning import METHODS
+from lthlib.pruning.masks import sparsity_of
 
 Arrays = Mapping[str, np.ndarray]
 PANELS = (
@@ -252,7 +252,7 @@ def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
     """Say how each number was found, and how far it may be off for other reasons than the choice of images.
 
     Args:
-        tickets: Title -> arrays of `lthlib.metrics.flatness.measure`.
+        tickets: Title -> arrays of `lthlib.metrics.flatness.measure.measure`.
     """
     rows = {}
     for title, arrays in tickets.items():
@@ -275,7 +275,7 @@ def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     are ranked at each round (means over seeds); with fewer than three methods, rounds of each method instead.
 
     Args:
-        rows: The tidy table of `lthlib.evaluate.Results`.
+        rows: The tidy table of `lthlib.results.evaluate.Results`.
     """
     sparse = rows[(rows["method"] != "dense") & (rows["shift"] == "none")]
     table = sparse.pivot_table(index=["method", "round"], columns="metric", values="value")

@@ -10,10 +10,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lthlib import masks
-from lthlib.corruptions import CORRUPTIONS
+from lthlib.data.corruptions import CORRUPTIONS
 from lthlib.figures import WIDTH, label
-from lthlib.pruners import METHODS
+from lthlib.pruning import METHODS, masks
 
 
 def attack_curves(judged: pd.DataFrame) -> Figure:

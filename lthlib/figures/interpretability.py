@@ -15,12 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lthlib import figures
-from lthlib.evaluate import Results
 from lthlib.figures import WIDTH, factor
-from lthlib.masks import sparsity_of
 from lthlib.metrics import METRICS
-from lthlib.metrics.explanations import explanation_map
-from lthlib.pruners import METHODS
+from lthlib.metrics.interpretability.explanations import explanation_map
+from lthlib.pruning import METHODS
+from lthlib.pruning.masks import sparsity_of
+from lthlib.results.evaluate import Results
 
 EXPLANATIONS = ("fidelity", "fidelity_r2", "stability", "stability_relative")
 UNITS = ("unique_detectors", "interpretable_units", "units_above_floor", "mean_best_iou", "composition_iou")
@@ -33,7 +33,7 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
     """Draw metrics against sparsity over their floors: random weights, and what the mask seed alone moves.
 
     Args:
-        judged: As `lthlib.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.regions` returns it.
         rows: The rows behind it, the floors among them.
         metrics: Which, in this order; those that nothing defined are left out.
     """

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lthlib import masks
 from lthlib.figures import WIDTH, colours, label
-from lthlib.pruners import METHODS
+from lthlib.pruning import METHODS, masks
 
 ANNOTATED = 16  # layers; more numbers side by side cannot be read
 MARKERS = {"structured": "s", "control": "^"}
@@ -28,7 +27,7 @@ def density_map(densities: pd.DataFrame, round: int) -> Figure:
     """Draw the density of each layer in percent, a row a method, at one round.
 
     Args:
-        densities: As `lthlib.pages.densities` returns it.
+        densities: As `lthlib.book.pages.densities` returns it.
         round: Which.
     """
     table = 100 * densities.xs(round, level="round")
@@ -96,7 +95,7 @@ def overlap_map(overlaps: pd.DataFrame) -> Figure:
     """Draw the overlap of every two masks, mean over seeds: below the diagonal measured, above it by chance.
 
     Args:
-        overlaps: As `lthlib.overlaps.compare` returns it, of one round.
+        overlaps: As `lthlib.results.overlaps.compare` returns it, of one round.
     """
     names = list(dict.fromkeys([*overlaps["a"], *overlaps["b"]]))
     table = pd.DataFrame(np.nan, index=names, columns=names)
@@ -146,7 +145,7 @@ def accuracy_by_cost(costs: pd.DataFrame, about: str | None = None) -> Figure:
     star is the dense network.
 
     Args:
-        costs: As `lthlib.pages.costs` returns it.
+        costs: As `lthlib.book.pages.costs` returns it.
         about: A method in front of the others.
     """
     figure, axes = plt.subplots(1, len(COSTS), figsize=(WIDTH, 4.6), sharey=True, layout="constrained")

@@ -1,7 +1,7 @@
 """The registry of metrics: one row says what a number means and which way is better.
 
 A dimension is one file of this package. It holds pure functions, the rows that describe them, and one
-`measure` function that turns a ticket into tidy rows (see `lthlib.evaluate`).
+`measure` function that turns a ticket into tidy rows (see `lthlib.results.evaluate`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 
-from lthlib.errors import Registry
+from lthlib.core.errors import Registry
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,5 @@ class Value:
     severity: float = 0
 
 
-for _module in pkgutil.iter_modules(__path__):  # each file registers its rows
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):  # each file registers its rows
+    importlib.import_module(_module.name)

@@ -1,0 +1,201 @@
+"""Grid files: which studies a report runs, in which dimensions, with which parameters.
+
+A grid is a YAML file. `read_grid` accepts the keys of `lthlib.tickets.study.Study` (``data`` and ``arch`` may be
+lists: one study each) and those of `Grid`; whatever else it finds is an error that names the key, the value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lthlib import data
+from lthlib.core import machine as compute
+from lthlib.core.errors import UserError, check_plain, choose, shown
+from lthlib.results.evaluate import DIMENSIONS
+from lthlib.results.verdict import Thresholds
+from lthlib.tickets.study import Study, study_from
+
+STUDY_KEYS = (
+    "data",
+    "arch",
+    "methods",
+    "rounds",
+    "sparsities",
+    "seeds",
+    "recipe",
+    "rewind_epoch",
+    "train_size",
+    "options",
+)
+KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds", "method_pages")
+ON_METHODS = "methods"  # the topic of the pages on the tickets themselves
+
+
+LARGEST = 100_000  # bytes of a grid file
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values; a key that stands twice is an error, where YAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a report runs.
+
+    Attributes:
+        name: The file's name without its suffix; the folder of its pages and recorded results.
+        title: What a reader sees.
+        studies: One for each data set and architecture.
+        dimensions: Dimension -> its parameters where they differ from the defaults.
+        precision: Of forward passes for logits.
+        thresholds: Of the verdict.
+        method_pages: Topics (dimensions, and "methods") with a page a method beside the comparison; by default all.
+    """
+
+    name: str
+    title: str
+    studies: tuple[Study, ...]
+    dimensions: Mapping[str, Mapping[str, object]]
+    precision: str
+    thresholds: Mapping[str, float]
+    method_pages: tuple[str, ...]
+
+    def study(self, name: str) -> Study:
+        """Return the study of a name as `study_name` gives it."""
+        by_name = {study_name(study): study for study in self.studies}
+        choose(name, by_name, f"study of the grid {self.name}")
+        return by_name[name]
+
+
+def study_name(study: Study) -> str:
+    """Return the name of a study within its grid: data set and architecture."""
+    return f"{study.data.replace('@', '+').lower()}-{study.arch}"
+
+
+def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
+    """Read and check a grid file; nothing is trained, loaded or written.
+
+    Args:
+        path: The file.
+        recorded: Whether only its recorded results are wanted; then its data need not be there.
+
+    Raises:
+        UserError: Naming the key, the value and what is allowed.
+    """
+    path = Path(path)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", path.stem):
+        raise UserError(
+            f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it."
+        )
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"The grid file {path} is larger than {LARGEST} bytes.")
+        content = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError as error:
+        known = sorted(str(p) for p in Path("workflow/grids").glob("*.yml"))
+        raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
+    except RecursionError:
+        raise UserError(f"The grid file {path} cannot be read: it is nested too deep.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, a date or number that cannot be
+        raise UserError(f"The grid file {path} cannot be read: {error}") from error
+    try:
+        grid = grid_from(path.stem, content)
+        for study in grid.studies if not recorded else ():
+            data.source(study.data)
+        return grid
+    except UserError as error:
+        raise UserError(f"In {path}: {error}") from error
+
+
+def grid_from(name: str, content: object) -> Grid:
+    """Build a grid from the content of its file; see `read_grid`."""
+    if not isinstance(content, dict):
+        raise UserError(f"A grid is a mapping with the keys {', '.join(KEYS)}; this is {shown(content)}.")
+    check_plain(content, "the grid")
+    for key in content:
+        choose(key, KEYS, "grid key")
+    for key in ("data", "arch", "rounds" if "sparsities" not in content else "sparsities", "seeds", "dimensions"):
+        if key not in content:
+            raise UserError(f"The key {key!r} is missing; a grid needs data, arch, rounds, seeds and dimensions.")
+    shared = {key: content[key] for key in STUDY_KEYS if key in content and key not in ("data", "arch")}
+    studies = tuple(
+        study_from({**shared, "data": data, "arch": arch})
+        for data in _names(content["data"], "data")
+        for arch in _names(content["arch"], "arch")
+    )
+    if len({study_name(study) for study in studies}) < len(studies):
+        twice = f"data is {shown(content['data'])} and arch is {shown(content['arch'])}"
+        raise UserError(f"{twice}; neither must name one of them twice.")
+    precision = content.get("precision", "auto")
+    choose(precision, compute.PRECISIONS, "precision")
+    dimensions = _dimensions(content["dimensions"])
+    return Grid(
+        name,
+        _title(content.get("title", name)),
+        studies,
+        dimensions,
+        precision,
+        _thresholds(content.get("thresholds") or {}),
+        _method_pages(content.get("method_pages"), dimensions),
+    )
+
+
+def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str, ...]:
+    topics = (*dimensions, ON_METHODS)
+    if value is None:
+        return topics
+    if not isinstance(value, list):
+        raise UserError(f"method_pages is {shown(value)}; it must be a list of some of {', '.join(topics)}.")
+    for name in value:
+        choose(name, topics, "topic under method_pages")
+    return tuple(value)
+
+
+def _names(value: object, key: str) -> list[str]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key} is {shown(value)}; it must be a name or a list of names.")
+    return names
+
+
+def _title(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or "\n" in value:
+        raise UserError(f"title is {shown(value)}; it must be one line of text.")
+    return value
+
+
+def _dimensions(value: object) -> dict[str, dict[str, object]]:
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = dict.fromkeys(value) or value
+    if not isinstance(value, dict) or not value:
+        raise UserError(
+            f"dimensions is {shown(value)}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
+        )
+    for name, parameters in value.items():
+        choose(name, DIMENSIONS, "dimension")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise UserError(f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty.")
+        DIMENSIONS[name].parameters(parameters)
+    return {name: dict(parameters or {}) for name, parameters in value.items()}
+
+
+def _thresholds(value: object) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise UserError(f"thresholds is {shown(value)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
+    for name in value:
+        choose(name, list(vars(Thresholds())), "threshold")
+    Thresholds(**value)
+    return value

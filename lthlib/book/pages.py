@@ -1,0 +1,406 @@
+"""What the notebooks share: from a page's parameters to results, tables and the sentences that read them.
+
+A template's cells call these; anything that a function can hold is here, so that a page stays a page.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+
+from lthlib import data, figures
+from lthlib.book.runner import check, parameters_of
+from lthlib.core.errors import choose
+from lthlib.core.store import ROOT, Store
+from lthlib.metrics import METRICS
+from lthlib.pruning import METHODS
+from lthlib.pruning.masks import sparsity_of
+from lthlib.results import verdict
+from lthlib.results.evaluate import Results, collect
+from lthlib.tickets.study import Study, study_from
+
+STUDY = ("data", "arch", "method", "seeds", "rounds", "recipe", "rewind_epoch", "train_size", "options")
+
+
+@dataclass(frozen=True)
+class Page:
+    """The results behind a page.
+
+    Attributes:
+        study: What was asked.
+        results: Rows, tickets and arrays.
+        judged: Regions of every method, round and metric (`lthlib.results.verdict.regions`).
+        thresholds: Of the verdict.
+        store: Where tickets and evaluations lie.
+        recorded: Folder of recorded results, None to ignore them.
+        compute_missing: Whether to compute what is not recorded.
+    """
+
+    study: Study
+    results: Results
+    judged: pd.DataFrame
+    thresholds: verdict.Thresholds
+    store: Store
+    recorded: Path | None
+    compute_missing: bool
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether the page compares methods, or is about one."""
+        return len(self.study.methods) != 1
+
+    def arrays(self, method: str, round: int, seed: int) -> Mapping[str, np.ndarray]:
+        """Return the small arrays of one ticket."""
+        tickets = self.results.tickets
+        which = (tickets["method"] == method) & (tickets["round"] == round) & (tickets["seed"] == seed)
+        return self.results.arrays[tickets.loc[which, "ticket"].iloc[0]]
+
+
+def load(dimension: str, namespace: Mapping[str, object], template: str | None = None) -> Page:
+    """Gather everything a page needs, computing (with a progress bar) what is missing, and say where it lies.
+
+    Args:
+        dimension: A name in `lthlib.results.evaluate.DIMENSIONS`.
+        namespace: The notebook's variables (``globals()``), its parameters among them.
+        template: Name of the notebook in ``notebooks/``; that of the dimension if None.
+
+    Raises:
+        UserError: For an unknown parameter (papermill itself would ignore it) or a value that cannot be.
+    """
+    given = _parameters(template or dimension, namespace)
+    figures.use_style()
+    study = study_from({key: given.pop(key) for key in STUDY if key in given})
+    store, recorded = Store(given["store"]), ROOT / given["recorded"] if given["recorded"] else None
+    results = collect(
+        study,
+        dimension,
+        store,
+        parameters=given["measure"],
+        precision=given["precision"],
+        compute_missing=given["compute_missing"],
+        recorded=recorded,
+    )
+    limits = verdict.Thresholds(**_known(given["thresholds"], vars(verdict.Thresholds()), "threshold"))
+    judged = verdict.regions(results.rows, n_classes(results), limits)
+    page = Page(study, results, judged, limits, store, recorded, given["compute_missing"])
+    n_recorded = len(results.recorded)
+    if n_recorded < len(results.tickets):
+        print(f"{len(results.tickets) - n_recorded} tickets and their evaluations lie in {_short(store.root)}.")
+    if n_recorded:
+        print(f"{n_recorded} evaluations were read from the recorded results in {_short(recorded)}.")
+    return page
+
+
+def _parameters(template: str, namespace: Mapping[str, object]) -> dict[str, object]:
+    """Return a template's parameters from the notebook's variables; what papermill injected must be declared."""
+    declared = parameters_of(nbformat.read(ROOT / "notebooks" / f"{template}.ipynb", as_version=4))
+    injected = {
+        target.id: namespace[target.id]
+        for source in namespace.get("In", [])
+        if source.startswith("# Parameters")
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    check(injected, declared)
+    return {name: namespace[name] for name in declared}
+
+
+def _known(given: Mapping[str, object], allowed: Mapping[str, object], kind: str) -> dict[str, object]:
+    for name in given:
+        choose(name, allowed, kind)
+    return dict(given)
+
+
+def _short(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def n_classes(results: Results) -> int:
+    """Return the number of classes of the study's data set, as the evaluations recorded it."""
+    return int(results.provenance[0]["n_classes"])
+
+
+def summary_line(page: Page) -> Markdown:
+    """Say on what the page's numbers were measured."""
+    study, first = page.study, page.results.provenance[0]
+    seeds = ", ".join(map(str, study.seeds))
+    title = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
+    size = f"{study.train_size:,} training images" if study.train_size else "all training images"
+    return Markdown(
+        f"Networks: **{study.arch}**, trained on **{title}** ({size}), seed{'s' * (len(study.seeds) > 1)} {seeds}, "
+        f"{study.recipe.epochs} epochs a training. Logits and explanations are computed in {first['precision']}; "
+        f"attacks, units and curvatures in float32. On {first['processor']}, commit `{first['commit']}`, torch "
+        f"{first['torch']}."
+    )
+
+
+def verdict_table(page: Page) -> HTML:
+    """Show how far each method keeps each metric of the paper: the highest sparsity won without a break, in percent."""
+    table = verdict.reach(page.judged)
+    table.index = [METHODS[name].title for name in table.index]
+    table.columns = [f"{METRICS[name].title} {METRICS[name].arrow}" for name in table.columns]
+    return html_table(table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}"))
+
+
+def value_table(page: Page, metrics: Sequence[str] | None = None) -> HTML:
+    """Show mean and interval of each metric by sparsity, ✓ winning, ↘ degraded, ✗ collapsed; dense first.
+
+    All metrics that are a contest and not measured under too many shifts, or those that are named.
+    """
+    judged = page.judged if metrics is not None else page.judged[page.judged["region"] != ""]
+    judged = judged[judged["metric"].isin(figures.readable(judged) if metrics is None else metrics)]
+    marks = {verdict.WINNING: "✓", verdict.DEGRADED: "↘", verdict.COLLAPSED: "✗", "": ""}
+    columns: dict[str, dict[tuple[str, str], str]] = {}
+    for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
+        scale = figures.factor(metric)
+        title = (
+            figures.label(metric) + ("" if shift == "none" else f" {shift}") + (f" {severity:g}" if severity else "")
+        )
+        first = group.iloc[0]
+        cells = {("dense", "0"): _interval(first, scale, "dense")}
+        for _, line in group.iterrows():
+            key = METHODS[line["method"]].title, f"{100 * sparsity_of(line['round']):.1f}"
+            cells[key] = f"{_interval(line, scale, '')} {marks[line['region']]}"
+        columns[title] = cells
+    table = pd.DataFrame(columns)
+    table.index = table.index.set_names(["method", "sparsity [%]"])
+    return html_table(table)
+
+
+def _interval(line: pd.Series, scale: float, prefix: str) -> str:
+    mean, low, high = (
+        scale * line[prefix or "mean"],
+        scale * line[f"{prefix}_low" if prefix else "low"],
+        scale * line[f"{prefix}_high" if prefix else "high"],
+    )
+    digits = 4 if abs(mean) >= 100 else 3
+    spread = f" [{low:.{digits}g}, {high:.{digits}g}]" if line["seeds"] > 1 else ""
+    return f"{mean:.{digits}g}{spread}"
+
+
+def cost_table(page: Page) -> HTML:
+    """Show what each ticket costs: weights, multiply-accumulates, checkpoint bytes, training, mask finding."""
+    tickets = page.results.tickets.assign(nominal=lambda t: t["round"].map(sparsity_of))
+    mean = tickets.groupby(["method", "round"], sort=False).mean(numeric_only=True)
+    parent = mean.loc["dense"].iloc[0]
+    table = pd.DataFrame(
+        {
+            "method": [METHODS[m].title for m, _ in mean.index],
+            "sparsity [%]": [f"{100 * v:.2f}" for v in mean["sparsity"]],
+            "conv weights kept": [f"{v:,.0f}" for v in mean["n_kept"]],
+            "parameters": [f"{v:,.0f}" for v in mean["n_parameters"]],
+            "MACs of kept weights [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs"]],
+            "MACs a dense kernel does [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs_dense_kernel"]],
+            "checkpoint [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes"]],
+            "compressed [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes_compressed"]],
+            "training [dense runs]": [f"{v:.2f}" for v in mean["trainings"]],
+            "mask finding [s]": [f"{v:.2f}" for v in mean["mask_seconds"]],
+        }
+    )
+    return html_table(table.set_index("method"))
+
+
+def reading(page: Page) -> Markdown:
+    """Say in sentences what the rows show: how far each method keeps every metric, and what gives way first."""
+    dimension = page.results.dimension
+    passes = verdict.lth_pass(page.judged)
+    sentences = []
+    for method, group in passes.groupby("method", sort=False):
+        group = group.sort_values("round")
+        unbroken = group[group["passed"].cumprod().astype(bool)]
+        broken = group[~group["passed"].cumprod().astype(bool)]
+        names = ", ".join(METRICS[name].title for name in broken["lost"].iloc[0]) if len(broken) else ""
+        if broken.empty:
+            text = f"keeps every metric of this page up to {_percent(unbroken)}, the sparsest network measured"
+        elif unbroken.empty:
+            text = f"loses at the lowest sparsity measured ({_percent(broken.head(1))}) in {names}"
+        else:
+            text = f"keeps every metric up to {_percent(unbroken)}; at {_percent(broken.head(1))} it loses in {names}"
+        sentences.append(f"- **{METHODS[method].title}** {text}.")
+    limit = page.thresholds
+    what = ("" if dimension == "generalization" else "accuracy and ") + f"the paper's metrics of {dimension}"
+    points = f"{100 * limit.tolerance:g} percentage point{'s' * (limit.tolerance != 0.01)}"
+    of_sce = f"; of SCE, a mean over classes, {200 * limit.tolerance / n_classes(page.results):g}"
+    intro = (
+        f"Of {what}, at allowances of {points} (fractions{of_sce * (dimension == 'calibration')}), "
+        f"{100 * limit.relative_tolerance:g} % (other units) or {limit.k:g} standard errors, whichever is larger:"
+    )
+    return Markdown(intro + "\n\n" + "\n".join(sentences))
+
+
+def _percent(lines: pd.DataFrame) -> str:
+    return f"{100 * lines['sparsity'].iloc[-1]:.1f} %"
+
+
+def show(*items: object) -> None:
+    """Display several things in one cell."""
+    for item in items:
+        display(item)
+
+
+def html_table(table: pd.DataFrame, *, words: bool = False) -> HTML:
+    """Return a table as the book shows it, wide ones behind a scroll bar; one of ``words`` has room for them."""
+    classes = "table words" if words else "table"
+    return HTML(f'<div class="scroll">{table.to_html(border=0, classes=classes, escape=True)}</div>')
+
+
+def standing_round(page: Page) -> int:
+    """Return `verdict.standing_round` of the page's methods."""
+    return verdict.standing_round(page.judged)
+
+
+def roc_curves(page: Page) -> dict[str, dict[str, np.ndarray]]:
+    """Return ROC curves by foreign set and title, of the first seed: dense, and every round or every method."""
+    seed, methods = page.study.seeds[0], page.study.methods
+    found = {"dense": page.arrays("dense", 0, seed)}
+    if page.is_comparison:
+        found |= {METHODS[m].title: page.arrays(m, standing_round(page), seed) for m in methods}
+    else:
+        found |= {f"{100 * sparsity_of(n):.1f} %": page.arrays(methods[0], n, seed) for n in page.study.rounds}
+    sets = [key for key in found["dense"] if key.startswith("roc_")]
+    return {key.removeprefix("roc_"): {title: a[key] for title, a in found.items()} for key in sets}
+
+
+def line_colours(page: Page) -> dict[str, object]:
+    """Return the colours of `roc_curves`, by title."""
+    if page.is_comparison:
+        return {METHODS[name].title: colour for name, colour in figures.colours().items()}
+    titles = [f"{100 * sparsity_of(n):.1f} %" for n in page.study.rounds]
+    return dict(zip(titles, figures.shades(len(titles)), strict=True))
+
+
+def gallery(page: Page) -> tuple[np.ndarray, list[str]]:
+    """Return a test image under every corruption, as the dense evaluation kept it, and the corruptions' names."""
+    rows = page.results.rows
+    names = list(dict.fromkeys(rows.loc[rows["metric"] == "corrupted_accuracy", "shift"]))
+    return page.arrays("dense", 0, page.study.seeds[0])["gallery"], names
+
+
+def sample_sizes(page: Page) -> Markdown:
+    """Say on how many images each kind of number rests, and how far an accuracy on them is known at best."""
+    rows = page.results.rows
+    cases = (
+        ("test_accuracy", "clean test images"),
+        ("ood_auroc", "known and foreign images, for each foreign set"),
+        ("corrupted_accuracy", "images under each corruption and severity"),
+        ("corrupted_ece", "images under each corruption and severity"),
+        ("fgsm_accuracy", "attacked by FGSM"),
+        ("pgd_accuracy", "of these also by PGD-20"),
+        ("fidelity", "test images explained"),
+        ("unique_detectors", "scenes dissected"),
+        ("weight_hessian_trace", "training images, as they are, for the curvature in weights"),
+        ("input_hessian_trace", "for that in pixels"),
+        ("pac_bayes_weight_sigma", "for noise"),
+        ("loss_barrier", "along lines"),
+    )
+    lines, widths = [], []
+    for metric, what in cases:
+        about_accuracy = metric.endswith(("accuracy", "corrupted_ece"))
+        for n in rows.loc[rows["metric"] == metric, "n"].unique():
+            width = f": ±{196 * (0.25 / n) ** 0.5:.1f}" if about_accuracy else ""
+            lines.append(f"{n:,} {what}{width}")
+            widths.append(width)
+    text = f"**Images:** {'; '.join(lines)}."
+    if any(widths):
+        text += (
+            " After the colon, in percentage points, the widest 95 % interval that an accuracy on so many images can "
+            "have (at 50 %)."
+        )
+    text += " All networks see the same images, so differences between them are known better."
+    if masks := page.results.provenance[0]["parameters"].get("n_masks"):
+        text += f" Each explanation is fitted to {masks:,} masks."
+    official = rows.loc[rows["metric"] == "official_corruptions", ["value", "n"]]
+    if len(official):
+        value, n = official.iloc[0]
+        text += f" Of the {n:.0f} corruptions {value:.0f} were read from published files, {n - value:.0f} made here."
+    return Markdown(text)
+
+
+def noise_floor(page: Page) -> Markdown:
+    """Say what ECE an honest network would show on as few images as there are under each corruption."""
+    rows = page.results.rows
+    n = int(rows.loc[rows["metric"] == "corrupted_ece", "n"].iloc[0])
+    floor = 100 * (2 / np.pi) ** 0.5 * (0.8 * 0.2 / n) ** 0.5
+    return Markdown(
+        f"An ECE has a floor: from {n:,} images of a perfectly calibrated network that always answers with confidence "
+        f"0.8 it is {floor:.1f} points on average ([](#metric-ece), exercise 3), and more with more bins filled. Dense "
+        "and sparse share that floor; their difference is what counts."
+    )
+
+
+def interval_table(page: Page) -> HTML:
+    """Show ECE, SCE and NLL of the first seed with 95 % bootstrap intervals over test images, and their bias."""
+    seed, columns = page.study.seeds[0], {}
+    last = standing_round(page)
+    rounds = [last] if page.is_comparison else page.study.rounds
+    shown = [("dense", 0)] + [(method, n) for method in page.study.methods for n in rounds]
+    for metric in ("ece", "sce", "nll"):
+        scale = figures.factor(metric)
+        cells = {}
+        for method, n in shown:
+            value, low, high, bias = scale * page.arrays(method, n, seed)[f"interval_{metric}"]
+            key = METHODS[method].title, f"{100 * sparsity_of(n):.1f}"
+            cells[key] = f"{value:.3g} [{low:.3g}, {high:.3g}], bias {bias:+.2g}"
+        columns[figures.label(metric)] = cells
+    table = pd.DataFrame(columns)
+    table.index = table.index.set_names(["method", "sparsity [%]"])
+    return html_table(table)
+
+
+def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:
+    """Return the reliability diagrams of dense and of each method at the page's highest sparsity, by title.
+
+    A comparison shows dense and the first three methods; the first seed.
+    """
+    return sparsest(page, most=3)
+
+
+def sparsest(page: Page, most: int | None = None) -> dict[str, Mapping[str, np.ndarray]]:
+    """Return the arrays of dense and of each method (``most`` at most) at the page's highest sparsity, first seed."""
+    seed, last = page.study.seeds[0], page.study.rounds[-1]
+    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], last)}
+    return {_title(method, n): page.arrays(method, n, seed) for method, n in methods.items()}
+
+
+def holding(page: Page, array: str) -> dict[str, Mapping[str, np.ndarray]]:
+    """Return the arrays of the tickets that hold one of a name, by title; of each method and round the first seed.
+
+    A comparison shows the highest sparsity at which each method holds it.
+    """
+    tickets = page.results.tickets
+    held = tickets[[array in page.results.arrays[ticket] for ticket in tickets["ticket"]]]
+    held = held.drop_duplicates(["method", "round"])
+    if page.is_comparison:
+        held = held.sort_values("round", kind="stable").drop_duplicates("method", keep="last")
+    return {_title(t.method, t.round): page.results.arrays[t.ticket] for t in held.itertuples()}
+
+
+def _title(method: str, n: int) -> str:
+    return "dense" if n == 0 else f"{METHODS[method].title}, {100 * sparsity_of(n):.1f} %"
+
+
+def drawn(draw: Callable, tickets: Mapping[str, Mapping[str, np.ndarray]], *arguments: object) -> object:
+    """Return what ``draw(tickets, *arguments)`` returns, a table ready to be shown; a note where nothing is held."""
+    if not tickets:
+        return Markdown("*Not recorded for the tickets of this page: `measure` says of which it is.*")
+    found = draw(tickets, *arguments)
+    if isinstance(found, pd.DataFrame):
+        return table(found)
+    plt.close(found)  # what a cell returns is shown once; what stays open would be shown again
+    return found
+
+
+def table(frame: pd.DataFrame) -> HTML:
+    """Return a table ready to be shown."""
+    return html_table(frame)

@@ -1,0 +1,95 @@
+"""What the chapter on reproducibility shows: tables drawn from recorded results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from lthlib.core.store import ROOT
+from lthlib.results.evaluate import DIMENSIONS, recorded_json
+
+RERUNS = ROOT / "book" / "results" / "reruns.json"  # by workflow/reruns.py
+AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by workflow/agreement.py
+KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
+REST = ("rows", "front", "book")
+TABLES = ("reruns.md", "agreement.md")
+GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
+
+
+def chapter_tables() -> dict[str, str]:
+    """Return the tables that the chapter includes, by file name, from what is recorded."""
+    return dict(zip(TABLES, (_recorded(RERUNS, reruns_table), _recorded(AGREEMENT, agreement_tables)), strict=True))
+
+
+def _recorded(path, table) -> str:
+    if not path.exists():
+        return f"Nothing is recorded: `.venv/bin/python workflow/{path.stem}.py --record` does that.\n"
+    return table(recorded_json(path))
+
+
+def reruns_table(found: Mapping) -> str:
+    """Return what is made again after each change, as a table in Markdown."""
+    every = found["every"]
+    head = ["change", *(f"{title} (of {len(every[kind])})" for kind, title in KINDS.items()), "the rest"]
+    lines = []
+    for line in found["changes"]:
+        counts = [str(len(line.get(kind, ()))) for kind in KINDS]
+        rest = ", ".join(name for name in REST if line.get(name))
+        lines.append([line["change"], *counts, rest or "–"])
+    return f"{_markdown(head, lines)}\n\n{_provenance(found['provenance'])}\n"
+
+
+def deviation(value: pd.Series, other: pd.Series) -> pd.Series:
+    """Return how far numbers are apart: the difference, divided by the larger of the two where that exceeds 1."""
+    scale = pd.concat([value.abs(), other.abs()], axis=1).max(axis=1).clip(lower=1.0)
+    return (value - other).abs() / scale
+
+
+def agreement_tables(found: Mapping) -> str:
+    """Return what is the same and how far the rest is apart, as two tables in Markdown."""
+    head = ["precision", "against one worker of one thread", "networks", "masks found before training"]
+    head += ["masks found later", "rows"]
+    lines = []
+    for run in found["runs"]:
+        rows = [sum(part[name] for part in run["dimensions"].values()) for name in ("same", "rows")]
+        made = [_of(run["networks"]), *(_masks(run[f"masks_{when}"]) for when in ("at_init", "trained"))]
+        if run["way"].endswith(GIVEN):
+            made = ["given"] * len(made)
+        lines.append([run["precision"], run["way"], *made, _of(rows)])
+    same = _markdown(head, lines)
+    return f"{same}\n\n{_tolerances(found)}\n\n{_provenance(found['provenance'])}\n"
+
+
+def _tolerances(found: Mapping) -> str:
+    threads = [run for run in found["runs"] if "threads" in run["way"]]
+    head = ["dimension", *(f"{run['way']}, {run['precision']}" for run in threads)]
+    head += [f"another seed, {precision}" for precision in found["seeds"]]
+    columns = [run["dimensions"] for run in threads] + list(found["seeds"].values())
+    lines = [
+        [dimension.title, *(f"{column[name]['largest']:.1g} ({column[name]['median']:.1g})" for column in columns)]
+        for name, dimension in DIMENSIONS.items()
+    ]
+    return _markdown(head, lines)
+
+
+def _of(pair: Sequence[int]) -> str:
+    same, every = pair
+    return f"all {every:,}" if same == every else f"{same:,} of {every:,}"
+
+
+def _masks(counts: Sequence[int]) -> str:
+    same, every, differ, kept = counts
+    return _of((same, every)) + (f"; {100 * differ / kept:.2g} % of the weights kept are others" if differ else "")
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
+
+
+def _provenance(made: Mapping) -> str:
+    return (
+        f"Recorded on {made['time'][:10]} at commit {made['commit']}, with Python {made['python']} and PyTorch "
+        f"{made['torch']} on {made['processor']}."
+    )

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, the store, versions of code, the machine."""

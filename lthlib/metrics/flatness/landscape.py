@@ -1,0 +1,276 @@
+"""Pictures of the loss landscape: the line between two networks, a plane around one, a plane of inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lthlib.core.errors import UserError, choose, suggest
+from lthlib.metrics.flatness.frozen import (
+    Frozen,
+    check_batch,
+    check_finite,
+    evaluating,
+    normal_like,
+    rademacher_like,
+    stateless,
+)
+
+STATISTICS = ("interpolate", "recompute")
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """Loss and error on the straight line between two networks.
+
+    Attributes:
+        t: Positions, from 0 (the first network) to 1 (the second), shape (points,).
+        loss: Mean cross-entropy there, in nats.
+        error: Fraction of images misclassified there.
+    """
+
+    t: np.ndarray
+    loss: np.ndarray
+    error: np.ndarray
+
+    @property
+    def loss_barrier(self) -> float:
+        """max_t [L(t) - (1-t) L(0) - t L(1)], at least 0; 0 is linear mode connectivity (lower is better)."""
+        return _barrier(self.t, self.loss)
+
+    @property
+    def error_barrier(self) -> float:
+        """The same of the error, a fraction; lower is better."""
+        return _barrier(self.t, self.error)
+
+
+@dataclass(frozen=True)
+class LossSurface:
+    """Loss on a plane.
+
+    Attributes:
+        a: Steps along the first direction, shape (points,).
+        b: Steps along the second direction, shape (points,).
+        loss: Mean cross-entropy, shape (points of a, points of b).
+        error: Fraction of images misclassified, same shape.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    loss: np.ndarray
+    error: np.ndarray
+
+
+def interpolate(
+    model: nn.Module,
+    state_a: Mapping[str, Tensor],
+    state_b: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    points: int = 11,
+    statistics: str = "interpolate",
+    statistics_images: Tensor | None = None,
+    chunk: int = 250,
+) -> LossPath:
+    """Measure loss and error between two networks of one architecture (linear mode connectivity).
+
+    Args:
+        model: The architecture; its own weights play no part, and it is measured in eval mode.
+        state_a: ``state_dict`` at t = 0, for instance of the dense network.
+        state_b: ``state_dict`` at t = 1, for instance of the ticket (pruned weights as zeros).
+        images: Pixels in [0, 1], shape (N, channels, height, width).
+        labels: Shape (N,).
+        points: Positions, both ends included; barriers are maxima over these.
+        statistics: ``"interpolate"`` draws the line in batch norm's running statistics too; ``"recompute"``
+            measures them anew at every point, ends included, as the mean over ``statistics_images``.
+        statistics_images: Training images for ``"recompute"``, in batches of ``chunk``.
+        chunk: Images at a time.
+
+    Returns:
+        The path, with its barriers.
+
+    Raises:
+        UserError: For states that do not fit the model, fewer than three points, missing images, or an end whose
+            loss is not finite.
+    """
+    check_batch(images, labels)
+    choose(statistics, STATISTICS, "treatment of batch-norm statistics")
+    if points < 3:
+        raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
+    if statistics == "recompute" and (statistics_images is None or min(len(statistics_images), chunk) < 2):
+        raise UserError("statistics='recompute' needs statistics_images (two or more) and a chunk of 2 or more.")
+    for state in (state_a, state_b):
+        _check_state(model, state)
+    ts = np.linspace(0, 1, points)
+    rows = []
+    for t in ts:
+        state = _mix(state_a, state_b, float(t))
+        if statistics == "recompute":
+            state = _with_statistics(model, state, statistics_images, chunk)
+        rows.append(_evaluate(model, state, images, labels, chunk))
+    loss, error = np.array(rows).T
+    check_finite(torch.from_numpy(loss[[0, -1]]))
+    return LossPath(ts, loss, error)
+
+
+def filter_normalised_surface(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    masks: Mapping[str, Tensor] | None = None,
+    span: float = 1.0,
+    points: int = 21,
+    seed: int = 0,
+    chunk: int = 250,
+) -> LossSurface:
+    """Measure the loss on a random plane through a network, scaled filter by filter (Li et al. 2018).
+
+    Every filter of a direction (and row of a linear layer) has the norm of the network's own filter, so
+    that pictures of networks whose weights differ in scale can be compared. Biases and batch norm stay fixed,
+    and pruned weights stay 0. It is a picture: a plane shows two of very many directions.
+
+    Args:
+        model: The network, measured in eval mode.
+        images: Pixels in [0, 1], shape (N, channels, height, width).
+        labels: Shape (N,).
+        masks: Parameter name -> bool tensor, True where a weight is active.
+        span: The plane reaches from -span to span in both directions.
+        points: Grid points per direction; an odd number puts the network itself in the middle.
+        seed: Of the two directions.
+        chunk: Images at a time.
+
+    Raises:
+        UserError: Where the loss is finite nowhere, and as in `Frozen`.
+    """
+    with evaluating(model):
+        frozen = Frozen(model, images, labels, masks)
+    first, second = (_filter_normalised(frozen, seed, index) for index in (0, 1))
+    steps = np.linspace(-span, span, points)
+    state = {**frozen.weights, **frozen.buffers}
+
+    def at(a: float, b: float) -> tuple[float, float]:
+        moved = {name: frozen.weights[name] + a * first[name] + b * second[name] for name in first}
+        return _evaluate(model, {**state, **moved}, images, labels, chunk)
+
+    return _surface(at, steps, steps)
+
+
+def adversarial_slice(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    span: float = 8 / 255,
+    points: int = 21,
+    seed: int = 0,
+    chunk: int = 250,
+) -> LossSurface:
+    """Measure the loss on a plane of inputs: along the sign of each image's gradient, and a random sign.
+
+    Args:
+        model: The network, measured in eval mode.
+        images: Pixels in [0, 1], shape (N, channels, height, width); the loss is their mean.
+        labels: Shape (N,).
+        span: Largest step in both directions, as a change of every pixel, in [0, 1] pixels; ``a`` runs from 0
+            (``a = eps`` at ``b = 0`` is FGSM with that eps), ``b`` from -span.
+        points: Grid points per direction.
+        seed: Of the random signs.
+        chunk: Images at a time.
+
+    Raises:
+        UserError: As in `Frozen`.
+    """
+    with evaluating(model):
+        frozen = Frozen(model, images, labels)
+        parts = zip(images.split(chunk), labels.split(chunk), strict=True)
+        adversarial = torch.cat([_gradient_sign(frozen, x, y) for x, y in parts])
+    signs = rademacher_like(images, seed)
+    state = {**frozen.weights, **frozen.buffers}
+
+    def at(a: float, b: float) -> tuple[float, float]:
+        return _evaluate(model, state, (images + a * adversarial + b * signs).clamp(0, 1), labels, chunk)
+
+    return _surface(at, np.linspace(0, span, points), np.linspace(-span, span, points))
+
+
+def _barrier(t: np.ndarray, values: np.ndarray) -> float:
+    return float((values - (1 - t) * values[0] - t * values[-1]).max())
+
+
+def _surface(at, a: np.ndarray, b: np.ndarray) -> LossSurface:
+    values = np.array([[at(float(x), float(y)) for y in b] for x in a])
+    check_finite(torch.tensor(values[..., 0].min()))
+    return LossSurface(a, b, values[..., 0], values[..., 1])
+
+
+def _gradient_sign(frozen: Frozen, images: Tensor, labels: Tensor) -> Tensor:
+    pixels = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = check_finite(F.cross_entropy(frozen(pixels), labels, reduction="sum"))
+    return torch.autograd.grad(loss, pixels)[0].sign()
+
+
+def _filter_normalised(frozen: Frozen, seed: int, index: int) -> dict[str, Tensor]:
+    direction = {}
+    for position, (name, weight) in enumerate(frozen.weights.items()):
+        if weight.dim() < 2:
+            continue
+        noise = normal_like(weight, seed, index, position)
+        noise = noise * frozen.masks[name] if name in frozen.masks else noise
+        norms = [x.flatten(1).norm(dim=1) for x in (weight, noise)]
+        scale = norms[0] / norms[1].clamp_min(torch.finfo(weight.dtype).tiny)
+        direction[name] = noise * scale.view(-1, *[1] * (weight.dim() - 1))
+    return direction
+
+
+def _mix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> dict[str, Tensor]:
+    return {
+        name: torch.lerp(value, b[name].to(value.device), t) if torch.is_floating_point(value) else value
+        for name, value in a.items()
+    }
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own or state[name].shape != own[name].shape:
+            raise UserError(
+                f"The states to interpolate do not fit the model at {name!r}.{suggest(name, state)} Both "
+                "must be state_dicts of this architecture, with pruned weights as zeros."
+            )
+
+
+def _with_statistics(model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int) -> dict[str, Tensor]:
+    """Return the state with batch norm's statistics measured anew, the mean over batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    state = {name: value.clone() for name, value in state.items()}
+    settings = [(m.training, m.momentum) for m in norms]
+    batches = [x for x in images.split(chunk) if len(x) > 1]
+    with evaluating(model), torch.no_grad():
+        try:
+            for seen, batch in enumerate(batches):
+                for norm in norms:
+                    norm.training, norm.momentum = True, 1 / (seen + 1)
+                stateless(model, state, batch)
+        finally:
+            for norm, (training, momentum) in zip(norms, settings, strict=True):
+                norm.training, norm.momentum = training, momentum
+    return state
+
+
+def _evaluate(
+    model: nn.Module, state: Mapping[str, Tensor], images: Tensor, labels: Tensor, chunk: int
+) -> tuple[float, float]:
+    """Return mean loss and error in eval mode; the loss may be infinite far from the network."""
+    loss, wrong = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            logits = stateless(model, state, x)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            wrong += int((logits.argmax(1) != y).sum())
+    return (loss / len(images) if math.isfinite(loss) else math.inf), wrong / len(images)

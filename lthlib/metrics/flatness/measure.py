@@ -1,0 +1,488 @@
+"""Flatness: how curved the loss is in the weights and in the pixels, and how much noise both bear.
+
+The rows of the dimension, and the two traces that choose their own method. What they rest on is in the files
+beside this one: `hessian` (exact traces), `piecewise` (whether they apply), `spectrum` (eigenvalues, density,
+estimators), `pacbayes` (noise), `landscape` (pictures and the barrier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lthlib.core.errors import UserError, choose
+from lthlib.metrics import Value, describe
+from lthlib.metrics.flatness.exact import (
+    InputHessian,
+    WeightTrace,
+    exact_input_hessian,
+    exact_trace,
+    image_interval,
+    rescale_conv,
+    trace_obstacles,
+    weight_hessian_trace,
+)
+from lthlib.metrics.flatness.frozen import Frozen, norms_behind
+from lthlib.metrics.flatness.landscape import (
+    LossPath,
+    LossSurface,
+    adversarial_slice,
+    filter_normalised_surface,
+    interpolate,
+)
+from lthlib.metrics.flatness.pacbayes import NoiseTolerance, input_noise_tolerance, weight_noise_tolerance
+from lthlib.metrics.flatness.piecewise import COUPLED, is_piecewise_linear, nonlinear_parts
+from lthlib.metrics.flatness.spectrum import (
+    TRACE_ESTIMATORS,
+    Extremes,
+    SpectralDensity,
+    WeightHessian,
+    estimate_input_hessian,
+    estimate_trace,
+    spectral_density,
+    top_eigenvalues,
+)
+from lthlib.tickets.predictions import Subject
+from lthlib.training.loop import as_input
+
+__all__ = [
+    "Extremes",
+    "InputHessian",
+    "LossPath",
+    "LossSurface",
+    "NoiseTolerance",
+    "SpectralDensity",
+    "WeightHessian",
+    "WeightTrace",
+    "adversarial_slice",
+    "filter_normalised_surface",
+    "image_interval",
+    "input_hessian",
+    "input_noise_tolerance",
+    "interpolate",
+    "is_piecewise_linear",
+    "measure",
+    "nonlinear_parts",
+    "rescale_conv",
+    "spectral_density",
+    "top_eigenvalues",
+    "weight_hessian_trace",
+    "weight_noise_tolerance",
+    "weight_trace",
+]
+
+describe(
+    "weight_hessian_trace",
+    "Weight-Hessian trace",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
+    definition="$\\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all "
+    "parameters, $M$ the mask; exact for piecewise-linear networks.",
+    reference="yao2020pyhessian",
+    in_verdict=True,
+)
+describe(
+    "weight_hessian_trace_per_weight",
+    "Weight-Hessian trace per active weight",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
+    definition="$\\operatorname{tr}(MHM)$ divided by the number of active parameters.",
+    reference="yao2020pyhessian",
+)
+describe(
+    "weight_hessian_top",
+    "Weight-Hessian top eigenvalue",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
+    definition="The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error.",
+    reference="ghorbani2019investigation",
+)
+describe(
+    "relative_flatness",
+    "Relative flatness",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
+    definition="$\\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and "
+    "the next normalisation undoes it; for small $\\sigma$, noise $\\sigma|w_j|\\varepsilon_j$ raises the "
+    "loss by $\\tfrac12\\sigma^2$ times this.",
+    reference="tsuzuku2020normalized",
+)
+describe(
+    "input_hessian_trace",
+    "Input-Hessian trace",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats/pixel²",
+    definition="The mean over images of $\\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s "
+    "cross-entropy in its $[0,1]$ pixels; exact for piecewise-linear networks.",
+    reference="yao2020pyhessian",
+    in_verdict=True,
+)
+describe(
+    "input_hessian_top",
+    "Input-Hessian top eigenvalue",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats/pixel²",
+    definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
+    reference="yao2020pyhessian",
+)
+describe(
+    "legacy_batch_eigenvalue",
+    "Input-Hessian top eigenvalue, as published",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats/pixel²",
+    definition="$\\max_i\\lambda_{\\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in "
+    "all its pixels: depends on $B$.",
+    reference="chen2022can",
+)
+describe(
+    "pac_bayes_weight_sigma",
+    "Weight noise borne",
+    dimension="flatness",
+    higher_is_better=True,
+    unit="",
+    definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(w+\\sigma|w|\\varepsilon)\\le1.1\\,L(w)$, "
+    "$\\varepsilon$ standard normal, on convolution weights.",
+    reference="jiang2020fantastic",
+)
+describe(
+    "pac_bayes_input_sigma",
+    "Input noise borne",
+    dimension="flatness",
+    higher_is_better=True,
+    unit="pixel",
+    definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(\\operatorname{clamp}(x+\\sigma\\varepsilon,0,1))"
+    "\\le1.1\\,L(x)$, pixels in $[0,1]$.",
+    reference="chen2022can",
+)
+describe(
+    "loss_barrier",
+    "Loss barrier to the dense network",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="nats",
+    definition="$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks.",
+    reference="frankle2020linear",
+)
+describe(
+    "error_barrier",
+    "Error barrier to the dense network",
+    dimension="flatness",
+    higher_is_better=False,
+    unit="fraction",
+    definition="$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified.",
+    reference="frankle2020linear",
+)
+
+
+def weight_trace(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    masks: Mapping[str, Tensor] | None = None,
+    method: str = "auto",
+    chunk: int = 50,
+    max_classes: int = 200,
+    probes: int = 30,
+    repeats: int = 5,
+    seed: int = 0,
+) -> WeightTrace:
+    """Return the trace of the weight Hessian (lower is flatter), exact where possible, else estimated.
+
+    Args:
+        model: As in `weight_hessian_trace`, with any parts that can be differentiated twice.
+        images: Pixels in [0, 1], shape (N, channels, height, width).
+        labels: Class indices, shape (N,).
+        masks: Parameter name -> bool tensor, True where a weight is active; None for a dense network.
+        method: ``"exact"``, an estimator of curvlinops (``"hutchinson"``, which also gives shares per
+            parameter; ``"hutchpp"``, ``"xtrace"``), or ``"auto"``: exact for a piecewise-linear network of at
+            most ``max_classes`` classes, ``"hutchinson"`` otherwise.
+        chunk: Images at a time, exact method only.
+        max_classes: Where ``"auto"`` stops paying one vector-Jacobian product per class.
+        probes: Hessian-vector products of the estimator; of each repeat of Hutch++ and XTrace.
+        repeats: Independent runs of Hutch++ or XTrace, which give their standard error.
+        seed: Of the estimator.
+
+    Returns:
+        A result that names its ``method``, its ``standard_error`` and the ``reason`` for an estimator.
+
+    Raises:
+        UserError: For an unknown method, and as in `weight_hessian_trace`.
+    """
+    choose(method, ["auto", "exact", *TRACE_ESTIMATORS], "trace method")
+    if method == "exact":
+        return weight_hessian_trace(model, images, labels, masks, chunk)
+    frozen = Frozen(model, images, labels, masks)
+    if method != "auto":
+        return estimate_trace(frozen, method, probes, repeats, seed, reason=f"{method} was asked for")
+    reasons = list(trace_obstacles(frozen))
+    if frozen.classes > max_classes:
+        reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
+    if reasons:
+        return estimate_trace(frozen, "hutchinson", probes, repeats, seed, reason="; ".join(reasons))
+    return exact_trace(frozen, chunk)
+
+
+def input_hessian(
+    model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None = None, probes: int = 30, seed: int = 0
+) -> InputHessian:
+    """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
+
+    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the
+    normalisation inside the network. Exact for a piecewise-linear network; estimated otherwise, and said so.
+
+    Args:
+        model: Network in the mode in which it is to be measured.
+        images: Pixels in [0, 1], shape (N, channels, height, width).
+        labels: Class indices, shape (N,); in a piecewise-linear network they do not matter.
+        chunk: Images at a time, exact method only; None: as many as keep their Jacobians below 256 MB.
+        probes: Hessian-vector products for the trace, and as many for the eigenvalue; estimator only.
+        seed: Of the estimator.
+
+    Returns:
+        The numbers per image; ``legacy_batch_eigenvalue`` is the one of the paper's code.
+
+    Raises:
+        UserError: For training-mode batch norm and whatever else couples the images, a loss that is not finite,
+            and what `Frozen` refuses.
+    """
+    frozen = Frozen(model, images, labels)
+    obstacles = nonlinear_parts(model, images)
+    if COUPLED in obstacles:
+        raise UserError(
+            f"No image of this batch has a Hessian of its own: there are {COUPLED}. Call model.eval() first if it is "
+            "batch norm; else pass one image at a time."
+        )
+    if obstacles:
+        return estimate_input_hessian(frozen, probes, seed, reason="; ".join(obstacles))
+    return exact_input_hessian(frozen, chunk)
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+RESCALED_BY = (0.5, 3.0)
+SPAN = 0.5  # of a surface, in norms of the network's own filters
+
+Batch = tuple[Tensor, Tensor]
+Found = tuple[list[Value], dict[str, np.ndarray]]
+
+
+def measure(
+    subject: Subject,
+    *,
+    n_weights: int = 200,
+    n_spectrum: int = 200,
+    n_pixels: int = 200,
+    n_noise: int = 500,
+    n_path: int = 1000,
+    pairs: int = 8,
+    points: int = 11,
+    statistics: str = "interpolate",
+    tolerance: float = 1e-2,
+    partner: int | None = None,
+    pictured: Sequence[int] = (),
+    pictured_seed: int = 0,
+    n_wide: int = 1000,
+    probes: int = 4,
+    steps: int = 30,
+    surface_points: int = 21,
+    batch_seed: int = 0,
+) -> Found:
+    """Measure how flat the loss is around a ticket, in its weights and in its pixels.
+
+    All is measured on training images, as in the paper, un-augmented, drawn at random once for all tickets: a
+    smaller number takes the first of the larger. (The published code takes the first 200 of the data set,
+    which in a sorted one are a single class.)
+
+    Args:
+        subject: The ticket.
+        n_weights: Images for the weight-Hessian trace.
+        n_spectrum: Images for the top eigenvalue and the spectral density.
+        n_pixels: Images for the input Hessians.
+        n_noise: Images for the noise borne.
+        n_path: Images for the line between two networks, and for the surfaces.
+        pairs: Independent draws of the noise, each with both signs.
+        points: Positions on a line.
+        statistics: Batch norm's running statistics on the line, see `interpolate`.
+        tolerance: Relative error at which Lanczos stops.
+        partner: A seed to whose ticket of the same description a line is drawn as well; None for no such line.
+        pictured: Rounds (0: dense) of which density, surfaces and the rescaling are recorded too.
+        pictured_seed: The seed of which they are.
+        n_wide: Images for the weight-Hessian trace of a pictured ticket, image by image.
+        probes: Start vectors of the spectral density.
+        steps: Lanczos steps of each.
+        surface_points: Points along each side of a surface.
+        batch_seed: Of the draw of images.
+
+    Returns:
+        Values, and for figures: ``weight_per_image`` and ``weight_relative_per_image``; ``layers`` with
+        ``layer_trace``, ``layer_relative``, ``layer_active``; ``input_traces``; ``weight_method`` with
+        ``weight_standard_error`` (of trace and relative flatness), and ``input_method``; ``top_bound`` and
+        ``top_magnitude`` (the eigenvalue farthest from 0, signed); ``weight_sigma`` and ``input_sigma`` (low,
+        high); ``dense_t``, ``dense_loss``, ``dense_error`` (the line to the dense network) and the same with
+        ``partner_``; of pictured tickets ``density_at`` and ``density``, and what `_pictures`, `_wide` and
+        `_rescaled` return.
+    """
+    model, masks = subject.model, subject.masks
+    draw = partial(_training_images, subject, seed=batch_seed)
+    parts = [
+        _of_weights(model, draw(n_weights), masks),
+        _of_spectrum(model, draw(n_spectrum), masks, tolerance),
+        _of_pixels(model, draw(n_pixels)),
+        _of_noise(model, draw(n_noise), masks, pairs),
+        _of_lines(subject, draw(n_path), points, statistics, partner),
+    ]
+    if subject.ticket.round in pictured and subject.ticket.seed == pictured_seed:
+        density = spectral_density(model, *draw(n_spectrum), masks, probes, steps, points=500)
+        pictures = _pictures(model, draw(n_path), masks, surface_points)
+        wide = _wide(model, draw(n_wide), masks)
+        shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
+        rescaled = _rescaled(model, draw(n_weights), masks, shares)
+        parts.append(([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled}))
+    values = [value for found, _ in parts for value in found]
+    return values, {name: array for _, arrays in parts for name, array in arrays.items()}
+
+
+def _training_images(subject: Subject, n: int, seed: int) -> Batch:
+    """Return n training images and labels: the first n of one random order."""
+    train = subject.data.train
+    which = torch.from_numpy(np.random.default_rng(seed).permutation(len(train.labels))[:n])
+    device = next(subject.model.parameters()).device
+    return as_input(train.pixels[which]).to(device), train.labels[which].to(device)
+
+
+def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> Found:
+    found = weight_trace(model, *batch, masks)
+    n, layers = len(batch[1]), found.per_layer()
+    values = [
+        Value("weight_hessian_trace", found.total, n),
+        Value("weight_hessian_trace_per_weight", found.per_weight, n),
+        Value("relative_flatness", found.relative, n),
+    ]
+    active = dict.fromkeys(layers, 0)
+    for name, count in found.active.items():
+        if layers:
+            active[name.rpartition(".")[0]] += count
+    arrays = {
+        "weight_method": np.array(found.method),
+        "weight_standard_error": np.array([found.standard_error, found.relative_standard_error]),
+        "layers": np.array(list(layers), dtype=str),
+        "layer_trace": np.array(list(layers.values())),
+        "layer_relative": np.array(list(found.per_layer(relative=True).values())),
+        "layer_active": np.array(list(active.values())),
+    }
+    if found.per_image is not None:
+        arrays["weight_per_image"] = _small(found.per_image)
+        arrays["weight_relative_per_image"] = _small(found.relative_per_image)
+    return values, arrays
+
+
+def _of_spectrum(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float) -> Found:
+    found = top_eigenvalues(model, *batch, masks, tolerance=tolerance)
+    bound = {"top_bound": found.error_bounds[:1], "top_magnitude": np.array([found.largest_magnitude])}
+    return [Value("weight_hessian_top", found.top, len(batch[1]))], bound
+
+
+def _of_pixels(model: nn.Module, batch: Batch) -> Found:
+    found = input_hessian(model, *batch)
+    numbers = {
+        "input_hessian_trace": float(found.trace.double().mean()),
+        "input_hessian_top": float(found.top.double().mean()),
+        "legacy_batch_eigenvalue": found.legacy_batch_eigenvalue,
+    }
+    arrays = {"input_traces": _small(found.trace), "input_method": np.array(found.method)}
+    return [Value(name, value, len(batch[1])) for name, value in numbers.items()], arrays
+
+
+def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, pairs: int) -> Found:
+    borne = {
+        "weight": weight_noise_tolerance(model, *batch, masks, pairs=pairs),
+        "input": input_noise_tolerance(model, *batch, pairs=pairs),
+    }
+    values = [Value(f"pac_bayes_{kind}_sigma", found.sigma, len(batch[1])) for kind, found in borne.items()]
+    return values, {f"{kind}_sigma": np.array([found.low, found.high]) for kind, found in borne.items()}
+
+
+def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, partner: int | None) -> Found:
+    """Walk from the dense network to the ticket, and from the partner's ticket to it; 0 barrier to itself."""
+    n, arrays = len(batch[1]), {}
+    barriers = {"loss_barrier": 0.0, "error_barrier": 0.0}
+    if not subject.is_dense:
+        line = _line(subject, subject.parent, batch, points, statistics)
+        barriers = {name: getattr(line, name) for name in barriers} if line else {}
+        arrays |= _of_line("dense", line)
+    sibling = None if partner is None else subject.sibling(partner)
+    if sibling is not None:
+        arrays |= _of_line("partner", _line(subject, sibling, batch, points, statistics))
+    return [Value(name, value, n) for name, value in barriers.items()], arrays
+
+
+def _line(subject: Subject, start: nn.Module, batch: Batch, points: int, statistics: str) -> LossPath | None:
+    """Return the line from another network to the subject; None where their layers differ in width."""
+    ends = [start.to(batch[0].device).state_dict(), subject.model.state_dict()]
+    first, last = ({name: value.shape for name, value in end.items()} for end in ends)
+    if first != last:
+        return None
+    again = batch[0] if statistics == "recompute" else None
+    return interpolate(subject.model, *ends, *batch, points, statistics, again)
+
+
+def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:
+    parts = ("t", "loss", "error")
+    return {f"{name}_{part}": getattr(line, part) for part in parts} if line else {}
+
+
+def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int) -> dict[str, np.ndarray]:
+    """Return ``surface_a``, ``surface_b``, ``surface_loss`` in the weights, and ``slice_...`` in the pixels."""
+    surfaces = {
+        "surface": filter_normalised_surface(model, *batch, masks, SPAN, points),
+        "slice": adversarial_slice(model, *batch, points=points),
+    }
+    parts = ("a", "b", "loss")
+    return {f"{name}_{part}": _small(getattr(s, part)) for name, s in surfaces.items() for part in parts}
+
+
+def _wide(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Return ``wide_per_image``, the trace image by image over a larger sample, where it is exact."""
+    found = weight_trace(model, *batch, masks)
+    return {} if found.per_image is None else {"wide_per_image": _small(found.per_image)}
+
+
+def _rescaled(
+    model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, shares: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """Measure a ticket that computes the same with other weights, see `rescale_conv`.
+
+    Returns:
+        ``rescaled_layer`` (of the convolutions with a norm behind, the one with the largest of ``shares``) and, for
+        each of ``rescaled_factor``, ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the
+        largest change of a logit, relative to the largest logit. Nothing where no convolution has a norm.
+    """
+    convolutions = [name for name in norms_behind(Frozen(model, *batch, masks)) if name in shares]
+    if not convolutions:
+        return {}
+    layer = max(convolutions, key=lambda name: shares[name])
+    rows = []
+    for factor in RESCALED_BY:
+        other = rescale_conv(model, layer, factor, batch[0])
+        with torch.no_grad():
+            logits, same = model(batch[0]), other(batch[0])
+        found = weight_trace(other, *batch, masks)
+        rows.append((found.total, found.relative, float((same - logits).abs().max() / logits.abs().max())))
+    columns = dict(zip(("trace", "relative", "change"), np.array(rows).T, strict=True))
+    arrays = {f"rescaled_{name}": column for name, column in columns.items()}
+    return {"rescaled_layer": np.array(layer), "rescaled_factor": np.array(RESCALED_BY), **arrays}
+
+
+def _small(values: Tensor | np.ndarray) -> np.ndarray:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float32)

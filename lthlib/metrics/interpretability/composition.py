@@ -1,0 +1,342 @@
+"""Compositional explanations: the logical formula over concepts that best matches where a unit is active.
+
+A formula's value at a pixel depends only on which labels hold there, its *signature*. A whole concept set has
+few different ones (12 where 11 labels exclude each other), so pixels are counted once per signature, over the
+set and over each unit's active pixels. After that every area and every intersection is a weighted sum over
+signatures, exact in integers, and no mask of the set is touched again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from lthlib.core.errors import UserError
+from lthlib.data.concepts import ConceptSet
+from lthlib.metrics import describe
+from lthlib.metrics.interpretability.dissection import check_sizes
+from lthlib.metrics.interpretability.regions import Stream, Upsampler, chunks, shared_pixels
+
+BEAM = 5
+MAX_LENGTH = 10
+OPERATORS = ("OR", "AND", "AND NOT")
+
+describe(
+    "composition_iou",
+    "Compositional IoU",
+    dimension="interpretability",
+    higher_is_better=True,
+    unit="",
+    definition=r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
+    r"search over OR, AND, AND NOT",
+    reference="mu2020compositional",
+)
+describe(
+    "composition_gain",
+    "Gain of composition",
+    dimension="interpretability",
+    higher_is_better=None,
+    unit="",
+    definition=r"mean over units of the best formula's IoU minus the best single concept's",
+    reference="mu2020compositional",
+)
+
+
+# --- formulas --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A formula that grows at the right end, as the search builds it: ((a op b) op c) ...
+
+    Attributes:
+        steps: Pairs of an operator and a label's index, the first with the operator ``""``. Labels that the
+            same operator joins (AND and AND NOT count as one) are in order: equal formulas compare equal.
+    """
+
+    steps: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(label: int) -> Formula:
+        """Return the formula of one label."""
+        return Formula((("", label),))
+
+    def extend(self, operator: str, label: int) -> Formula:
+        """Return ``(self) operator label``, in order and without repetitions."""
+        runs = _runs((*self.steps, (operator, label)))
+        return Formula(tuple(step for run in runs for step in run))
+
+    def __len__(self) -> int:
+        """Number of labels."""
+        return len(self.steps)
+
+    def mask(self, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Return where the formula holds, from the labels' boolean masks."""
+        value = masks[self.steps[0][1]]
+        for operator, label in self.steps[1:]:
+            other = masks[label]
+            value = value | other if operator == "OR" else value & (~other if operator == "AND NOT" else other)
+        return value
+
+    def text(self, labels: Sequence[str]) -> str:
+        """Return the formula as one reads it: ``(water OR river) AND NOT blue``."""
+        text = ""
+        for i, run in enumerate(_runs(self.steps)):
+            joined = "".join(f" {operator} {labels[label]}" if operator else labels[label] for operator, label in run)
+            text = joined if i == 0 else f"({text}){joined}"
+        return text
+
+
+def _runs(steps: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """Split steps where OR and AND alternate; the first label joins the first run, each run is sorted."""
+    runs: list[list[tuple[str, int]]] = []
+    for operator, label in steps[1:]:
+        if not runs or (runs[-1][0][0] == "OR") != (operator == "OR"):
+            runs.append([])
+        runs[-1].append((operator, label))
+    runs = [sorted(set(run)) for run in runs] or [[]]
+    head = "OR" if runs[0] and runs[0][0][0] == "OR" else "AND"
+    first = sorted({(head, steps[0][1]), *runs[0]})
+    return [[("", first[0][1]), *first[1:]], *runs[1:]]
+
+
+# --- signatures ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Census:
+    """How many pixels have which combination of labels.
+
+    Attributes:
+        members: Labels of each of the S signatures, (L, S) of 0 and 1.
+        pixels: Pixels of the set with each signature, int64 (S,).
+        units: Each unit's active pixels with each signature, (U, S), integers.
+    """
+
+    members: sparse.csr_array
+    pixels: np.ndarray
+    units: sparse.csr_array
+
+
+def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Census:
+    """Count the pixels of a concept set by signature, over the set and over each unit's active pixels.
+
+    Args:
+        acts: Maps (N, U, h, w) of the concept set's images, an array or a `Stream`.
+        limits: `lthlib.metrics.interpretability.dissection.thresholds`, (U,).
+        concepts: The labels, N images.
+
+    Raises:
+        UserError: If the number of maps, thresholds and images do not agree.
+    """
+    check_sizes(acts, limits, concepts)
+    book: dict[tuple[int, ...], int] = {}
+    pixels: list[np.ndarray] = []
+    units: list[sparse.csr_array] = [sparse.csr_array((len(limits), 0))]
+    start = 0
+    for block in chunks(acts):
+        up = Upsampler(block.shape[2:], concepts.mask_shape)
+        active = up.active(block, limits)
+        found = []
+        for i in range(len(block)):
+            _, signature, masks = up.cells([1 + _signatures(concepts.planes[start + i], book)[None]])
+            pixels.append(np.column_stack([signature, np.bitwise_count(masks).sum((1, 2), dtype=np.int64)]))
+            unit, _, both = shared_pixels(active.of(i), masks)
+            a, p = np.nonzero(both)
+            found.append(np.column_stack([unit[a], signature[p], both[a, p]]))
+        unit, signature, count = np.concatenate(found).T
+        shape = len(limits), len(book)
+        units.append(sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=shape).tocsr())
+        while len(units) > 1 and units[-2].nnz <= 2 * units[-1].nnz:  # few additions of large ones
+            units.append(_plus(units.pop(), units.pop()))
+        start += len(block)
+    signature, count = np.concatenate(pixels).T
+    totals = np.zeros(len(book), np.int64)
+    np.add.at(totals, signature, count)
+    return Census(_members(book, len(concepts.labels)), totals, functools.reduce(_plus, reversed(units)))
+
+
+def _plus(newer: sparse.csr_array, older: sparse.csr_array) -> sparse.csr_array:
+    """Add counts by signature; those made later know more signatures."""
+    older.resize(newer.shape)
+    return newer + older
+
+
+def _signatures(planes: np.ndarray, book: dict[tuple[int, ...], int]) -> np.ndarray:
+    """Return the number of each pixel's signature (H, W); new signatures are entered in the book."""
+    base = int(planes.max(initial=0)) + 1
+    code = np.zeros(planes[0].size, np.int64)
+    for plane in planes.reshape(len(planes), -1):
+        code = code * base + plane
+        seen = np.bincount(code) > 0
+        code = (np.cumsum(seen) - 1)[code]  # renumbered after each plane: codes stay small
+    first = np.empty(code.max() + 1, np.int64)
+    first[code] = np.arange(len(code))
+    sets = planes.reshape(len(planes), -1)[:, first].T.tolist()
+    numbers = [book.setdefault(tuple(sorted({n for n in labels if n})), len(book)) for labels in sets]
+    return np.array(numbers)[code].reshape(planes.shape[1:])
+
+
+def _members(book: dict[tuple[int, ...], int], labels: int) -> sparse.csr_array:
+    rows = np.array([n - 1 for key in book for n in key], int)
+    columns = np.repeat(list(book.values()), [len(key) for key in book])
+    return sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(labels, len(book))).tocsr()
+
+
+# --- search ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The best formula of one unit.
+
+    Attributes:
+        unit: Index of the unit.
+        formula: The formula, or None for a unit whose active pixels have no label (or that is never active).
+        iou: Its IoU over the whole set.
+        by_length: Best IoU among formulas of at most 1, 2, ... labels; never decreasing.
+    """
+
+    unit: int
+    formula: Formula | None
+    iou: float
+    by_length: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A formula in the beam, the signatures at which it holds, and its counts of pixels."""
+
+    formula: Formula
+    holds: np.ndarray
+    both: float
+    area: float
+    iou: float
+
+    @property
+    def rank(self) -> tuple:
+        """Best first; of equal ones the shortest, then the one with the earliest labels."""
+        return -self.iou, len(self.formula), self.formula.steps
+
+
+def explain(
+    counts: Census, units: Sequence[int] | None = None, *, max_length: int = 3, beam: int = BEAM
+) -> list[Explanation]:
+    """Find the formula that best matches each unit, by beam search.
+
+    The beam starts with the best single labels that meet the unit. In each round every formula F in it is
+    extended by every label C to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself
+    stay. IoU is over the whole set, without NetDissect's restriction to a category. Formulas that hold at
+    the same pixels are one entry of the beam (in the published search, where labels exclude each other,
+    ``F AND NOT C`` is F again for most C, and such copies fill the beam).
+
+    Args:
+        counts: From `census`.
+        units: Indices of units; None explains all.
+        max_length: Largest number of labels in a formula, 1 to 10.
+        beam: Formulas kept.
+
+    Returns:
+        One `Explanation` per unit.
+
+    Raises:
+        UserError: If the length or the beam is not allowed.
+
+    Source: mu2020compositional, section 2.
+    """
+    if not 1 <= max_length <= MAX_LENGTH or beam < 1:
+        raise UserError(
+            f"A formula has 1 to {MAX_LENGTH} labels, a beam at least one entry, not {max_length} and {beam}."
+        )
+    search = _Search(counts, beam)
+    chosen = range(counts.units.shape[0]) if units is None else units
+    return [search.unit(int(u), max_length) for u in chosen]
+
+
+class _Search:
+    """What all units share: the labels' areas, and those of the formulas that were extended so far."""
+
+    def __init__(self, counts: Census, beam: int):
+        self.counts, self.beam = counts, beam
+        self.pixels = counts.pixels.astype(np.float64)
+        self.area = counts.members @ self.pixels
+        self.areas_with: dict[Formula, np.ndarray] = {}
+
+    def unit(self, unit: int, max_length: int) -> Explanation:
+        """Search for one unit."""
+        weights = self.counts.units[[unit]].toarray()[0]
+        both, size = self.counts.members @ weights, weights.sum()
+        iou = _ratio(both, self.area, size)
+        kept = self._best([], iou, lambda c: _Entry(Formula.of(c), self._holds(c), both[c], self.area[c], iou[c]))
+        path = [_top(kept)]
+        while len(path) < max_length:
+            grown = self._best(kept, *self._extensions(kept, weights, both, size))
+            if [entry.formula for entry in grown] == [entry.formula for entry in kept]:
+                path += path[-1:] * (max_length - len(path))
+                break
+            kept = grown
+            path.append(_top(kept))
+        return Explanation(unit, kept[0].formula if kept else None, path[-1], tuple(path))
+
+    def _extensions(self, kept: list[_Entry], weights: np.ndarray, both: np.ndarray, size: float):
+        """Return the IoU of F op C, (operators, kept, L), 0 where that is F, and a maker of such entries."""
+        holds = np.stack([entry.holds for entry in kept], 1) if kept else np.empty((len(weights), 0), bool)
+        both_and = (self.counts.members @ (weights[:, None] * holds)).T
+        area_and = np.array([self._areas_with(entry) for entry in kept]).reshape(both_and.shape)
+        own_both, own_area = (np.array([getattr(e, name) for e in kept])[:, None] for name in ("both", "area"))
+        shared = np.stack([own_both + both - both_and, both_and, own_both - both_and])
+        area = np.stack([own_area + self.area - area_and, area_and, own_area - area_and])
+        # F OR C contains F and the others lie in it, so an equal area is an equal mask.
+        iou = np.where(area == own_area, 0.0, _ratio(shared, area, size))
+
+        def entry(o: int, f: int, c: int) -> _Entry:
+            formula, old, new = kept[f].formula.extend(OPERATORS[o], c), kept[f].holds, self._holds(c)
+            mask = (old | new, old & new, old & ~new)[o]
+            return _Entry(formula, mask, shared[o, f, c], area[o, f, c], iou[o, f, c])
+
+        return iou, entry
+
+    def _best(self, kept: list[_Entry], iou: np.ndarray, entry) -> list[_Entry]:
+        """Return the best entries with different masks, of those kept and those ``entry(*index)`` makes."""
+        chosen: dict[bytes, _Entry] = {}
+        values = np.unique([*iou[iou > 0], *(e.iou for e in kept)])
+        for value in values[::-1]:
+            equals = [e for e in kept if e.iou == value]
+            equals += [entry(*index) for index in np.argwhere(iou == value).tolist()]
+            for e in sorted(equals, key=lambda e: e.rank):
+                chosen.setdefault(np.packbits(e.holds).tobytes(), e)
+                if len(chosen) == self.beam:
+                    return list(chosen.values())
+        return list(chosen.values())
+
+    def _holds(self, label: int) -> np.ndarray:
+        members = self.counts.members
+        holds = np.zeros(members.shape[1], bool)
+        holds[members.indices[members.indptr[label] : members.indptr[label + 1]]] = True
+        return holds
+
+    def _areas_with(self, entry: _Entry) -> np.ndarray:
+        """Pixels of the set where the entry's formula and each label hold, (L,): the same for every unit."""
+        if entry.formula not in self.areas_with:
+            self.areas_with[entry.formula] = self.counts.members @ (self.pixels * entry.holds)
+        return self.areas_with[entry.formula]
+
+
+def _ratio(shared: np.ndarray, area: np.ndarray, size: float) -> np.ndarray:
+    union = area + size - shared
+    return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)
+
+
+def _top(kept: list[_Entry]) -> float:
+    return float(kept[0].iou) if kept else 0.0
+
+
+def summary(explanations: Sequence[Explanation]) -> dict[str, float]:
+    """Return the layer's numbers: see the rows of `METRICS` with these names."""
+    best = np.array([e.iou for e in explanations])
+    single = np.array([e.by_length[0] for e in explanations])
+    return {"composition_iou": float(best.mean()), "composition_gain": float((best - single).mean())}

@@ -1,0 +1,346 @@
+"""Where the units of a layer are active: maps of any layer, enlarged, cut at a threshold and packed.
+
+Between two neighbouring positions of the low-resolution map a bilinear surface never leaves the range of the
+four corners, so only *cells* with a corner above the threshold can hold active pixels: about one in ten at
+the usual quantile. Only they are computed, packed into machine words and counted against packed labels.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import nn
+
+from lthlib.core.errors import UserError
+
+CHUNK = 64
+"""Images that are passed through a network, or tallied, at once."""
+
+# --- activations -----------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The maps of a layer, computed anew in chunks whenever they are iterated over.
+
+    Iterating yields float32 arrays (n, U, h, w); a layer with flat outputs (n, U) has maps of one pixel.
+    The model is evaluated in eval mode without gradients and left as found.
+
+    Args:
+        model: Takes [0, 1] pixels (n, C, H, W).
+        layer: A module's name as in ``model.named_modules()``.
+        images: uint8 (N, H, W, C), an array or anything that gives one when sliced.
+        chunk: Images per pass.
+
+    Raises:
+        UserError: If no module has this name, or (when iterated over) if the layer is not called exactly once
+            per pass or its output is not a map of units.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, images: Sequence, chunk: int = CHUNK):
+        self.module = _find(model, layer)
+        self.model, self.layer, self.images, self.chunk = model, layer, images, chunk
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the maps chunk by chunk."""
+        outputs: list = []
+        for start in range(0, len(self), self.chunk):
+            with _evaluating(self.model), _recording(self.module, outputs):
+                self.model(_pixels(self.images[start : start + self.chunk], self.model))
+            yield self._maps(outputs)
+            outputs.clear()
+
+    def _maps(self, outputs: list) -> np.ndarray:
+        if len(outputs) != 1:
+            raise UserError(
+                f"Layer {self.layer!r} is called {len(outputs)} times in one pass; dissect a layer that is "
+                "called once, for instance the block around it."
+            )
+        maps = outputs[0]
+        if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
+            shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
+            raise UserError(f"Layer {self.layer!r} gives {shape}; dissection needs (N, units, h, w) or (N, units).")
+        maps = maps.float().cpu().numpy()
+        return maps if maps.ndim == 4 else maps[:, :, None, None]
+
+
+def activations(model: nn.Module, layer: str, images: Sequence, chunk: int = CHUNK) -> np.ndarray:
+    """Return the low-resolution maps of a layer, float32 (N, U, h, w), all in memory: see `Stream`.
+
+    Raises:
+        UserError: As `Stream`.
+    """
+    return np.concatenate(list(Stream(model, layer, images, chunk)))
+
+
+def _find(model: nn.Module, layer: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    modules.pop("", None)
+    if layer not in modules:
+        near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
+        hint = f"Near: {', '.join(near)}." if near else f"There are: {', '.join(list(modules)[:20])}."
+        raise UserError(f"The network has no layer {layer!r}. {hint}")
+    return modules[layer]
+
+
+class _evaluating:
+    """Eval mode without gradients; every module's own mode is put back."""
+
+    def __init__(self, model: nn.Module):
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.model, self.no_grad = model, torch.no_grad()
+
+    def __enter__(self):
+        self.no_grad.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *error):
+        for module, mode in self.modes:
+            module.training = mode
+        self.no_grad.__exit__(*error)
+
+
+class _recording:
+    """Append what a module returns to a list."""
+
+    def __init__(self, module: nn.Module, outputs: list):
+        self.module, self.outputs = module, outputs
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self._append)
+
+    def _append(self, module, inputs, output):
+        # A copy, since an in-place activation may follow.
+        self.outputs.append(output.clone() if isinstance(output, torch.Tensor) else output)
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
+def _pixels(images: np.ndarray, model: nn.Module) -> torch.Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def chunks(acts: np.ndarray | Stream, chunk: int = CHUNK) -> Iterator[np.ndarray]:
+    """Iterate over maps in float32 blocks (n, U, h, w), n at most ``chunk`` for an array."""
+    if isinstance(acts, np.ndarray):
+        return (acts[i : i + chunk].astype(np.float32, copy=False) for i in range(0, len(acts), chunk))
+    return iter(acts)
+
+
+# --- active pixels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of the enlargement: cell c lies between the low-resolution positions c - 1 and c.
+
+    ``ends`` (cells, 2) are these two, clamped; ``blend`` (cells, B, 2) their weights at the cell's output
+    positions; ``position`` (cells, B) names those, -1 where a cell has fewer.
+    """
+
+    ends: np.ndarray
+    blend: np.ndarray
+    position: np.ndarray
+
+    @staticmethod
+    def between(low: int, high: int) -> _Axis:
+        # Half-pixel centres: output j lies at (j + 1/2) low/high - 1/2; in units of 1/(2 high), exactly.
+        numerator = (2 * np.arange(high) + 1) * low - high
+        cell, remainder = np.divmod(numerator, 2 * high)
+        cell += 1
+        rank = np.arange(high) - np.searchsorted(cell, cell)
+        weight = np.zeros((low + 1, rank.max() + 1))
+        position = np.full(weight.shape, -1)
+        weight[cell, rank] = remainder / (2 * high)
+        position[cell, rank] = np.arange(high)
+        ends = np.clip(np.arange(low + 1)[:, None] + [-1, 0], 0, low - 1)
+        return _Axis(ends, np.stack([1 - weight, weight], -1), position)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def _triangle(low: int, high: int) -> np.ndarray:
+    """PIL's bilinear filter where it reduces, weights (high, low); torch's errs on maps of width one."""
+    scale = low / high
+    centres = (np.arange(high)[:, None] + 0.5) * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(low) + 0.5 - centres) / scale)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Active:
+    """The active pixels of a chunk, cell by cell, sorted by image, then unit.
+
+    ``image``, ``unit`` and ``cell`` (K,) name a cell; ``words`` (K, W) are its pixels, packed.
+    """
+
+    image: np.ndarray
+    unit: np.ndarray
+    cell: np.ndarray
+    words: np.ndarray
+
+    def of(self, image: int) -> Active:
+        """Return the cells of one image."""
+        rows = slice(*np.searchsorted(self.image, [image, image + 1]))
+        return Active(self.image[rows], self.unit[rows], self.cell[rows], self.words[rows])
+
+
+def occurring(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return plane and number (E,), in this order, of every label on planes (R, H, W); 0 is none."""
+    numbers = [np.flatnonzero(np.bincount(plane.ravel())) for plane in planes]
+    numbers = [found[found > 0] for found in numbers]
+    return np.repeat(np.arange(len(planes)), [len(found) for found in numbers]), np.concatenate(numbers)
+
+
+class Upsampler:
+    """Bilinear enlargement with half-pixel centres, as PIL's and torch's (``align_corners=False``).
+
+    The arithmetic is PIL's: rows, then columns, each summed in double and rounded to single precision.
+    A map finer than the mask is first reduced by the triangle filter that PIL uses (antialiased).
+
+    Args:
+        low: Size (h, w) of the maps.
+        high: Size (H, W) of the masks.
+    """
+
+    def __init__(self, low: tuple[int, int], high: tuple[int, int]):
+        self.high = high
+        self.low = tuple(np.minimum(low, high).tolist())
+        self.y, self.x = (_Axis.between(a, b) for a, b in zip(self.low, high, strict=True))
+        position = self.y.position[:, None, :, None] * high[1] + self.x.position[None, :, None, :]
+        outside = (self.y.position < 0)[:, None, :, None] | (self.x.position < 0)[None, :, None, :]
+        position = np.where(outside, high[0] * high[1], position).reshape(len(self.y) * len(self.x), -1)
+        size = position.shape[1]
+        self.bytes = next((b for b in (1, 2, 4) if size <= 8 * b), 8 * ceil(size / 64))
+        self.word = np.dtype(f"u{min(self.bytes, 8)}")
+        pad = 8 * self.bytes - size
+        self.pixels = np.pad(position, ((0, 0), (0, pad)), constant_values=high[0] * high[1])
+        self.inside = self.pack(self.pixels < high[0] * high[1])
+
+    def pack(self, bits: np.ndarray) -> np.ndarray:
+        """Pack C-ordered booleans (..., 8 * bytes) into words (..., W)."""
+        packed = np.packbits(bits.reshape(-1), bitorder="little").view(self.word)
+        return packed.reshape(*bits.shape[:-1], self.bytes // self.word.itemsize)
+
+    def cells(
+        self, pictures: Sequence[np.ndarray], shifts: np.ndarray | None = None, entries: Sequence | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return which labels hold in some pictures, and where.
+
+        Args:
+            pictures: K arrays of label planes (D, H, W), 0 for none.
+            shifts: How far to roll each around the torus, (K, 2); None leaves them.
+            entries: `occurring` of each, where it is known already.
+
+        Returns:
+            Picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
+            several planes of one picture is one.
+        """
+        rows, numbers = zip(*(map(occurring, pictures) if entries is None else entries), strict=True)
+        ends = np.cumsum([0, *map(len, rows)]).tolist()
+        bits = np.empty((ends[-1], self.pixels.size), bool)
+        for k, (planes, slots) in enumerate(zip(pictures, self._rolled(shifts), strict=True)):
+            values = planes.reshape(len(planes), -1).take(slots, 1)
+            values = values[rows[k]] if len(values) > 1 else values
+            np.equal(values, numbers[k][:, None].astype(planes.dtype), out=bits[ends[k] : ends[k + 1]])
+        words = self.pack(bits.reshape(-1, *self.pixels.shape)) & self.inside
+        of, number = np.repeat(np.arange(len(rows)), np.diff(ends)), np.concatenate(numbers)
+        if max(map(len, pictures)) > 1:
+            key = of * (number.max(initial=0) + 1) + number
+            order = np.argsort(key, kind="stable")
+            first = np.flatnonzero(np.diff(key[order], prepend=-1))
+            if len(first) < len(order):
+                words = np.bitwise_or.reduceat(words[order], first, 0)
+                of, number = of[order[first]], number[order[first]]
+        return of, number - 1, words
+
+    def _rolled(self, shifts: np.ndarray | None) -> np.ndarray:
+        """Return the pixel that each shift brings to each slot of the cells, (K, slots); any where there is none."""
+        if shifts is None:
+            return np.minimum(self.pixels, self.high[0] * self.high[1] - 1).reshape(1, -1)
+        y, x = ((np.arange(side) - shift[:, None]) % side for side, shift in zip(self.high, shifts.T, strict=True))
+        pixels = y[:, :, None] * self.high[1] + x[:, None]
+        return pixels.reshape(len(shifts), -1).take(self.pixels.ravel(), 1, mode="clip")
+
+    def active(self, maps: np.ndarray, limits: np.ndarray) -> Active:
+        """Return where the enlarged maps (n, U, h, w), float32, exceed the units' ``limits`` (U,)."""
+        if maps.shape[2:] != self.low:
+            rows, columns = (_triangle(a, b) for a, b in zip(maps.shape[2:], self.low, strict=True))
+            maps = (rows @ (maps @ columns.T).astype(np.float32)).astype(np.float32)
+        highest = torch.from_numpy(np.ascontiguousarray(maps)).amax((2, 3)).numpy()
+        image, unit = np.nonzero(highest > limits)
+        maps, limits = maps[image, unit], limits[unit]
+        above = np.pad(maps > limits[:, None, None], ((0, 0), (1, 1), (1, 1)))
+        rows = above[:, :-1] | above[:, 1:]
+        pair, cy, cx = np.nonzero(rows[:, :, :-1] | rows[:, :, 1:])  # cells with a corner above
+        words = np.empty((len(pair), self.bytes // self.word.itemsize), self.word)
+        for part in (slice(i, i + 256) for i in range(0, len(pair), 256)):  # stays in the processor's cache
+            words[part] = self._fill(maps, limits, pair[part], cy[part], cx[part])
+        some = words.any(1)
+        pair, cell = pair[some], (cy * len(self.x) + cx)[some]
+        return Active(image[pair], unit[pair], cell, words[some])
+
+    def _fill(self, maps, limits, pair, cy, cx) -> np.ndarray:
+        """Interpolate inside cells (K,), compare, and pack."""
+        corners = maps[pair[:, None, None], self.y.ends[cy][:, :, None], self.x.ends[cx][:, None, :]]
+        rows = (corners.astype(np.float64) @ self.x.blend[cx].transpose(0, 2, 1)).astype(np.float32)
+        values = (self.y.blend[cy] @ rows.astype(np.float64)).astype(np.float32)
+        above = (values > limits[pair, None, None]).reshape(len(values), -1)
+        bits = np.zeros((len(values), self.pixels.shape[1]), bool)
+        bits[:, : above.shape[1]] = above
+        return self.pack(bits) & self.inside[cy * len(self.x) + cx]
+
+
+def regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return the regions of some maps at mask resolution, bool (n, U, H, W): for figures and small sets.
+
+    Args:
+        maps: Low-resolution maps (n, U, h, w).
+        limits: The units' `thresholds`, (U,).
+        shape: Size (H, W) of the mask.
+    """
+    up = Upsampler(maps.shape[2:], tuple(shape))
+    active = up.active(maps.astype(np.float32, copy=False), limits)
+    flat = np.zeros((*maps.shape[:2], shape[0] * shape[1] + 1), bool)
+    bits = np.unpackbits(active.words.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    k, pixel = np.nonzero(bits)
+    flat[active.image[k], active.unit[k], up.pixels[active.cell[k], pixel]] = True
+    return flat[..., :-1].reshape(*maps.shape[:2], *shape)
+
+
+def shared_pixels(active: Active, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the active pixels of one image, all of them and those under each mask.
+
+    Args:
+        active: The image's active cells.
+        masks: Packed masks (P, cells, W) from `Upsampler.cells`.
+
+    Returns:
+        The units that are active (A,), their active pixels (A,), and those under each mask (A, P).
+    """
+    starts = np.flatnonzero(np.diff(active.unit, prepend=-1))
+    if not len(starts):
+        return starts, starts, np.empty((0, len(masks)), np.int64)
+    return (
+        active.unit[starts],
+        _count(active.words, starts),
+        _count(masks.take(active.cell, 1) & active.words, starts).T,
+    )
+
+
+def _count(words: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Set bits of words (..., K, W), summed over W and over the runs of K that begin at ``starts``."""
+    bits = np.bitwise_count(words)
+    flat = bits.reshape(*bits.shape[:-2], bits.shape[-2] * bits.shape[-1])
+    return np.add.reduceat(flat, starts * bits.shape[-1], axis=-1, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""From tickets to tables: evaluations, recorded results, the verdict."""

@@ -1,0 +1,89 @@
+"""Do two methods keep the same weights? The masks of a study compared pair by pair, at equal sparsity and seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lthlib.core.errors import UserError
+from lthlib.core.store import Store
+from lthlib.pruning import METHODS
+from lthlib.pruning.masks import Masks, chance_jaccard, jaccard
+from lthlib.results.evaluate import Archive
+from lthlib.tickets.study import Study
+from lthlib.tickets.ticket import Ticket, obtain
+
+FILE = "overlaps.csv"
+COLUMNS = ("first", "second", "jaccard", "chance")
+
+
+def has_mask(method: str) -> bool:
+    """Say whether a method leaves single weights out: dense and structured networks have no mask."""
+    return METHODS[method].family not in ("dense", "structured")
+
+
+def pairs(study: Study, round: int, seed: int, about: str | None = None) -> list[tuple[Ticket, Ticket]]:
+    """Return every two masked tickets of one round and seed; with ``about``, those of which that method is one."""
+    mine = [t for t in study.tickets() if (t.round, t.seed) == (round, seed) and has_mask(t.method)]
+    return [(a, b) for a, b in itertools.combinations(mine, 2) if about in (None, a.method, b.method)]
+
+
+def compare(
+    study: Study,
+    store: Store,
+    *,
+    rounds: Sequence[int] | None = None,
+    about: str | None = None,
+    recorded: Path | str | None = None,
+    compute_missing: bool = True,
+) -> pd.DataFrame:
+    """Compare masks, those of different methods at the same round and seed.
+
+    Args:
+        study: Whose tickets.
+        store: Where tickets are kept; they are trained where they are missing.
+        rounds: Which of the study's rounds; all of them if None.
+        about: Compare this method with the others only.
+        recorded: Folder of recorded results (``book/results``), read before any mask is.
+        compute_missing: Whether to look at masks where nothing is recorded; else that is an error.
+
+    Returns:
+        One line a pair: ``round``, ``seed``, ``a`` and ``b`` (methods), ``first`` and ``second`` (ids of tickets),
+        ``jaccard`` and ``chance``, see `lthlib.pruning.masks.jaccard` and `lthlib.pruning.masks.chance_jaccard`.
+
+    Raises:
+        UserError: Where an overlap is missing and may not be computed.
+    """
+    known = _recorded(recorded) if recorded else {}
+    lines = []
+    for round, seed in itertools.product(rounds or study.rounds, study.seeds):
+        masks: dict[str, Masks] = {}
+        for a, b in pairs(study, round, seed, about):
+            found = known.get((a.id, b.id)) or known.get((b.id, a.id))
+            if found is None and not compute_missing:
+                raise UserError(
+                    f"The overlap of {a.id} and {b.id} is not among the recorded results in {recorded}: record the "
+                    "grid again, or allow computing."
+                )
+            lines.append((round, seed, a.method, b.method, a.id, b.id, *(found or _compare(a, b, masks, store))))
+    return pd.DataFrame(lines, columns=["round", "seed", "a", "b", *COLUMNS])
+
+
+def _compare(a: Ticket, b: Ticket, masks: dict[str, Masks], store: Store) -> tuple[float, float]:
+    for ticket in (a, b):
+        if ticket.id not in masks:
+            masks[ticket.id] = obtain(ticket, store).masks
+    return jaccard(masks[a.id], masks[b.id]), chance_jaccard(masks[a.id], masks[b.id])
+
+
+def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:
+    return {(first, second): (j, chance) for first, second, j, chance in _lines(Path(root))}
+
+
+def _lines(root: Path) -> Iterator[tuple[str, str, float, float]]:
+    for file in sorted(root.glob(f"*/{FILE}")):
+        Archive.check(file.parent)
+        yield from pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None)

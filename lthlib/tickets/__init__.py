@@ -1,0 +1,1 @@
+"""Tickets: descriptions of trained networks, how one is obtained, and what it answers."""

@@ -1,0 +1,319 @@
+"""The one training loop, and the recipe that parameterises it.
+
+The loop knows masks and a hook that may change them; it does not know which method asked. Its state (weights, BN
+statistics, momentum, step) can be saved and taken up again bit for bit: the order and the augmentation of the images
+depend only on the seed and the epoch, so a run rewound to epoch k sees from there on what the dense run saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lthlib.core import machine as compute
+from lthlib.core.errors import UserError, choose
+from lthlib.data import Images, OnDemand
+from lthlib.pruning.masks import Masks, prunable
+
+AUGMENTATIONS = ("none", "crop", "crop-flip")
+SCHEDULES = ("cosine", "steps", "constant")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; every sparse network of a study shares its dense parent's recipe.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images a step; what does not fill a last batch waits for the next epoch's shuffle.
+        lr: Peak learning rate.
+        momentum: Of SGD, without Nesterov's look-ahead.
+        weight_decay: L2 penalty on every parameter.
+        bn_l1: L1 penalty on the scales of batch normalisations, for methods that look at these.
+        schedule: ``"cosine"`` to zero, ``"steps"`` (x 0.1 at 1/2 and 3/4 of the run), or ``"constant"``.
+        warmup: Epochs over which the learning rate rises linearly from zero.
+        augment: ``"none"``, ``"crop"`` (pad by 1/8, crop at random), ``"crop-flip"`` (and mirror half of them).
+        precision: ``"auto"`` (bfloat16 autocast where the processor has it), ``"bfloat16"`` or ``"float32"``.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    bn_l1: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 1.0
+    augment: str = "none"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not kind:
+                raise UserError(f"Recipe {field.name} is {value!r}; it must be of type {kind.__name__}.")
+            elif kind is not str and not math.isfinite(value):
+                raise UserError(f"Recipe {field.name} is {value!r}; it must be finite.")
+        choose(self.schedule, SCHEDULES, "schedule")
+        choose(self.augment, AUGMENTATIONS, "augmentation")
+        choose(self.precision, compute.PRECISIONS, "precision")
+        for name, low in (
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("lr", 0),
+            ("momentum", 0),
+            ("weight_decay", 0),
+            ("bn_l1", 0),
+            ("warmup", 0),
+        ):
+            if getattr(self, name) < low:
+                raise UserError(f"Recipe {name} is {getattr(self, name)}; it must be at least {low}.")
+
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Return the number of full batches in n images."""
+        if n_images < self.batch_size:
+            raise UserError(f"batch_size {self.batch_size} exceeds the {n_images} training images: make it smaller.")
+        return n_images // self.batch_size
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step (counted from the start of training)."""
+        total, rise = self.epochs * steps_per_epoch, self.warmup * steps_per_epoch
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        done = (step - rise) / max(1, total - rise)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "steps":
+            return self.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
+        return self.lr
+
+
+@dataclass
+class State:
+    """Everything training needs to go on: bit for bit, given recipe, data and seed.
+
+    Attributes:
+        model: The network's state dict (weights and BN statistics).
+        momentum: SGD's momentum by parameter name; empty before the first step.
+        epoch: Epochs done.
+    """
+
+    model: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor]
+    epoch: int
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, epoch: int = 0) -> State:
+        """Copy the state of a network and its optimizer to the CPU."""
+        momentum = {}
+        if optimizer is not None:
+            for name, parameter in model.named_parameters():
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None:
+                    momentum[name] = buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
+        weights = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in model.state_dict().items()
+        }
+        return cls(weights, momentum, epoch)
+
+
+class Dynamics(Protocol):
+    """What a method that changes the mask during training does after each backward pass."""
+
+    def update(self, step: int, model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> bool:
+        """Perhaps change masks, weights and momentum in place; return True to skip this step's SGD update.
+
+        Pruned weights are exactly zero, so ``parameter.grad`` is the dense gradient at the effective weights.
+        """
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    seed: int,
+    state: State | None = None,
+    until: int | None = None,
+    masks: Masks | None = None,
+    dynamics: Dynamics | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[State, list[dict[str, float]]]:
+    """Train a network in place.
+
+    Args:
+        model: The network; with ``masks``, its pruned weights must be zero already (`lthlib.pruning.masks.apply_`).
+        images: Training images.
+        recipe: How.
+        seed: Of the order and augmentation of the images.
+        state: Where to go on from; by default the network as it is, at epoch 0.
+        until: Stop after this epoch; by default the recipe's last.
+        masks: Weights to keep. Gradients of the others are zeroed before each step, so that zero weights, with zero
+            momentum, stay exactly zero.
+        dynamics: A method's hook that changes masks on the way.
+        progress: Called with the number of epochs done, after each.
+
+    Returns:
+        The state at the end, and for each epoch {"epoch", "loss", "accuracy"} over its training batches.
+
+    Raises:
+        UserError: Where the loss stops being finite.
+    """
+    device = compute.device()
+    model.to(device=device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    start = 0
+    if state is not None:
+        start = state.epoch
+        _resume(model, optimizer, state)
+    if masks is not None:
+        _mask_momentum(model, optimizer, masks)
+    stream = _Batches(images, recipe, seed, device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=_is_low(recipe.precision))
+    history = []
+    gates = _gates(model, masks)
+    scales = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and recipe.bn_l1 > 0]
+    for epoch in range(start, recipe.epochs if until is None else until):
+        total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        for i, (x, y) in enumerate(stream.epoch(epoch)):
+            step = epoch * stream.steps + i
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate(step, stream.steps)
+            with autocast:
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            total += loss.detach()
+            correct += (logits.detach().argmax(1) == y).sum()
+            for scale in scales:
+                scale.grad.add_(scale.detach().sign(), alpha=recipe.bn_l1)
+            if dynamics is not None:
+                skip = dynamics.update(step, model, masks, optimizer)
+                gates = _gates(model, masks)
+                if skip:
+                    continue
+            if gates:
+                torch._foreach_mul_([parameter.grad for parameter, _ in gates], [gate for _, gate in gates])
+            optimizer.step()
+        if not torch.isfinite(total):
+            raise UserError(
+                f"The training loss is not finite in epoch {epoch}: lower the learning rate (lr {recipe.lr}) or raise "
+                f"warmup ({recipe.warmup})."
+            )
+        n = stream.steps
+        history.append({"epoch": epoch, "loss": total.item() / n, "accuracy": correct.item() / (n * recipe.batch_size)})
+        if progress is not None:
+            progress(epoch + 1)
+    return State.of(model, optimizer, recipe.epochs if until is None else until), history
+
+
+def _is_low(precision: str) -> bool:
+    return compute.resolve_precision(precision) == torch.bfloat16
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    model.load_state_dict(state.model)
+    for name, parameter in model.named_parameters():
+        if name in state.momentum:
+            buffer = torch.empty_like(parameter)  # of the parameter's memory format
+            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(state.momentum[name])
+
+
+def _mask_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks) -> None:
+    for name, parameter in prunable(model).items():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        keep = masks[name].to(parameter.device)
+        with torch.no_grad():
+            parameter.mul_(keep)
+            if buffer is not None:
+                buffer.mul_(keep)
+
+
+def _gates(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Pair each masked parameter with its mask in the parameter's own type and memory layout."""
+    if masks is None:
+        return []
+    weights = prunable(model)
+    return [(weights[name], torch.empty_like(weights[name]).copy_(mask)) for name, mask in masks.items()]
+
+
+class _Batches:
+    """Seeded, augmented batches from uint8 images, as [0, 1] floats in channels_last layout.
+
+    Images in memory are padded once; those read on demand batch by batch.
+    """
+
+    def __init__(self, images: Images, recipe: Recipe, seed: int, device: torch.device):
+        self.recipe, self.seed, self.device = recipe, seed, device
+        self.steps = recipe.steps_per_epoch(len(images))
+        self.size = images.pixels.shape[1]
+        self.margin = 0 if recipe.augment == "none" else max(1, self.size // 8)
+        self.pixels, self.labels = images.pixels, images.labels
+        self.on_demand = isinstance(images.pixels, OnDemand)
+        if not self.on_demand:
+            self.pixels = self._padded(self.pixels)
+            if device.type == "cuda":
+                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+
+    def _padded(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.pad(pixels, (0, 0, *[self.margin] * 4)) if self.margin else pixels
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        for i in range(self.steps):
+            index = order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]
+            pixels = self._augmented(index, generator) if self.margin else self.pixels[index]
+            yield as_input(pixels.to(self.device)), self.labels[index].to(self.device)
+
+    def _augmented(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Crop (and mirror) each image at its own offset with one gather."""
+        n, span = len(index), torch.arange(self.size)
+        down, right = torch.randint(2 * self.margin + 1, (2, n, 1), generator=generator)
+        columns = span.expand(n, -1)
+        if self.recipe.augment == "crop-flip":
+            mirrored = torch.rand(n, 1, generator=generator) < 0.5
+            columns = torch.where(mirrored, self.size - 1 - columns, columns)
+        rows, columns = (span + down).to(index.device), (columns + right).to(index.device)
+        pixels = self.pixels
+        if self.on_demand:
+            pixels, index = self._padded(pixels[index]), torch.arange(n)
+        return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 (N, H, W, C) into float [0, 1] (N, C, H, W) in channels_last layout, without a copy of the layout."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+def mix(*numbers: int) -> int:
+    """Return one 63-bit seed for several small integers, so that nearby ones give unrelated streams.
+
+    >>> mix(0, 1) == mix(1, 0)
+    False
+    """
+    import hashlib
+
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def recipe_from(settings: dict[str, Any]) -> Recipe:
+    """Build a recipe from a mapping; an unknown key raises `UserError` with a suggestion."""
+    if not isinstance(settings, dict):
+        raise UserError(f"A recipe is a mapping of {', '.join(f.name for f in fields(Recipe))}; not {settings!r}.")
+    for name in settings:
+        choose(name, [field.name for field in fields(Recipe)], "recipe key")
+    return Recipe(**settings)
