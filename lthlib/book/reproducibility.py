@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from lthlib.core.store import ROOT
-from lthlib.results.evaluate import DIMENSIONS, recorded_json
+from lthlib.results.evaluate import DIMENSIONS
+from lthlib.results.recorded import recorded_json
 
 RERUNS = ROOT / "book" / "results" / "reruns.json"  # by workflow/reruns.py
 AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by workflow/agreement.py
