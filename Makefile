@@ -37,7 +37,7 @@ $(ENV)/ready: requirements.lock workflow/bootstrap.py workflow/uv.lock.txt
 	@touch $@
 
 torture: $(ENV)/ready
-	@$(RUN) workflow/torture.py $(OPTIONS)
+	@$(RUN) tests/torture.py $(OPTIONS)
 
 lock: $(ENV)/ready
 	uv pip compile pyproject.toml --group test --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -89,7 +89,7 @@ def clear_stale(grid: Grid, store: Store) -> None:
         there = all((store.path(key) / MANIFEST).exists() for key in keys[job])
         if stamped(stamp(grid, job.name)) != of or not there:
             stamp(grid, job.name).unlink(missing_ok=True)
-    if stamped(BOOK) != _book_made_from(grid, made) or not (HTML / "index.html").exists():
+    if stamped(BOOK) != book_made_from(grid, made) or not (HTML / "index.html").exists():
         BOOK.unlink(missing_ok=True)
 
 
@@ -102,19 +102,21 @@ def _is_of(grid: Grid, key: str) -> bool:
     return name.startswith(tuple(mine if is_ticket else shared))
 
 
-def _book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
+def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     """Return the fingerprint of the built book: of all that stands in its folders, and of what should stand there."""
     files = [p for p in (ROOT / "book").rglob("*") if p.is_file() and not p.name.startswith(".")]
     read = [p for p in sorted(files) if not p.is_relative_to(ROOT / RESULTS)] + [ROOT / "_config.yml"]
     pages = [page_made_from(page, made) for page in every_page(grid)]
-    return digest([*(f"{p} {sha256(p)}" for p in read), *pages, _tables_made_from(made), _front_made_from(grid, made)])
+    return digest([*(f"{p} {sha256(p)}" for p in read), *pages, tables_made_from(made), front_made_from(grid, made)])
 
 
-def _tables_made_from(made: Mapping[Job, str]) -> str:
+def tables_made_from(made: Mapping[Job, str]) -> str:
+    """Return the fingerprint of a grid's tables."""
     return digest([code_version(__name__), *made.values()])
 
 
-def _front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
+def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
+    """Return the fingerprint of the front: of the grid, recorded results, contents and pages."""
     files = [
         *sorted((ROOT / RESULTS).rglob("*.json")),
         ROOT / "book" / "contents.yml",
@@ -146,14 +148,14 @@ def book(grid: str, workers: int = 1) -> int:
     BOOK.unlink(missing_ok=True)
     plans = make_pages(plan, undone, made, workers)
     if not undone:
-        make_tables(plan, store, _tables_made_from(made))
+        make_tables(plan, store, tables_made_from(made))
     missing = [page for page in plans if page.missing]
-    if undone or missing or stamped(FRONT) != _front_made_from(plan, made):
+    if undone or missing or stamped(FRONT) != front_made_from(plan, made):
         FRONT.unlink(missing_ok=True)
         front.write(plan, store, plans, undone, grid)
         if not undone and not missing:
-            put_stamp(FRONT, _front_made_from(plan, made))
-    of = _book_made_from(plan, made)
+            put_stamp(FRONT, front_made_from(plan, made))
+    of = book_made_from(plan, made)
     log = BUILD / "logs" / "sphinx.log"
     in_forks([(log, _build)], 1)
     if log.exists():
