@@ -1,5 +1,7 @@
 """Calibration metrics: hand-made cases, laws, and independent libraries where they should agree."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,25 @@ def test_sce_is_the_mean_over_classes_of_their_binary_errors():
     assert sce(probs, labels) == pytest.approx(np.mean(parts), abs=1e-6)
 
 
+def as_the_post_prints_it(probs, labels, n_bins):
+    """|Number of images of class c minus mean probability| over bins and classes, divided by N C."""
+    total = 0.0
+    for c, p in enumerate(probs.T):
+        bins = np.digitize(p, np.arange(1, n_bins) / n_bins, right=True)
+        total += sum(abs((labels[bins == b] == c).sum() - p[bins == b].mean()) for b in np.unique(bins))
+    return total / probs.size
+
+
+def test_the_page_says_what_the_formula_of_the_post_gives():
+    two = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]), np.array([0, 2])
+    rng = np.random.default_rng(0)
+    probs = softmax(3 * rng.normal(size=(1000, 10)))
+    labels = (probs.cumsum(axis=1) < rng.random((1000, 1))).sum(axis=1)  # drawn from the probabilities: calibrated
+    page = (Path(__file__).parents[1] / "book/metrics/ece.md").read_text()
+    assert f"= {as_the_post_prints_it(*two, 2):.3f}$ instead of {sce(*two, 2):.1f}." in page
+    assert f"it is {as_the_post_prints_it(probs, labels, 15):.3f}; the SCE is {sce(probs, labels):.3f}" in page
+
+
 def test_adaptive_ece_cuts_the_sorted_confidences_into_equal_parts():
     logits, labels = sample(4, n=150)
     probs = softmax(logits)
@@ -160,6 +181,20 @@ def test_adaptive_ece_rounds_the_ends_of_uneven_parts_up():
     probs, labels = two_class([0.6, 0.7, 0.8, 0.9, 0.95], [0, 1, 1, 1, 1])
     parts = abs((0 - 0.6) + (1 - 0.7) + (1 - 0.8)) + abs((1 - 0.9) + (1 - 0.95))
     assert adaptive_ece(probs, labels, 2) == pytest.approx(parts / 5)
+
+
+def test_larger_bins_are_spread_evenly_unlike_those_of_array_split():
+    probs, labels = two_class([0.6, 0.7, 0.75, 0.8, 0.9, 0.95], [0, 1, 1, 0, 1, 1])
+    residuals = np.array([0 - 0.6, 1 - 0.7, 1 - 0.75, 0 - 0.8, 1 - 0.9, 1 - 0.95])
+
+    def gaps(parts):
+        return sum(abs(part.sum()) for part in parts) / 6
+
+    ours, others = np.split(residuals, [2, 3, 5]), np.array_split(residuals, 4)  # 2, 1, 2, 1 and 2, 2, 1, 1 images
+    assert adaptive_ece(probs, labels, 4) == pytest.approx(gaps(ours))
+    assert abs(gaps(ours) - gaps(others)) > 0.05
+    other_class = np.split(-residuals[::-1], [2, 3, 5])
+    assert ace(probs, labels, 4) == pytest.approx((gaps(ours) + gaps(other_class)) / 2)
 
 
 def test_adaptive_ece_never_splits_equal_confidences():
