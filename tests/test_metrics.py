@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import lthlib.metrics
+from lthlib.core.versions import code_version
 from lthlib.metrics import METRICS, computed, metric
-from lthlib.metrics.registry import measured_on_test
+from lthlib.metrics.registry import code_of_metrics, measured_on_test
 
 
 def test_everything_offered_is_there():
@@ -38,6 +39,12 @@ def test_a_function_under_its_row_is_a_metric_of_its_folders_dimension():
         assert " at 0x" not in repr(row)  # pages are made again when the rows' text changes
     finally:
         METRICS.pop("confident_errors", None)
+
+
+def test_the_code_of_every_metric_of_a_dimension_is_known_by():
+    functions = [METRICS[name].function for name in measured_on_test("calibration")]
+    assert len(functions) == 9
+    assert code_of_metrics("calibration") == code_version(*functions)
 
 
 def test_a_metric_says_by_its_first_argument_what_it_takes():

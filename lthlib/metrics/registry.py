@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lthlib.core.errors import Registry
+from lthlib.core.versions import code_version
 from lthlib.metrics.arrays import softmax
 
 
@@ -83,6 +84,11 @@ def metric(name: str, title: str, *, unit: str = "fraction", **fields: object) -
 def measured_on_test(dimension: str) -> list[str]:
     """Return the metrics of a dimension that are functions of the test images' logits or probabilities."""
     return [m.name for m in METRICS.values() if m.dimension == dimension and m.input in ("logits", "probs")]
+
+
+def code_of_metrics(dimension: str) -> str:
+    """Return the version of the code of `measured_on_test`, which lies in files that no other file need import."""
+    return code_version(*(METRICS[name].function for name in measured_on_test(dimension)))
 
 
 def computed(names: Iterable[str], logits: np.ndarray, labels: np.ndarray, **options: object) -> dict[str, float]:

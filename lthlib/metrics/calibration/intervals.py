@@ -18,15 +18,10 @@ BLOCK = 2**22  # counts at a time: 32 MiB
 
 
 class Interval(NamedTuple):
-    """A number with its bootstrap percentile interval.
+    """A number on the images as they are, its bootstrap percentile interval, and the replicates' mean minus the number.
 
-    Attributes:
-        value: On the images as they are.
-        low: Lower end.
-        high: Upper end.
-        bias: Mean of the replicates minus ``value``. Binned errors are sums of absolute values, which resampling noise
-            can only raise: where the bias is not small against the width, the interval lies too high, and the error
-            itself is as much noise as miscalibration.
+    Binned errors are sums of absolute values, which resampling noise can only raise: where that bias is not small
+    against the width, the interval lies too high, and the error itself is as much noise as miscalibration.
     """
 
     value: float
@@ -38,21 +33,10 @@ class Interval(NamedTuple):
 def bootstrap_intervals(
     logits: ArrayLike, labels: ArrayLike, *, seed: int, n: int = 1000, level: float = 0.95, n_bins: int = N_BINS
 ) -> dict[str, Interval]:
-    """Percentile intervals of ECE, SCE and NLL over resampled images, all from the same draws.
+    """Percentile intervals of ``ece``, ``sce`` and ``nll`` over n resamplings of the images, all from the same draws.
 
     Each is a function of sums over images, so that a replicate is a row of draw counts times a sparse matrix of what
     each image adds to each bin: the same numbers as the metrics of the resampled images, many times faster.
-
-    Args:
-        logits: Network outputs, (N, C).
-        labels: True classes, (N,).
-        seed: Seed of the draws.
-        n: Number of replicates.
-        level: Coverage of the intervals.
-        n_bins: Number of bins of ECE and SCE.
-
-    Returns:
-        Intervals under ``ece``, ``sce``, ``nll``.
 
     Raises:
         UserError: For bad arrays or bins, n < 2, or a level outside (0, 1).

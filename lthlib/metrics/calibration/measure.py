@@ -10,7 +10,7 @@ from lthlib.metrics.arrays import softmax
 from lthlib.metrics.calibration.errors import N_BINS, reliability_diagram
 from lthlib.metrics.calibration.intervals import bootstrap_intervals
 from lthlib.metrics.calibration.scores import temperature_scaling
-from lthlib.metrics.registry import METRICS, Value, computed, describe, measured_on_test
+from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, describe, measured_on_test
 from lthlib.tickets.predictions import Subject, corruption_names
 
 VOTING = ["ece", "sce", "nll"]
@@ -71,8 +71,9 @@ def measure(
 
 
 def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:
-    """Return the versions of the image sets that `measure` reads beside the test images."""
-    return " ".join(subject.input_version(f"corrupted:{name}") for name in corruption_names(extra))
+    """Return the versions of what `measure` reads beside the test images: other images, and metrics' own files."""
+    images = [subject.input_version(f"corrupted:{name}") for name in corruption_names(extra)]
+    return " ".join([code_of_metrics("calibration"), *images])
 
 
 def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: int) -> list[Value]:

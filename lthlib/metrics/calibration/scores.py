@@ -48,12 +48,9 @@ def brier(probs: ArrayLike, labels: ArrayLike) -> float:
 class BrierDecomposition(NamedTuple):
     """Brier score = reliability - resolution + uncertainty + within_bin, each summed over the classes.
 
-    Attributes:
-        reliability: Mean squared gap between forecast and frequency of a bin, >= 0; 0 is calibrated.
-        resolution: How far the bins' frequencies lie from the base rates, >= 0; higher is better.
-        uncertainty: sum_c f_c (1 - f_c) of the base rates f; a property of the labels alone.
-        within_bin: What binning hides: within-bin variance of the forecasts minus twice their within-bin
-            covariance with the labels. Zero where the forecasts of each bin are equal.
+    Reliability is the mean squared gap between forecast and frequency of a bin (0 is calibrated), resolution how far
+    the bins' frequencies lie from the base rates (higher is better), uncertainty sum_c f_c (1 - f_c) of the base rates
+    f, and within_bin what binning hides: the forecasts' variance minus twice their covariance with the labels.
     """
 
     reliability: float

@@ -20,7 +20,7 @@ from lthlib.metrics.generalization.corruption import (
     relative_corruption_error_alexnet,
 )
 from lthlib.metrics.generalization.ood import detection, msp_score, roc_curve
-from lthlib.metrics.registry import Value, computed, describe, measured_on_test
+from lthlib.metrics.registry import Value, code_of_metrics, computed, describe, measured_on_test
 from lthlib.tickets.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample
 
 describe(
@@ -92,10 +92,10 @@ def measure(
 
 
 def inputs(subject: Subject, *, ood: Sequence[str], extra: bool, **rest: object) -> str:
-    """Return the versions of the image sets that `measure` reads beside the test images."""
+    """Return the versions of what `measure` reads beside the test images: other images, and metrics' own files."""
     sets = [f"ood:{name}" for name in _ood_sets(subject, ood)]
     sets += [f"corrupted:{name}" for name in corruption_names(extra)]
-    return " ".join(map(subject.input_version, sets))
+    return " ".join([code_of_metrics("generalization"), *map(subject.input_version, sets)])
 
 
 def _ood_sets(subject: Subject, ood: Sequence[str]) -> tuple[str, ...]:
