@@ -88,7 +88,7 @@ def test_a_failing_cell_keeps_its_notebook_and_the_older_page(page, tmp_path):
     page(DRAW)
     before = (tmp_path / "page.ipynb").read_bytes()
     said = page(DRAW, "# two\n1 / 0", "print('never')")
-    assert "template.ipynb, cell 3 (# two): ZeroDivisionError: division by zero" in said
+    assert "template.ipynb, cell 4 (# two): ZeroDivisionError: division by zero" in said
     failed = nbformat.read(tmp_path / "page.failed.ipynb", 4)
     assert outputs(failed)[-1]["ename"] == "ZeroDivisionError"
     assert not any("never" in str(o) for o in outputs(failed))

@@ -76,7 +76,8 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         os.replace(temporary, failed)
         cell = error.source.strip().splitlines()
         said = f"{error.ename}: {error.evalue}".rstrip(". ")
-        where = f"{template}, cell {error.cell_index}" + (f" ({cell[0]})" if cell else "")
+        number = error.cell_index + (0 if parameters else 1)  # in the template, which has no injected cell
+        where = f"{template}, cell {number}" + (f" ({cell[0]})" if cell else "")
         raise PageError(f"{where}: {said}. The notebook up to there: {failed}") from None
     finally:
         temporary.unlink(missing_ok=True)
