@@ -23,10 +23,10 @@ from torch import nn
 from lthlib.core import machine as compute
 from lthlib.core.store import ROOT, seal, write_atomically
 from lthlib.networks import models
+from lthlib.networks.predict import for_inference
 from lthlib.pruning import METHODS, Moment, find, masks
 from lthlib.pruning.structured import shrink
 from lthlib.results.evaluate import LATENCY
-from lthlib.tickets.predictions import for_inference
 
 ROUND = 10  # 89.3 %
 SHAPE = (3, 32, 32)

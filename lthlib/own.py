@@ -30,7 +30,7 @@ from lthlib.networks import models
 from lthlib.pruning import masks
 from lthlib.results import verdict
 from lthlib.results.evaluate import COLUMNS, DIMENSIONS, measured, table_of
-from lthlib.tickets.predictions import Subject
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Trained
 
 DENSE = "dense"

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import nn
 
 from lthlib.core.errors import UserError
+from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
 from lthlib.metrics import METRICS
 from lthlib.metrics.generalization import measure as generalization
@@ -46,7 +47,7 @@ from lthlib.metrics.generalization.measure import (
     softmax,
     true_class_margin,
 )
-from lthlib.tickets.predictions import Subject, sample
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import as_input
 

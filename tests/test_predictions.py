@@ -7,10 +7,12 @@ import torch
 from lthlib import data
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
+from lthlib.data import corrupted
+from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
 from lthlib.networks import models
-from lthlib.tickets import predictions
-from lthlib.tickets.predictions import Subject, for_inference, predict, sample
+from lthlib.networks.predict import for_inference, predict, scaled_to
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import Recipe, as_input
 
@@ -163,7 +165,7 @@ def small_set(name, size, channels=3, n=9):
 def together(like, name, n, store):
     """All parts, sorted into (5, n, H, W, C)."""
     found = {}
-    for severity, count, pixels in predictions.corrupted_parts(like, name, n, store):
+    for severity, count, pixels in corrupted.corrupted_parts(like, name, n, store):
         for i, part in enumerate(pixels.split(count)):
             found.setdefault(severity + i, []).append(part)
     return torch.stack([torch.cat(found[severity]) for severity in (1, 2, 3, 4, 5)]).numpy()
@@ -186,16 +188,16 @@ def test_corrupted_images_are_made_once_and_shared(empty_store, monkeypatch):
     found = together(like, "fog", 5, empty_store)
     for severity, images in enumerate(found, start=1):
         assert np.array_equal(images, corrupt(like.test.pixels[which].numpy(), "fog", severity))
-    monkeypatch.setattr(predictions, "corrupt", lambda *a, **k: pytest.fail("made a second time"))
+    monkeypatch.setattr(corrupted, "corrupt", lambda *a, **k: pytest.fail("made a second time"))
     assert np.array_equal(together(like, "fog", 5, Store(empty_store.root)), found)
 
 
 def test_images_too_large_to_keep_are_made_batch_by_batch_and_are_the_same(empty_store, monkeypatch):
     like = small_set("some", 28)
     kept = together(like, "gaussian_noise", 9, empty_store)
-    monkeypatch.setattr(predictions, "KEPT_UP_TO", 0)
-    monkeypatch.setattr(predictions, "PIECE", 2)
-    parts = list(predictions.corrupted_parts(like, "gaussian_noise", 9, empty_store))
+    monkeypatch.setattr(corrupted, "KEPT_UP_TO", 0)
+    monkeypatch.setattr(corrupted, "PIECE", 2)
+    parts = list(corrupted.corrupted_parts(like, "gaussian_noise", 9, empty_store))
     assert max(len(pixels) for _, _, pixels in parts) == 2
     assert np.array_equal(together(like, "gaussian_noise", 9, empty_store), kept)
 
@@ -215,15 +217,15 @@ def cifar_c(tmp_path, monkeypatch):
 
 def test_published_files_are_used_where_they_lie(cifar_c, empty_store, monkeypatch):
     like, images, folder = cifar_c
-    assert predictions.corruption_source(like, "fog") == "official"
-    assert predictions.corruption_source(like, "snow") == "generated"
+    assert corrupted.corruption_source(like, "fog") == "official"
+    assert corrupted.corruption_source(like, "snow") == "generated"
     assert np.array_equal(together(like, "fog", 4, empty_store), images[:, sample(like.test.labels, 4)])
-    before = predictions._corrupted_version(like, "fog")
+    before = corrupted.corrupted_version(like, "fog")
     np.save(folder / "fog.npy", images[::-1].reshape(-1, 32, 32, 3))
-    assert predictions._corrupted_version(like, "fog") != before
+    assert corrupted.corrupted_version(like, "fog") != before
     assert np.array_equal(together(like, "fog", 4, empty_store), images[::-1, sample(like.test.labels, 4)])
     monkeypatch.setenv("LTHLIB_DATA", str(folder / "nowhere"))
-    assert predictions.corruption_source(like, "fog") == "generated"
+    assert corrupted.corruption_source(like, "fog") == "generated"
     made = corrupt(like.test.pixels.numpy(), "fog", 5)
     assert np.array_equal(together(like, "fog", 9, empty_store)[4], made)
 
@@ -289,20 +291,20 @@ def test_a_set_too_large_to_hold_is_trained_on_and_evaluated_batch_by_batch(tmp_
     found = []
     for limit in (2**30, 0):
         monkeypatch.setattr(data, "HELD_UP_TO", limit)
-        monkeypatch.setattr(predictions, "KEPT_UP_TO", limit)
+        monkeypatch.setattr(corrupted, "KEPT_UP_TO", limit)
         data.load.cache_clear()
         subject = Subject(ticket, Store(tmp_path / f"store-{limit}"), "float32")
         assert isinstance(subject.data.train.pixels, data.OnDemand if limit == 0 else torch.Tensor)
-        corrupted = np.stack([logits for _, _, logits in subject.corrupted_logits(("fog", "pixelate"), 12)])
-        found.append([subject.logits("test", 12), subject.logits("ood:gaussian", 7), corrupted])
+        shifted = np.stack([logits for _, _, logits in subject.corrupted_logits(("fog", "pixelate"), 12)])
+        found.append([subject.logits("test", 12), subject.logits("ood:gaussian", 7), shifted])
     for held, streamed in zip(*found, strict=True):
         np.testing.assert_allclose(streamed, held, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_shrink_as_images_grow():
-    assert predictions.scaled_to((32, 32), 125) == predictions.scaled_to((64, 64), 125) == 125
-    assert predictions.scaled_to((128, 128), 120) == 30
-    assert predictions.scaled_to((4000, 4000), 125) == 1
+    assert scaled_to((32, 32), 125) == scaled_to((64, 64), 125) == 125
+    assert scaled_to((128, 128), 120) == 30
+    assert scaled_to((4000, 4000), 125) == 1
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ from lthlib.results.evaluate import (
     question,
     rows_of,
 )
-from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket, version_of
 
 if TYPE_CHECKING:

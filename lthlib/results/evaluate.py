@@ -24,8 +24,8 @@ from lthlib.core.errors import Registry, UserError, choose, shown
 from lthlib.core.store import MANIFEST, ROOT, Store, check_files, sha256, unseal, write_atomically
 from lthlib.core.versions import code_version
 from lthlib.metrics import METRICS, Value
-from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket, facts, version_of
 
 LATENCY = ROOT / "book" / "results" / "latency.json"  # of a machine, not of a grid

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lthlib.core.errors import UserError, choose
+from lthlib.data.corrupted import corruption_names
 from lthlib.metrics import Value, describe
 from lthlib.metrics.arrays import check_labels, check_logits, check_probs, chunks, shifted_by_class
 from lthlib.metrics.arrays import softmax as softmax
-from lthlib.tickets.predictions import Subject, corruption_names
+from lthlib.tickets.subject import Subject
 
 N_BINS = 15  # Guo et al., 2017, section 5
 LEGACY_BINS = 14  # what linspace(0, 1, 15) makes

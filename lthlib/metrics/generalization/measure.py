@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from lthlib.core.errors import Registry, UserError, choose
 from lthlib.data import corruptions, ood_classes, source
+from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
 from lthlib.metrics import Value, describe
 from lthlib.metrics.arrays import as_array, check_labels, check_logits, softmax
-from lthlib.tickets.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample, scaled_to
+from lthlib.networks.predict import scaled_to
+from lthlib.tickets.subject import Subject
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
@@ -812,7 +814,7 @@ def measure(
 ) -> tuple[list[Value], dict[str, np.ndarray]]:
     """Measure how a ticket generalizes.
 
-    Fewer images than there are is a sample spread evenly over the classes (`lthlib.tickets.predictions.sample`), the
+    Fewer images than there are is a sample spread evenly over the classes (`lthlib.data.corrupted.sample`), the
     same for every ticket.
 
     Args:

@@ -25,6 +25,7 @@ from lthlib.core.errors import UserError, choose, suggest
 from lthlib.core.versions import code_version
 from lthlib.data import data_folder
 from lthlib.data.concepts import ConceptSet, present, read_broden, scenes
+from lthlib.data.corrupted import sample
 from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection
 from lthlib.metrics.interpretability.dissection import Floor, Tally, null_floor, tally, thresholds
@@ -37,7 +38,7 @@ from lthlib.metrics.interpretability.explanations import (
     segment,
 )
 from lthlib.metrics.interpretability.regions import CHUNK, Stream, activations, chunks, regions
-from lthlib.tickets.predictions import Subject, sample
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import new_model
 
 SCENES = "scenes"
