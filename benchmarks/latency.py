@@ -80,7 +80,8 @@ def measure(batches: Sequence[int], threads: Sequence[int], repeats: int) -> lis
         }
         for name, (network, mask) in made.items()
     }
-    runs = {name: for_inference(network, "float32") for name, (network, _) in made.items()}
+    pixels = torch.randint(256, (4, *SHAPE[1:], SHAPE[0])).to(torch.uint8)
+    runs = {name: for_inference(network, pixels, "float32") for name, (network, _) in made.items()}
     rows = []
     for n in threads:
         torch.set_num_threads(n)

@@ -93,7 +93,7 @@ def published(model: nn.Module, part: Images) -> dict[str, object]:
 
 
 def ours(model: nn.Module, part: Images, precision: str) -> dict[str, object]:
-    logits = predict(for_inference(model, precision), part.pixels).numpy()
+    logits = predict(for_inference(model, part.pixels, precision), part.pixels).numpy()
     return {"logits": logits, **calibration_summary(logits, part.labels.numpy())}
 
 

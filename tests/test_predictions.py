@@ -11,6 +11,7 @@ from lthlib.data import corrupted
 from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
 from lthlib.networks import models
+from lthlib.networks import predict as predictor
 from lthlib.networks.predict import for_inference, predict, scaled_to
 from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
@@ -49,7 +50,7 @@ def test_the_folded_network_gives_the_same_logits(arch, pixels):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         expected = model(as_input(pixels))
-    folded = for_inference(model, "float32")
+    folded = for_inference(model, pixels, "float32")
     n_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert n_norms == 0
     found = predict(folded, pixels, batch=16)
@@ -59,8 +60,8 @@ def test_the_folded_network_gives_the_same_logits(arch, pixels):
 
 def test_low_precision_stays_near(pixels):
     model = network("resnet20s")
-    exact = predict(for_inference(model, "float32"), pixels)
-    rough = predict(for_inference(model, "bfloat16"), pixels)
+    exact = predict(for_inference(model, pixels, "float32"), pixels)
+    rough = predict(for_inference(model, pixels, "bfloat16"), pixels)
     assert 0 < (rough - exact).abs().max() < 0.05 * exact.std() + 0.05 * exact.abs().max()
 
 
@@ -72,9 +73,15 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def in_lanes(monkeypatch):
+    """Let networks of a test's own pass for such that threads may share."""
+    monkeypatch.setattr(predictor, "runs_in_parallel", lambda network: True)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_batches_in_several_lanes_are_the_same_in_the_same_order(pixels, three_threads, precision):
-    model = for_inference(network("resnet8"), precision)
+    model = for_inference(network("resnet8"), pixels, precision)
     on_demand = data.OnDemand(lambda which: pixels[which].numpy(), np.arange(len(pixels)), pixels.shape[1:])
     with torch.inference_mode():
         expected = torch.cat([model(as_input(part)) for part in pixels.split(7)])
@@ -85,7 +92,7 @@ def test_batches_in_several_lanes_are_the_same_in_the_same_order(pixels, three_t
         assert torch.get_num_threads() == 3
 
 
-def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_threads):
+def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_threads, in_lanes):
     met, seen = threading.Barrier(3), set()
 
     class Meeting(torch.nn.Module):
@@ -103,7 +110,7 @@ def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_t
     torch.testing.assert_close(found, as_input(pixels[:9]).flatten(1)[:, :2])
 
 
-def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_threads):
+def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_threads, in_lanes):
     class Broken(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -119,7 +126,7 @@ def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_thr
     assert threading.active_count() == before
 
 
-def test_a_short_set_is_shared_out_among_the_lanes(pixels, three_threads):
+def test_a_short_set_is_shared_out_among_the_lanes(pixels, three_threads, in_lanes):
     sizes = []
 
     class Counting(torch.nn.Module):
@@ -266,7 +273,7 @@ def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
     assert list(found) == [(name, severity) for name in names for severity in (1, 2, 3, 4, 5)]
     for (name, severity), logits in found.items():
         pixels = subject.images(f"corrupted:{name}:{severity}", 30)
-        expected = predict(for_inference(subject.trained.model, "float32"), pixels)
+        expected = predict(for_inference(subject.trained.model, pixels, "float32"), pixels)
         assert logits.shape == (30, 10)
         np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
     for name, severity, logits in subject.corrupted_logits(names[::-1], 30):

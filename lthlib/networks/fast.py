@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
+from lthlib.networks.checks import agree, check_deterministic, copied
 
-def inference_copy(model: nn.Module, precision: torch.dtype = torch.float32) -> nn.Module:
+
+def inference_copy(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32) -> nn.Module:
     """Return a copy that computes the same logits faster, in evaluation mode and without gradients.
 
     Batch normalisation is folded into the convolutions before it, and the memory layout is channels_last. The network
-    itself stays as it is. One that torch.fx cannot trace (a foreign one with control flow) only changes its layout.
+    itself stays as it is. Tracing may lose what a foreign network does (hooks, a replaced ``forward``, control flow):
+    the copy must give its answers on two batches, or it is a plain copy. So must low precision, within a tenth.
 
     Args:
         model: Any network.
+        images: Some of those it is for, at least one: [0, 1] floats (N, C, H, W).
         precision: ``torch.float32``, or ``torch.bfloat16``: convolutions and linear layers multiply in it, everything
             else stays in float32, as under autocast, but their weights are rounded once and not at every pass.
+
+    Raises:
+        UserError: For a network whose answers depend on chance, neighbours or the past, or are no logits.
     """
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = copied(model).cpu().eval().requires_grad_(False)
+    found = check_deterministic(network, images.cpu())
     try:
-        traced = fx.symbolic_trace(network)
-        network = traced if _shares_layers(traced) else fuse(traced, inplace=True, no_trace=True)
-    except Exception:  # fx cannot follow every forward(); such a network gives the same numbers, only slower
-        pass
-    network = network.to(memory_format=torch.channels_last)
-    return network if precision == torch.float32 else _LowPrecision(network, precision)
+        traced = fx.symbolic_trace(copied(network))
+        traced = traced if _shares_layers(traced) else fuse(traced, inplace=True, no_trace=True)
+        traced = traced.to(memory_format=torch.channels_last)
+    except Exception:  # fx cannot follow every forward()
+        traced = network
+    network = traced if agree(traced, found, 1e-3) else network
+    low = network if precision == torch.float32 else _LowPrecision(copied(network), precision)
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return (low if agree(low, found, 0.1) else network).to(device)
+
+
+def runs_in_parallel(network: nn.Module) -> bool:
+    """Whether threads may share an `inference_copy`: one that was traced and has no hooks keeps nothing on itself."""
+    traced = network.network if isinstance(network, _LowPrecision) else network
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in traced.modules())
+    return isinstance(traced, fx.GraphModule) and not hooks
 
 
 class _LowPrecision(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lthlib.core import machine
 from lthlib.data import Pixels
-from lthlib.networks.fast import inference_copy
+from lthlib.networks.checks import check_rows
+from lthlib.networks.fast import inference_copy, runs_in_parallel
 
 BATCH = {"cpu": 64, "cuda": 500}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache
 LANES = 8  # batches at a time at most on a CPU, whose activations are in memory together
@@ -22,9 +23,15 @@ def as_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
-def for_inference(model: nn.Module, precision: str = "auto") -> nn.Module:
-    """Return a faster copy (`inference_copy`) on this machine's device, at ``"float32"``, ``"bfloat16"`` or "auto"."""
-    return inference_copy(model, machine.resolve_precision(precision)).to(machine.device())
+def for_inference(model: nn.Module, pixels: Pixels, precision: str = "auto") -> nn.Module:
+    """Return an `inference_copy` on this machine's device.
+
+    Args:
+        model: Any network.
+        pixels: Some of the images it is for, at least one: uint8 (N, H, W, C).
+        precision: ``"float32"``, ``"bfloat16"`` or ``"auto"``.
+    """
+    return inference_copy(model, as_input(pixels[:4]), machine.resolve_precision(precision)).to(machine.device())
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:
@@ -38,22 +45,27 @@ def predict(model: nn.Module, pixels: Pixels, *, batch: int | None = None) -> Te
     On a CPU each thread takes batches of its own: threads that share every layer wait for one another after each.
 
     Args:
-        model: As `for_inference` returns it, which decides the precision. Several batches may be in it at once.
+        model: As `for_inference` returns it, which decides the precision; networks that may keep something on
+            themselves get one batch at a time.
         pixels: uint8 (N, H, W, C), a tensor or read on demand.
         batch: Images a forward pass; by default what suits the device, the precision and the size of the images.
 
     Returns:
         float32 tensor (N, classes) on the CPU.
+
+    Raises:
+        UserError: For anything but one finite row of logits an image.
     """
     first = next(model.parameters())
-    lanes = min(torch.get_num_threads(), LANES) if first.device.type == "cpu" else 1
+    in_lanes = first.device.type == "cpu" and runs_in_parallel(model)
+    lanes = min(torch.get_num_threads(), LANES) if in_lanes else 1
     halved = any(parameter.itemsize == 2 for parameter in model.parameters())  # weights, hence activations
     most = scaled_to(pixels.shape[1:3], BATCH[first.device.type] * (2 if halved else 1))
     batch = batch or max(1, min(most, -(-len(pixels) // lanes)))
 
     @torch.inference_mode()
     def infer(part: Tensor) -> Tensor:
-        return model(as_input(part.to(first.device))).cpu()
+        return check_rows(model(as_input(part.to(first.device))), len(part)).cpu()
 
     found = _in_lanes(infer, pixels.split(batch), min(lanes, -(-len(pixels) // batch)))
     return torch.cat(list(found))

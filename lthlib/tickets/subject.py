@@ -91,7 +91,7 @@ class Subject:
     @cached_property
     def fast_model(self) -> nn.Module:
         """The same network folded for inference, at the precision asked for."""
-        return for_inference(self.trained.model, self.precision)
+        return for_inference(self.trained.model, self._pixels("test", 4), self.precision)
 
     def images(self, name: str, n: int) -> torch.Tensor:
         """Return up to n uint8 images (n, H, W, C) of an image set, in memory.
