@@ -31,7 +31,7 @@ def for_inference(model: nn.Module, pixels: Pixels, precision: str = "auto") -> 
         pixels: Some of the images it is for, at least one: uint8 (N, H, W, C).
         precision: ``"float32"``, ``"bfloat16"`` or ``"auto"``.
     """
-    return inference_copy(model, as_input(pixels[:4]), machine.resolve_precision(precision)).to(machine.device())
+    return inference_copy(model, machine.resolve_precision(precision), as_input(pixels[:4])).to(machine.device())
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from lthlib.core.errors import UserError, choose
 from lthlib.metrics import describe
 from lthlib.networks.fast import inference_copy
-from lthlib.networks.predict import as_input
 
 describe(
     "fidelity",
@@ -515,10 +514,7 @@ def fidelity_stability(
     choose(precision, PRECISIONS, "precision")
     choose(method, SEGMENTATIONS, "segmentation")
     _check_counts(n_masks=(n_masks, 2), n_perturb=(n_perturb, 1), batch=(batch or 1, 1))
-    network, device = (
-        inference_copy(model, as_input(torch.as_tensor(images[:4])), getattr(torch, precision)),
-        _device(model),
-    )
+    network, device = inference_copy(model, getattr(torch, precision)), _device(model)
     rows = []
     for image, labels in _with_segments(images, segments, method):
         n_segments = labels.max() + 1
@@ -740,7 +736,7 @@ def expo(
     _check_counts(n_fit=(n_fit, 1), n_eval=(n_eval, 2), n_neighbours=(n_neighbours, 1), batch=(batch or 1, 1))
     if not sigma > 0:
         raise UserError(f"sigma is {sigma}; it must be positive (0.1 is the paper's).")
-    network, device = inference_copy(model, as_input(torch.as_tensor(images[:4]))), _device(model)
+    network, device = inference_copy(model), _device(model)
     if features == "pixels":
         segments, method = None, None
     rows = []
