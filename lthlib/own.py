@@ -30,12 +30,13 @@ from lthlib.metrics import METRICS
 from lthlib.networks import models
 from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.checks import answers, check_classifier, check_deterministic
-from lthlib.networks.predict import as_input
+from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import Used, plain_copy, used_weights
 from lthlib.results import verdict
-from lthlib.results.evaluate import COLUMNS, DIMENSIONS, measured, table_of
+from lthlib.results.collect import COLUMNS, table_of
+from lthlib.results.evaluate import DIMENSIONS, measured
+from lthlib.tickets.obtain import Trained
 from lthlib.tickets.subject import Subject
-from lthlib.tickets.ticket import Trained
 
 DENSE = "dense"
 PRUNABLE = {"conv": ("conv",), "linear": ("linear",), "all": ("conv", "linear")}

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from lthlib.core.errors import UserError
 from lthlib.networks.checks import check_deterministic
 from lthlib.networks.fast import inference_copy, runs_in_parallel
-from lthlib.networks.predict import as_input, predict
+from lthlib.networks.inputs import as_input
+from lthlib.networks.predict import predict
 from lthlib.networks.weights import plain_copy, used_weights
 
 PIXELS = torch.randint(256, (40, 12, 12, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -20,7 +20,7 @@ from lthlib.__main__ import main
 from lthlib.book.grid import grid_from
 from lthlib.core.errors import UserError
 from lthlib.data.corrupted import sample
-from lthlib.networks.predict import as_input
+from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import used_weights
 from lthlib.pruning import masks
 from lthlib.results import verdict

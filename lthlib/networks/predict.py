@@ -13,14 +13,10 @@ from lthlib.core import machine
 from lthlib.data import Pixels
 from lthlib.networks.checks import check_rows
 from lthlib.networks.fast import inference_copy, runs_in_parallel
+from lthlib.networks.inputs import as_input
 
 BATCH = {"cpu": 64, "cuda": 500}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache
 LANES = 8  # batches at a time at most on a CPU, whose activations are in memory together
-
-
-def as_input(pixels: Tensor) -> Tensor:
-    """Turn uint8 (N, H, W, C) into float [0, 1] (N, C, H, W) in channels_last layout, without a copy of the layout."""
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 def for_inference(model: nn.Module, pixels: Pixels, precision: str = "auto") -> nn.Module:

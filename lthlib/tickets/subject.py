@@ -25,7 +25,8 @@ from lthlib.data.corrupted import corrupted_parts, corrupted_version, sample, wr
 from lthlib.data.corruptions import SEVERITIES
 from lthlib.networks.predict import for_inference, predict
 from lthlib.pruning.masks import Masks
-from lthlib.tickets.ticket import Ticket, Trained, new_model, obtain
+from lthlib.tickets.obtain import Trained, new_model, obtain
+from lthlib.tickets.ticket import Ticket
 
 OWN = ("train", "test", "validation")
 

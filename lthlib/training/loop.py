@@ -19,7 +19,7 @@ from torch import nn
 from lthlib.core import machine as compute
 from lthlib.core.errors import UserError, choose
 from lthlib.data import Images, OnDemand
-from lthlib.networks.predict import as_input
+from lthlib.networks.inputs import as_input
 from lthlib.pruning.masks import Masks, prunable
 
 AUGMENTATIONS = ("none", "crop", "crop-flip")
