@@ -24,9 +24,10 @@ from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import used_weights
 from lthlib.pruning import masks
 from lthlib.results import verdict
-from lthlib.results.evaluate import collect
+from lthlib.results.collect import collect
+from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import study_from
-from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
