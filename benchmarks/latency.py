@@ -23,10 +23,10 @@ from torch import nn
 from lthlib.core import machine as compute
 from lthlib.core.store import ROOT, seal, write_atomically
 from lthlib.networks import models
+from lthlib.networks.predict import for_inference
 from lthlib.pruning import METHODS, Moment, find, masks
 from lthlib.pruning.structured import shrink
 from lthlib.results.evaluate import LATENCY
-from lthlib.tickets.predictions import for_inference
 
 ROUND = 10  # 89.3 %
 SHAPE = (3, 32, 32)
@@ -80,7 +80,8 @@ def measure(batches: Sequence[int], threads: Sequence[int], repeats: int) -> lis
         }
         for name, (network, mask) in made.items()
     }
-    runs = {name: for_inference(network, "float32") for name, (network, _) in made.items()}
+    pixels = torch.randint(256, (4, *SHAPE[1:], SHAPE[0])).to(torch.uint8)
+    runs = {name: for_inference(network, pixels, "float32") for name, (network, _) in made.items()}
     rows = []
     for n in threads:
         torch.set_num_threads(n)

@@ -28,7 +28,7 @@ from lthlib.data import Images
 from lthlib.metrics import computed, sce, softmax
 from lthlib.metrics.calibration.errors import PUBLISHED_BINS
 from lthlib.networks import models
-from lthlib.tickets.predictions import for_inference, predict
+from lthlib.networks.predict import for_inference, predict
 from lthlib.training.loop import Recipe, train
 
 
@@ -94,7 +94,7 @@ def published(model: nn.Module, part: Images) -> dict[str, object]:
 
 
 def ours(model: nn.Module, part: Images, precision: str) -> dict[str, object]:
-    logits = predict(for_inference(model, precision), part.pixels).numpy()
+    logits = predict(for_inference(model, part.pixels, precision), part.pixels).numpy()
     numbers = computed(["test_accuracy", "ece_lthpass", "sce", "nll"], logits, part.labels.numpy())
     return {"logits": logits, "accuracy": numbers.pop("test_accuracy"), **numbers}
 

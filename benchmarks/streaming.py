@@ -64,9 +64,11 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
 
     from lthlib import data
     from lthlib.core.store import Store
+    from lthlib.data.corrupted import corrupted_parts
     from lthlib.metrics import computed
     from lthlib.networks import models
-    from lthlib.tickets.predictions import Subject, corrupted_parts, predict
+    from lthlib.networks.predict import predict
+    from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
 
     store, began = Store(), time.perf_counter()
@@ -103,7 +105,7 @@ def measure_cifar(n: int) -> None:
     from lthlib.metrics.calibration import measure as calibration
     from lthlib.metrics.generalization import measure as generalization
     from lthlib.networks import models
-    from lthlib.tickets.predictions import Subject
+    from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
 
     rng = np.random.default_rng(0)

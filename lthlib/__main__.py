@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("dense", type=Path, help="its weights: a state dict, *.safetensors or as torch.save writes it")
     check.add_argument("pruned", type=Path, nargs="+")
     check.add_argument("--network", help="package.module:function that makes them (default: the grid's arch)")
+    check.add_argument("--prunable", help="weights that count: conv, linear, all (default: conv, and what has zeros)")
+    check.add_argument("--normalise", help="of the grid's arch: images (default), imagenet, none or MEAN,.../STD,...")
     check.add_argument("--rows", type=Path, help="where to write the tidy table of all numbers")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")

@@ -10,141 +10,38 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lthlib import data
 from lthlib.book.grid import Grid, read_grid
-from lthlib.core.errors import UserError, suggest
-from lthlib.core.store import Store, write_atomically
+from lthlib.core import machine
+from lthlib.core.errors import UserError, choose
+from lthlib.core.store import Store, say, write_atomically
+from lthlib.data.corrupted import sample
 from lthlib.metrics import METRICS
 from lthlib.networks import models
-from lthlib.pruning import masks
+from lthlib.networks.checkpoints import builder, load_network
+from lthlib.networks.checks import answers, check_classifier, check_deterministic
+from lthlib.networks.inputs import as_input
+from lthlib.networks.weights import Used, plain_copy, used_weights
 from lthlib.results import verdict
 from lthlib.results.collect import COLUMNS, table_of
 from lthlib.results.evaluate import DIMENSIONS, measured
 from lthlib.tickets.obtain import Trained
-from lthlib.tickets.predictions import Subject
+from lthlib.tickets.subject import Subject
 
 DENSE = "dense"
-WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts put the weights beside an optimizer's state and an epoch."""
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Read a state dict; weights that `torch.nn.utils.prune` split into weight and mask are put together.
-
-    Args:
-        path: ``*.safetensors``, or what `torch.save` wrote; read without running any code in it.
-
-    Raises:
-        UserError: For a file that is missing, damaged, holds more than tensors, or no state dict.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {path}.") from error
-    except Exception as error:  # damaged archives end in errors of many libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}). Save a state dict: torch.save(model.state_dict(), file)."
-        ) from error
-    for key in WRAPPINGS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict. Save one: torch.save(model.state_dict(), file).")
-    return _joined({_plain_name(k): v for k, v in content.items() if isinstance(v, Tensor)})
-
-
-def _plain_name(name: str) -> str:
-    """Leave out what wrappers such as DataParallel and torch.compile put in front."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _joined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, value in weights.items():
-        if name.endswith("_orig"):
-            plain = name.removesuffix("_orig")
-            found[plain] = value * weights[f"{plain}_mask"] if f"{plain}_mask" in weights else value
-        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in weights):
-            found[name] = value
-    return found
-
-
-def builder(network: str) -> Callable[[], nn.Module]:
-    """Return the function that ``package.module:function`` names; it makes your network, without weights.
-
-    The network takes [0, 1] pixels (N, C, H, W), normalises them itself, and returns logits.
-
-    Raises:
-        UserError: Where there is no such function, or what it returns is no network.
-    """
-    module, _, name = network.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"There is no function {network!r} ({error}): name it as package.module:function.") from error
-    try:
-        made = found()
-    except TypeError as error:
-        raise UserError(f"{network!r} is no function without arguments ({error}).") from error
-    if not isinstance(made, nn.Module):
-        raise UserError(f"{network!r} returns a {type(made).__name__}, no network (torch.nn.Module).")
-    return found
-
-
-def load(path: Path | str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Make a network and give it the weights of a file.
-
-    Raises:
-        UserError: Where they do not fit, naming the layers.
-    """
-    model, weights = build(), read_weights(path)
-    wanted = model.state_dict()
-    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
-    lacking = [name for name in wanted if name not in weights and name not in optional]
-    unknown = [name for name in weights if name not in wanted]
-    if lacking or unknown:
-        raise UserError(
-            f"{path} does not fit the network: {_few('lacks', lacking)}{'; ' if lacking and unknown else ''}"
-            f"{_few('has unknown', unknown)}.{suggest(unknown[0], lacking) if unknown and lacking else ''} Is the "
-            "architecture the right one? With --network module:function you can name your own."
-        )
-    for name, value in weights.items():
-        if value.shape != wanted[name].shape:
-            raise UserError(
-                f"{name} in {path} has shape {tuple(value.shape)}, the network's has {tuple(wanted[name].shape)}."
-            )
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{name} in {path} holds numbers that are not finite.")
-    model.load_state_dict(weights, strict=False)
-    return model.eval()
-
-
-def _few(what: str, names: list[str], limit: int = 3) -> str:
-    return (
-        f"it {what} {', '.join(names[:limit])}{f' and {len(names) - limit} more' if len(names) > limit else ''}"
-        * bool(names)
-    )
+PRUNABLE = {"conv": ("conv",), "linear": ("linear",), "all": ("conv", "linear")}
+"""Which weights count for the sparsity, by the name that a person gives."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -169,7 +66,7 @@ class Label:
 
 
 class OwnSubject(Subject):
-    """A network of your own under examination."""
+    """A network of your own under examination, as `lthlib.networks.weights.plain_copy` returns it."""
 
     def __init__(
         self, label: Label, network: nn.Module, parent: nn.Module | None, store: Store, precision: str = "auto"
@@ -179,10 +76,15 @@ class OwnSubject(Subject):
 
     @cached_property
     def trained(self) -> Trained:
-        """The network with the masks that its zeros make; None where no convolution has any."""
-        found = {name: weight.detach() != 0 for name, weight in masks.prunable(self.network).items()}
+        """The network with the masks that its zeros make: of convolutions, and of linear layers that have any."""
+        names = {name for name, _ in self.network.named_parameters()}
+        found = {
+            name: weight != 0
+            for name, (kind, weight) in used_weights(self.network, few_images(self.data)).items()
+            if name in names and (kind == "conv" or not weight.all())
+        }
         sparse = any(not mask.all() for mask in found.values())
-        return Trained(self.ticket, self.network.cpu().eval(), found if sparse else None, {}, self.ticket.digest)
+        return Trained(self.ticket, self.network, found if sparse else None, {}, self.ticket.digest)
 
     @property
     def parent(self) -> nn.Module | None:
@@ -191,37 +93,58 @@ class OwnSubject(Subject):
 
     @property
     def family(self) -> str:
-        """A name that networks of the same layers share."""
-        layers = hashlib.sha256(str(self.network).encode()).hexdigest()[:12]
-        return f"own-{self.ticket.data.replace('@', '+').lower()}-{layers}"
+        """A name that networks share which are the same before training, in layers and in answers."""
+        fresh = self.untrained()
+        return f"own-{self.ticket.data.replace('@', '+').lower()}-{digest(fresh, few_images(self.data))}"
 
     def sibling(self, seed: int) -> None:
         """Nothing is known of other seeds."""
 
     def untrained(self) -> nn.Module:
-        """The same network with fresh weights, drawn as its layers draw them."""
+        """The same network with fresh weights, drawn as its layers draw them; where they do not, shuffled ones."""
         model = copy.deepcopy(self.network)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             for module in model.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
+            for fresh, trained in zip(model.parameters(), self.network.parameters(), strict=True):
+                if torch.equal(fresh, trained):
+                    fresh.copy_(fresh.flatten()[torch.randperm(fresh.numel())].view_as(fresh))
         return model
 
 
-def digest(model: nn.Module) -> str:
-    """Return a hash of a network's structure and weights."""
+def few_images(images: data.DataSet) -> Tensor:
+    """Return four test images as a network takes them, to ask it what it does."""
+    return as_input(images.test.subset(sample(images.test.labels, 4)).pixels[:])
+
+
+def digest(model: nn.Module, images: Tensor) -> str:
+    """Return a hash of a network: of its structure, of its weights, and of what it answers.
+
+    A mask, a temperature or a number of bits that is held as a plain attribute, and an edited ``forward``, show in the
+    answers alone.
+    """
+    with machine.one_thread():
+        answered = [("answers", logits) for _, logits in check_deterministic(model, images)]
     found = hashlib.sha256(str(model).encode())
-    for name, value in model.state_dict().items():
+    for name, value in [*model.state_dict().items(), *answered]:
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        is_tensor = isinstance(value, Tensor)
+        found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy() if is_tensor else repr(value).encode())
     return found.hexdigest()[:12]
 
 
-def sparsity(model: nn.Module) -> float:
-    """Return the fraction of convolution weights that are exactly zero."""
-    weights = masks.prunable(model).values()
-    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+def sparsity(used: Used, dense: Used, kind: str = "all") -> float:
+    """Return the fraction of a dense network's weights that are zero or gone in another.
+
+    Args:
+        used: What `lthlib.networks.weights.used_weights` says of the other.
+        dense: The same of the dense one.
+        kind: A name in `PRUNABLE`; NaN where the dense network has no such weights.
+    """
+    left = sum(int(weight.count_nonzero()) for of, weight in used.values() if of in PRUNABLE[kind])
+    return 1 - left / (sum(weight.numel() for of, weight in dense.values() if of in PRUNABLE[kind]) or math.nan)
 
 
 def compare(
@@ -233,58 +156,87 @@ def compare(
     *,
     precision: str = "auto",
     train_size: int | None = None,
+    prunable: str | None = None,
 ) -> pd.DataFrame:
-    """Measure a dense network and pruned ones.
+    """Measure a dense network and pruned ones, and leave them as they are: mode, device and gradients.
 
     Args:
         dense: The parent: [0, 1] pixels (N, C, H, W) to logits.
-        pruned: By a name of your choice; pruned weights are exactly zero, or channels are gone.
+        pruned: By a name of your choice; pruned weights are exactly zero where layers compute with them, or channels
+            are gone.
         images: Name of a data set (`lthlib.data.load`).
         store: Where predictions are kept.
         dimensions: Names in `lthlib.results.evaluate.DIMENSIONS`, with parameters where they differ from the defaults.
         precision: Of the forward passes for logits.
         train_size: Number of training images that flatness may draw from, None for all.
+        prunable: A name in `PRUNABLE`; by default ``"conv"``, and what else is pruned in one of the networks.
 
     Returns:
         A tidy table as `lthlib.results.verdict.regions` takes it; the pruned networks' rounds are their order by
         sparsity.
+
+    Raises:
+        UserError: For networks whose answers cannot be trusted (see `lthlib.networks.checks`), naming which.
     """
     if DENSE in pruned:
         raise UserError(f"A pruned network cannot be named {DENSE!r}: that is its parent's name.")
-    _check_output(dense, data.load(images, store))
-    order = [DENSE, *sorted(pruned, key=lambda name: sparsity(pruned[name]))]
+    if prunable is not None:
+        choose(prunable, PRUNABLE, "kind of prunable weights")
+    like = data.load(images, store, train_size)
+    few = few_images(like)
+    networks = {name: _examined(name, model, like, few) for name, model in {DENSE: dense, **pruned}.items()}
+    used = {name: used_weights(network, few) for name, network in networks.items()}
+    prunable = prunable or _pruned_kind(used)
+    sparsities = {name: sparsity(found, used[DENSE], prunable) for name, found in used.items()}
+    order = [DENSE, *sorted(pruned, key=sparsities.get)]
+    subjects = []
+    for rank, name in enumerate(order):
+        label = Label(images, name, rank, digest(networks[name], few), train_size=train_size)
+        subjects.append(OwnSubject(label, networks[name], networks[DENSE] if rank else None, store, precision))
+    check_classifier(subjects[0].logits("test", len(like.test)), like.test.labels.numpy(), like.classes)
     parts = []
     for dimension, parameters in dimensions.items():
         settings = DIMENSIONS[dimension].parameters(parameters)
-        lines = []
-        for rank, name in enumerate(order):
-            model, parent = (dense, None) if name == DENSE else (pruned[name], dense)
-            label = Label(images, name, rank, digest(model), train_size=train_size)
-            values, _ = measured(OwnSubject(label, model, parent, store, precision), dimension, settings)
-            lines.append((label, sparsity(model), values))
-        parts.append(table_of(lines, dimension))
+        found = [(s.ticket, sparsities[s.ticket.method], measured(s, dimension, settings)[0]) for s in subjects]
+        parts.append(table_of(found, dimension))
     return pd.concat(parts, ignore_index=True)
 
 
-def _check_output(model: nn.Module, images: data.DataSet) -> None:
+def _examined(name: str, model: nn.Module, images: data.DataSet, few: Tensor) -> nn.Module:
+    """Return a plain copy of a network that has one row of logits for the classes of some images."""
     try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, *images.shape))
-    except (RuntimeError, ValueError) as error:
+        network = plain_copy(model, few)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    n_logits = answers(network, few).shape[1]
+    if n_logits != len(images.classes):
         raise UserError(
-            f"The network cannot take images of {images.name}, {images.shape} (channels, height, width): {error}"
-        ) from error
-    if logits.shape != (2, len(images.classes)):
-        raise UserError(
-            f"The network's output for an image has the shape {tuple(logits.shape[1:])}; {images.name} has "
+            f"{name}: The network's output for an image has the shape {(n_logits,)}; {images.name} has "
             f"{len(images.classes)} classes, so {len(images.classes)} logits are needed."
         )
+    return network
+
+
+def _pruned_kind(used: Mapping[str, Used]) -> str:
+    """Return the kinds of weights of which some network lacks more than the dense one; convolutions if none does."""
+    dense = used[DENSE]
+    more = lambda kind: any(sparsity(found, dense, kind) > sparsity(dense, dense, kind) for found in used.values())
+    found = [kind for kind in ("conv", "linear") if more(kind)]
+    return "all" if len(found) == 2 else found[0] if found else "conv"
 
 
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def check(grid: str, dense: Path, pruned: list[Path], network: str | None = None, rows: Path | None = None) -> int:
+def check(
+    grid: str,
+    dense: Path,
+    pruned: list[Path],
+    network: str | None = None,
+    rows: Path | None = None,
+    prunable: str | None = None,
+    normalise: str | None = None,
+) -> int:
     """Print what `compare_files` finds.
 
     Args:
@@ -293,20 +245,31 @@ def check(grid: str, dense: Path, pruned: list[Path], network: str | None = None
         pruned: Weights of pruned ones.
         network: ``package.module:function`` that makes them; by default the grid's architecture.
         rows: Where to write the tidy table.
+        prunable: Which weights count for the sparsity, see `compare`.
+        normalise: What the grid's architecture does with pixels first, see `normalisation`.
 
     Returns:
         0 if every pruned network is an LTH-PASS, else 2.
     """
-    found, judged = compare_files(read_grid(grid), dense, pruned, network)
+    found, judged = compare_files(read_grid(grid), dense, pruned, network, prunable, normalise)
     if rows is not None:
         write_atomically(rows, found[list(COLUMNS)].to_csv(index=False))
-    names = list(dict.fromkeys(judged["method"]))
-    print("\n\n".join(summary(judged, name) for name in names))
+    print("\n\n".join(summary(judged, name) for name in dict.fromkeys(judged["method"])))
+    return _status(judged)
+
+
+def _status(judged: pd.DataFrame) -> int:
+    """Return the exit status that a verdict is worth."""
     return 0 if verdict.lth_pass(judged)["passed"].all() else 2
 
 
 def compare_files(
-    plan: Grid, dense: Path, pruned: list[Path], network: str | None = None
+    plan: Grid,
+    dense: Path,
+    pruned: list[Path],
+    network: str | None = None,
+    prunable: str | None = None,
+    normalise: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare networks from files by a grid's images, measurements and thresholds.
 
@@ -315,25 +278,56 @@ def compare_files(
     """
     if len(plan.studies) > 1:
         raise UserError(f"{plan.name} has {len(plan.studies)} studies; a grid with one data set and arch is needed.")
+    if network and normalise:
+        raise UserError("--normalise is for the grid's arch; what --network names normalises pixels itself.")
     store, (study,) = Store(), plan.studies
     images = data.load(study.data, store, study.train_size)
-    build = (
-        builder(network)
-        if network
-        else lambda: models.build(
-            study.arch,
-            in_channels=images.channels,
-            num_classes=len(images.classes),
-            image_size=images.size,
-            mean=images.mean,
-            std=images.std,
-        )
-    )
-    parent, networks = load(dense, build), {_name(path, pruned): load(path, build) for path in pruned}
+    build = builder(network) if network else _registered(study.arch, images, normalise)
+    parent = load_network(dense, build)
+    networks = {_name(path, pruned): load_network(path, build) for path in pruned}
     rows = compare(
-        parent, networks, study.data, store, plan.dimensions, precision=plan.precision, train_size=study.train_size
+        parent,
+        networks,
+        study.data,
+        store,
+        plan.dimensions,
+        precision=plan.precision,
+        train_size=study.train_size,
+        prunable=prunable,
     )
     return rows, verdict.regions(rows, len(images.classes), verdict.Thresholds(**plan.thresholds))
+
+
+def _registered(arch: str, images: data.DataSet, normalise: str | None) -> partial:
+    """Return what makes a network of the registry, and say what it takes for granted."""
+    mean, std = normalisation(normalise, images)
+    if normalise is None:
+        numbers = "/".join(",".join(f"{number:.4g}" for number in each) for each in (mean, std))
+        say(
+            f"note: {arch} normalises pixels by the mean and deviation of {images.name}, {numbers}; for networks that "
+            "were trained with others say --normalise imagenet, none or MEAN,.../STD,..."
+        )
+    channels, size = images.channels, images.size
+    fixed = {"in_channels": channels, "num_classes": len(images.classes), "image_size": size, "mean": mean, "std": std}
+    return partial(models.build, arch, **fixed)
+
+
+def normalisation(given: str | None, images: data.DataSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation by channel, in [0, 1] pixels.
+
+    Args:
+        given: ``"images"`` (or None: those of the training images), ``"imagenet"``, ``"none"``, or the numbers as
+            ``MEAN,.../STD,...``.
+        images: The data set.
+    """
+    nothing = (0.0,) * images.channels, (1.0,) * images.channels
+    named = {"images": (images.mean, images.std), "none": nothing, "imagenet": IMAGENET}
+    given = given or "images"
+    try:
+        mean, std = named.get(given) or [tuple(map(float, numbers.split(","))) for numbers in given.split("/")]
+    except ValueError:
+        raise UserError(f"--normalise is {given!r}; it must be {', '.join(named)} or MEAN,.../STD,...") from None
+    return mean, std  # whether they are as many as channels, the network says
 
 
 def _name(path: Path, others: list[Path]) -> str:
@@ -345,7 +339,7 @@ def summary(judged: pd.DataFrame, name: str) -> str:
     """Return what is to be said of one pruned network, as text: every metric with a vote, and the verdict."""
     mine = judged[judged["method"] == name]
     votes = mine[mine["metric"].map(lambda metric: METRICS[metric].in_verdict) & (mine["region"] != "")]
-    lines = [f"{name}: {100 * mine['sparsity'].iloc[0]:.1f} % of the convolution weights are zero", ""]
+    lines = [f"{name}: {100 * mine['sparsity'].iloc[0]:.1f} % of the prunable weights are zero or gone", ""]
     lines.append(f"{'':<44}{'dense':>12}{'pruned':>12}{'worse by':>12}{'allowed':>12}")
     for line in votes.itertuples():
         metric = METRICS[line.metric]

@@ -11,6 +11,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from lthlib.core.errors import UserError
+from lthlib.data.corrupted import sample as positions
 from lthlib.data.corruptions import corrupt
 from lthlib.metrics import METRICS, computed, softmax
 from lthlib.metrics.calibration.errors import ace, adaptive_ece, bin_index, ece, ece_lthpass, reliability_diagram, sce
@@ -18,8 +19,7 @@ from lthlib.metrics.calibration.intervals import bootstrap_intervals
 from lthlib.metrics.calibration.measure import measure
 from lthlib.metrics.calibration.scores import brier, brier_decomposition, nll, temperature_scaling
 from lthlib.metrics.generalization import measure as generalization
-from lthlib.tickets.predictions import Subject
-from lthlib.tickets.predictions import sample as positions
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import as_input
 

@@ -22,8 +22,8 @@ from lthlib.metrics.flatness import measure as fl
 from lthlib.metrics.flatness.frozen import sample_factor
 from lthlib.metrics.flatness.pacbayes import largest_sigma
 from lthlib.metrics.flatness.spectrum import density_of, extreme_eigenvalues
-from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study
+from lthlib.tickets.subject import Subject
 
 
 class Tiny(nn.Module):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lthlib.core.errors import UserError
+from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import CORRUPTIONS, corrupt
 from lthlib.metrics import METRICS, softmax
 from lthlib.metrics.generalization import measure as generalization
@@ -37,7 +38,7 @@ from lthlib.metrics.generalization.ood import (
     msp_score,
     roc_auc,
 )
-from lthlib.tickets.predictions import Subject, sample
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import as_input
 

@@ -25,8 +25,8 @@ from lthlib.metrics.interpretability.measure import (
 from lthlib.metrics.interpretability.regions import activations, regions
 from lthlib.networks.models import build
 from lthlib.results.evaluate import collect
-from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket, new_model
 
 SMALL = {"n_images": 4, "n_masks": 60, "n_expo": 1, "n_concept_images": 40, "draws": 19, "formula_length": 2}

@@ -1,10 +1,11 @@
 """Networks from files: what is said of them is what is said of the same networks as tickets."""
 
+import copy
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,19 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib import own
+from lthlib import data, own
 from lthlib.__main__ import main
 from lthlib.book.grid import grid_from
 from lthlib.core.errors import UserError
+from lthlib.data.corrupted import sample
+from lthlib.networks.inputs import as_input
+from lthlib.networks.weights import used_weights
 from lthlib.pruning import masks
 from lthlib.results import verdict
-from lthlib.results.evaluate import collect
+from lthlib.results.collect import collect
+from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import study_from
-from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
@@ -139,82 +144,174 @@ class Other(nn.Module):
         self.conv, self.fc = nn.Conv2d(1, 4, 3, stride=4), nn.Linear(4 * 7 * 7, classes)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.conv(x)).flatten(1))
+        return self.fc(self.features(x))
+
+    def features(self, x):
+        return torch.relu(self.conv(x)).flatten(1)
 
 
-def test_a_network_of_any_class_is_measured(plan, store):
+def taught(model, store, order=range(10)):
+    """Fit the last layer by least squares, so that the network is a classifier; the classes come in some order."""
+    images = data.load("mnist5k", store).train
+    with torch.no_grad():
+        seen = model.features(as_input(images.pixels))
+        seen = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
+        goal = 20 * nn.functional.one_hot(torch.tensor([*order]).argsort()[images.labels], 10).double() - 10
+        found = torch.linalg.solve(seen.T @ seen + torch.eye(seen.shape[1]), seen.T @ goal)
+        model.fc.weight.copy_(found[:-1].T)
+        model.fc.bias.copy_(found[-1])
+    return model
+
+
+@pytest.fixture(scope="module")
+def other(store):
     torch.manual_seed(0)
-    dense, pruned = Other(), Other()
-    pruned.load_state_dict(dense.state_dict())
+    return taught(Other(), store).eval()
+
+
+FEW = {"calibration": DIMENSIONS["calibration"]}
+
+
+def values(rows, metric="test_accuracy"):
+    return rows[(rows["metric"] == metric) & (rows["shift"] == "none")].set_index("method")["value"]
+
+
+def test_a_network_of_any_class_is_measured_and_left_as_it_was(other, store):
+    dense, pruned = copy.deepcopy(other).train(), copy.deepcopy(other)
     pruned.conv.weight.data[:2] = 0
-    found = {"calibration": DIMENSIONS["calibration"]}
-    rows = own.compare(dense, {"half": pruned}, plan.studies[0].data, store, found)
+    dense.fc.weight.grad = torch.ones_like(dense.fc.weight)
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW)
     assert set(rows.loc[rows["method"] == "half", "sparsity"]) == {0.5}
-    with pytest.raises(UserError, match=r"\(7,\); .* 10 logits"):
-        own.compare(Other(7), {"half": pruned}, plan.studies[0].data, store, found)
+    assert dense.training
+    assert not pruned.training
+    assert dense.fc.weight.requires_grad
+    assert dense.fc.weight.grad is not None
+    with pytest.raises(UserError, match=r"seven: .*\(7,\); .* 10 logits"):
+        own.compare(dense, {"seven": Other(7)}, "mnist5k", store, FEW)
     with pytest.raises(UserError, match="cannot be named"):
-        own.compare(dense, {"dense": pruned}, plan.studies[0].data, store, found)
+        own.compare(dense, {"dense": pruned}, "mnist5k", store, FEW)
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
+class Masked(Other):
+    """A mask that no state dict and no `str` shows."""
 
-    def __reduce__(self):
-        return Path.write_text, (self.path, "was here")
+    mask = 1.0
+
+    def forward(self, x):
+        return super().forward(x * self.mask)
 
 
-def test_a_file_runs_no_code(tmp_path):
-    with (tmp_path / "evil.pt").open("wb") as file:
-        pickle.dump({"state_dict": Evil(tmp_path / "trace")}, file)
-    torch.save({"state_dict": Evil(tmp_path / "trace")}, tmp_path / "evil2.pt")
-    for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(UserError, match="cannot be read as weights"):
-            own.read_weights(tmp_path / name)
-    assert not (tmp_path / "trace").exists()
+def test_networks_that_differ_in_a_plain_attribute_are_told_apart(other, store):
+    dense = Masked()
+    dense.load_state_dict(other.state_dict())
+    pruned = copy.deepcopy(dense)
+    pruned.mask = (torch.rand(28, 28, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    few = own.few_images(data.load("mnist5k", store))
+    assert own.digest(dense, few) != own.digest(pruned, few)
+    families = [
+        own.OwnSubject(own.Label("mnist5k", "m", 0, "x"), m, None, store).family for m in (dense, pruned, dense)
+    ]
+    assert families[0] == families[2] != families[1]
+    found = values(own.compare(dense, {"masked": pruned}, "mnist5k", store, FEW))
+    test = data.load("mnist5k", store).test
+    test = test.subset(sample(test.labels, 200))
+    with torch.no_grad():
+        for name, model in (("dense", dense), ("masked", pruned)):
+            expected = (model(as_input(test.pixels)).argmax(1) == test.labels).double().mean().item()
+            assert found[name] == pytest.approx(expected)
+    assert found["masked"] < found["dense"] - 0.02
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("wrap", "words"),
     [
-        (lambda w: w.pop("fc.weight"), "lacks fc.weight"),
-        (lambda w: w.update({"fc.wieght": w.pop("fc.weight")}), "Did you mean 'fc.weight'"),
-        (lambda w: w.update({"fc.bias": torch.zeros(3)}), r"fc.bias .* shape \(3,\)"),
-        (lambda w: w.update({"conv.weight": w["conv.weight"] / 0}), "conv.weight .* not finite"),
+        (
+            lambda net, store: taught(net, store, order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0]),
+            "another order .*in order: 0, 1, 2",
+        ),
+        (lambda net, store: nn.Sequential(net, nn.Softmax(1)), "returns probabilities"),
+        (lambda net, store: nn.Sequential(net, nn.Sigmoid()), "returns probabilities"),
+        (lambda net, store: Other(), "no better than guessing .*order of the classes .*normalisation"),
+        (lambda net, store: nn.Sequential(net, nn.Dropout(0.5), Active()), "dense: .*draws random numbers"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
-    weights = Other().state_dict()
-    change(weights)
-    torch.save(weights, tmp_path / "mine.pt")
+def test_no_verdict_without_a_dense_network_that_can_be_compared_with(other, store, wrap, words):
+    torch.manual_seed(1)
     with pytest.raises(UserError, match=words):
-        own.load(tmp_path / "mine.pt", Other)
+        own.compare(wrap(copy.deepcopy(other), store), {"mine": other}, "mnist5k", store, FEW)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 damaged", b"\x80\x04."])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_damaged_file_is_one_sentence(tmp_path, content, suffix):
-    path = tmp_path / f"mine{suffix}"
-    with pytest.raises(UserError, match="There is no file"):
-        own.read_weights(path)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read as weights"):
-        own.read_weights(path)
+class Active(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)  # in evaluation mode, too
+
+
+class LeNet300(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+
+    def features(self, x):
+        return self.b(self.a(x.view(len(x), -1)).relu()).relu()
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+def test_linear_layers_are_pruned_too(store):
+    torch.manual_seed(0)
+    dense = taught(LeNet300(), store)
+    pruned = copy.deepcopy(dense)
+    layers = [(layer, "weight") for layer in (pruned.a, pruned.b, pruned.fc)]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW)
+    assert rows.loc[rows["method"] == "half", "sparsity"].iloc[0] == pytest.approx(0.5)
+    assert prune.is_pruned(pruned)  # as found
+    with pytest.raises(UserError, match="Allowed: conv, linear, all"):
+        own.compare(dense, {"half": pruned}, "mnist5k", store, FEW, prunable="convolution")
 
 
 def test_the_mask_is_the_zeros(networks, store):
     _, sparse = networks
-    label = own.Label("mnist5k", "mine", 1, own.digest(sparse.model))
-    found = own.OwnSubject(label, sparse.model, None, store).trained.masks
+    found = own.OwnSubject(own.Label("mnist5k", "mine", 1, "x"), sparse.model, None, store).trained.masks
+    assert found.keys() == sparse.masks.keys()
     assert all(torch.equal(found[name], mask) for name, mask in sparse.masks.items())
-    assert own.sparsity(sparse.model) == pytest.approx(1 - masks.n_kept(found) / sum(m.numel() for m in found.values()))
+    few = own.few_images(data.load("mnist5k", store))
+    expected = 1 - masks.n_kept(found) / sum(m.numel() for m in found.values())
+    used = used_weights(sparse.model, few)
+    assert own.sparsity(used, used, "conv") == pytest.approx(expected)
 
 
-def test_a_builder_is_named_by_module_and_function():
-    assert own.builder("torch.nn:Identity") is nn.Identity
-    for name in ("collections", "collections:nothing", "nowhere.to.be:found", ":", ""):
-        with pytest.raises(UserError, match=r"package\.module:function"):
-            own.builder(name)
+def test_the_untrained_network_keeps_nothing_of_training(store):
+    class Free(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.norm = nn.Parameter(torch.linspace(0, 1, 784)), nn.BatchNorm1d(784)
+
+    model = Free()
+    fresh = own.OwnSubject(own.Label("mnist5k", "mine", 1, "x"), model, None, store).untrained()
+    assert not torch.equal(fresh.scale, model.scale)
+    assert torch.equal(fresh.scale.sort().values, model.scale)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ((0.1,), (0.3,))),
+        ("images", ((0.1,), (0.3,))),
+        ("none", ((0.0,), (1.0,))),
+        ("0.5/0.25", ((0.5,), (0.25,))),
+        ("0.5", "must be images, none, imagenet or"),
+        ("a/b", "must be images, none, imagenet or"),
+    ],
+)
+def test_what_a_network_of_the_registry_does_with_pixels_is_the_callers_choice(given, expected):
+    grey = SimpleNamespace(name="grey", channels=1, mean=(0.1,), std=(0.3,))
+    if isinstance(expected, tuple):
+        assert own.normalisation(given, grey) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            own.normalisation(given, grey)
 
 
 NETWORK = """
@@ -227,8 +324,11 @@ class Net(nn.Module):
         self.conv, self.norm = nn.Conv2d(1, 4, 3, stride=4), nn.BatchNorm2d(4)
         self.fc = nn.Linear(4 * 7 * 7, 10)
 
+    def features(self, x):
+        return torch.relu(self.norm(self.conv(x))).flatten(1)
+
     def forward(self, x):
-        return self.fc(torch.relu(self.norm(self.conv(x))).flatten(1))
+        return self.fc(self.features(x))
 """
 
 GRID = """
@@ -244,7 +344,7 @@ dimensions:
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
+def foreign(tmp_path_factory, store):
     """A folder with a network of somebody else's, its weights in four forms, and a grid."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "theirs.py").write_text(NETWORK)
@@ -253,7 +353,8 @@ def foreign(tmp_path_factory):
     exec(NETWORK, scope)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = scope["Net"]()
+        model = scope["Net"]().eval()
+    taught(model, store)
     safetensors.torch.save_file(model.state_dict(), folder / "dense.safetensors")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save({**weights, "conv.weight": 0 * weights["conv.weight"]}, folder / "empty.pt")
@@ -287,8 +388,8 @@ def test_the_command_judges_networks_from_files(foreign, store):
         env={**os.environ, "PYTHONPATH": str(root), "LTHLIB_STORE": str(store.root)},
     )
     assert run.returncode in (0, 2), run.stderr
-    assert "half: 50.0 % of the convolution weights are zero" in run.stdout
-    assert "empty: 100.0 % of the convolution weights are zero" in run.stdout
+    assert "half: 50.0 % of the prunable weights are zero or gone" in run.stdout
+    assert "empty: 100.0 % of the prunable weights are zero or gone" in run.stdout
     assert run.stdout.count(" won. ") == 2
     assert (run.returncode == 0) == (run.stdout.count("LTH-PASS") == 2)
     rows = pd.read_csv(foreign / "rows.csv")

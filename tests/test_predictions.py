@@ -7,10 +7,13 @@ import torch
 from lthlib import data
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
+from lthlib.data import corrupted
+from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
 from lthlib.networks import models
-from lthlib.tickets import predictions
-from lthlib.tickets.predictions import Subject, for_inference, predict, sample
+from lthlib.networks import predict as predictor
+from lthlib.networks.predict import for_inference, predict, scaled_to
+from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import Recipe, as_input
 
@@ -47,7 +50,7 @@ def test_the_folded_network_gives_the_same_logits(arch, pixels):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         expected = model(as_input(pixels))
-    folded = for_inference(model, "float32")
+    folded = for_inference(model, pixels, "float32")
     n_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert n_norms == 0
     found = predict(folded, pixels, batch=16)
@@ -57,8 +60,8 @@ def test_the_folded_network_gives_the_same_logits(arch, pixels):
 
 def test_low_precision_stays_near(pixels):
     model = network("resnet20s")
-    exact = predict(for_inference(model, "float32"), pixels)
-    rough = predict(for_inference(model, "bfloat16"), pixels)
+    exact = predict(for_inference(model, pixels, "float32"), pixels)
+    rough = predict(for_inference(model, pixels, "bfloat16"), pixels)
     assert 0 < (rough - exact).abs().max() < 0.05 * exact.std() + 0.05 * exact.abs().max()
 
 
@@ -70,9 +73,15 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def in_lanes(monkeypatch):
+    """Let networks of a test's own pass for such that threads may share."""
+    monkeypatch.setattr(predictor, "runs_in_parallel", lambda network: True)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_batches_in_several_lanes_are_the_same_in_the_same_order(pixels, three_threads, precision):
-    model = for_inference(network("resnet8"), precision)
+    model = for_inference(network("resnet8"), pixels, precision)
     on_demand = data.OnDemand(lambda which: pixels[which].numpy(), np.arange(len(pixels)), pixels.shape[1:])
     with torch.inference_mode():
         expected = torch.cat([model(as_input(part)) for part in pixels.split(7)])
@@ -83,7 +92,7 @@ def test_batches_in_several_lanes_are_the_same_in_the_same_order(pixels, three_t
         assert torch.get_num_threads() == 3
 
 
-def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_threads):
+def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_threads, in_lanes):
     met, seen = threading.Barrier(3), set()
 
     class Meeting(torch.nn.Module):
@@ -101,7 +110,7 @@ def test_lanes_run_side_by_side_with_a_share_of_the_threads_each(pixels, three_t
     torch.testing.assert_close(found, as_input(pixels[:9]).flatten(1)[:, :2])
 
 
-def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_threads):
+def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_threads, in_lanes):
     class Broken(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -117,7 +126,7 @@ def test_a_failing_batch_ends_the_lanes_and_leaves_the_threads(pixels, three_thr
     assert threading.active_count() == before
 
 
-def test_a_short_set_is_shared_out_among_the_lanes(pixels, three_threads):
+def test_a_short_set_is_shared_out_among_the_lanes(pixels, three_threads, in_lanes):
     sizes = []
 
     class Counting(torch.nn.Module):
@@ -163,7 +172,7 @@ def small_set(name, size, channels=3, n=9):
 def together(like, name, n, store):
     """All parts, sorted into (5, n, H, W, C)."""
     found = {}
-    for severity, count, pixels in predictions.corrupted_parts(like, name, n, store):
+    for severity, count, pixels in corrupted.corrupted_parts(like, name, n, store):
         for i, part in enumerate(pixels.split(count)):
             found.setdefault(severity + i, []).append(part)
     return torch.stack([torch.cat(found[severity]) for severity in (1, 2, 3, 4, 5)]).numpy()
@@ -186,16 +195,16 @@ def test_corrupted_images_are_made_once_and_shared(empty_store, monkeypatch):
     found = together(like, "fog", 5, empty_store)
     for severity, images in enumerate(found, start=1):
         assert np.array_equal(images, corrupt(like.test.pixels[which].numpy(), "fog", severity))
-    monkeypatch.setattr(predictions, "corrupt", lambda *a, **k: pytest.fail("made a second time"))
+    monkeypatch.setattr(corrupted, "corrupt", lambda *a, **k: pytest.fail("made a second time"))
     assert np.array_equal(together(like, "fog", 5, Store(empty_store.root)), found)
 
 
 def test_images_too_large_to_keep_are_made_batch_by_batch_and_are_the_same(empty_store, monkeypatch):
     like = small_set("some", 28)
     kept = together(like, "gaussian_noise", 9, empty_store)
-    monkeypatch.setattr(predictions, "KEPT_UP_TO", 0)
-    monkeypatch.setattr(predictions, "PIECE", 2)
-    parts = list(predictions.corrupted_parts(like, "gaussian_noise", 9, empty_store))
+    monkeypatch.setattr(corrupted, "KEPT_UP_TO", 0)
+    monkeypatch.setattr(corrupted, "PIECE", 2)
+    parts = list(corrupted.corrupted_parts(like, "gaussian_noise", 9, empty_store))
     assert max(len(pixels) for _, _, pixels in parts) == 2
     assert np.array_equal(together(like, "gaussian_noise", 9, empty_store), kept)
 
@@ -215,15 +224,15 @@ def cifar_c(tmp_path, monkeypatch):
 
 def test_published_files_are_used_where_they_lie(cifar_c, empty_store, monkeypatch):
     like, images, folder = cifar_c
-    assert predictions.corruption_source(like, "fog") == "official"
-    assert predictions.corruption_source(like, "snow") == "generated"
+    assert corrupted.corruption_source(like, "fog") == "official"
+    assert corrupted.corruption_source(like, "snow") == "generated"
     assert np.array_equal(together(like, "fog", 4, empty_store), images[:, sample(like.test.labels, 4)])
-    before = predictions._corrupted_version(like, "fog")
+    before = corrupted.corrupted_version(like, "fog")
     np.save(folder / "fog.npy", images[::-1].reshape(-1, 32, 32, 3))
-    assert predictions._corrupted_version(like, "fog") != before
+    assert corrupted.corrupted_version(like, "fog") != before
     assert np.array_equal(together(like, "fog", 4, empty_store), images[::-1, sample(like.test.labels, 4)])
     monkeypatch.setenv("LTHLIB_DATA", str(folder / "nowhere"))
-    assert predictions.corruption_source(like, "fog") == "generated"
+    assert corrupted.corruption_source(like, "fog") == "generated"
     made = corrupt(like.test.pixels.numpy(), "fog", 5)
     assert np.array_equal(together(like, "fog", 9, empty_store)[4], made)
 
@@ -264,7 +273,7 @@ def test_corrupted_logits_are_those_of_each_corrupted_set(tiny, store):
     assert list(found) == [(name, severity) for name in names for severity in (1, 2, 3, 4, 5)]
     for (name, severity), logits in found.items():
         pixels = subject.images(f"corrupted:{name}:{severity}", 30)
-        expected = predict(for_inference(subject.trained.model, "float32"), pixels)
+        expected = predict(for_inference(subject.trained.model, pixels, "float32"), pixels)
         assert logits.shape == (30, 10)
         np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
     for name, severity, logits in subject.corrupted_logits(names[::-1], 30):
@@ -289,20 +298,20 @@ def test_a_set_too_large_to_hold_is_trained_on_and_evaluated_batch_by_batch(tmp_
     found = []
     for limit in (2**30, 0):
         monkeypatch.setattr(data, "HELD_UP_TO", limit)
-        monkeypatch.setattr(predictions, "KEPT_UP_TO", limit)
+        monkeypatch.setattr(corrupted, "KEPT_UP_TO", limit)
         data.load.cache_clear()
         subject = Subject(ticket, Store(tmp_path / f"store-{limit}"), "float32")
         assert isinstance(subject.data.train.pixels, data.OnDemand if limit == 0 else torch.Tensor)
-        corrupted = np.stack([logits for _, _, logits in subject.corrupted_logits(("fog", "pixelate"), 12)])
-        found.append([subject.logits("test", 12), subject.logits("ood:gaussian", 7), corrupted])
+        shifted = np.stack([logits for _, _, logits in subject.corrupted_logits(("fog", "pixelate"), 12)])
+        found.append([subject.logits("test", 12), subject.logits("ood:gaussian", 7), shifted])
     for held, streamed in zip(*found, strict=True):
         np.testing.assert_allclose(streamed, held, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_shrink_as_images_grow():
-    assert predictions.scaled_to((32, 32), 125) == predictions.scaled_to((64, 64), 125) == 125
-    assert predictions.scaled_to((128, 128), 120) == 30
-    assert predictions.scaled_to((4000, 4000), 125) == 1
+    assert scaled_to((32, 32), 125) == scaled_to((64, 64), 125) == 125
+    assert scaled_to((128, 128), 120) == 30
+    assert scaled_to((4000, 4000), 125) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import nn
 from lthlib.core import machine as compute
 from lthlib.core.errors import UserError, choose
 from lthlib.data import Images, OnDemand
+from lthlib.networks.inputs import as_input
 from lthlib.pruning.masks import Masks, prunable
 
 AUGMENTATIONS = ("none", "crop", "crop-flip")
@@ -291,11 +292,6 @@ class _Batches:
         if self.on_demand:
             pixels, index = self._padded(pixels[index]), torch.arange(n)
         return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def as_input(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 (N, H, W, C) into float [0, 1] (N, C, H, W) in channels_last layout, without a copy of the layout."""
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 def mix(*numbers: int) -> int:

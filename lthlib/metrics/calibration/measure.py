@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lthlib.data.corrupted import corruption_names
 from lthlib.metrics.arrays import softmax
 from lthlib.metrics.calibration.errors import N_BINS, reliability_diagram
 from lthlib.metrics.calibration.intervals import bootstrap_intervals
 from lthlib.metrics.calibration.scores import temperature_scaling
 from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, describe, measured_on_test
-from lthlib.tickets.predictions import Subject, corruption_names
+from lthlib.tickets.subject import Subject
 
 VOTING = ["ece", "sce", "nll"]
 

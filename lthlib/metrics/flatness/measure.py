@@ -46,7 +46,7 @@ from lthlib.metrics.flatness.spectrum import (
     spectral_density,
     top_eigenvalues,
 )
-from lthlib.tickets.predictions import Subject
+from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
 
 __all__ = [

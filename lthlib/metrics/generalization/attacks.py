@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lthlib.core.errors import UserError
 from lthlib.metrics.arrays import check_labels
 from lthlib.metrics.registry import describe
-from lthlib.tickets.predictions import scaled_to
+from lthlib.networks.predict import scaled_to
 
 EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 CHUNK = 100  # images of up to 64 pixels; a ResNet-20 keeps some 3 MB of each for the backward pass

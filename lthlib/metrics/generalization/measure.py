@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lthlib.core.errors import UserError, choose
 from lthlib.data import corruptions, ood_classes, source
+from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
 from lthlib.metrics.generalization.attacks import adversarial_logits, logits_of, pgd
 from lthlib.metrics.generalization.corruption import (
@@ -21,7 +22,7 @@ from lthlib.metrics.generalization.corruption import (
 )
 from lthlib.metrics.generalization.ood import detection, msp_score, roc_curve
 from lthlib.metrics.registry import Value, code_of_metrics, computed, describe, measured_on_test
-from lthlib.tickets.predictions import Subject, corrupted_parts, corruption_names, corruption_source, sample
+from lthlib.tickets.subject import Subject
 
 describe(
     "corrupted_accuracy",
@@ -57,7 +58,7 @@ def measure(
 ) -> tuple[list[Value], dict[str, np.ndarray]]:
     """Measure how a ticket generalizes.
 
-    Fewer images than there are is a sample spread evenly over the classes (`lthlib.tickets.predictions.sample`), the
+    Fewer images than there are is a sample spread evenly over the classes (`lthlib.data.corrupted.sample`), the
     same for every ticket.
 
     Args:

@@ -25,6 +25,7 @@ from lthlib.core.errors import UserError, choose, suggest
 from lthlib.core.versions import code_version
 from lthlib.data import data_folder
 from lthlib.data.concepts import ConceptSet, present, read_broden, scenes
+from lthlib.data.corrupted import sample
 from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection
 from lthlib.metrics.interpretability.dissection import Floor, Tally, null_floor, tally, thresholds
@@ -38,7 +39,7 @@ from lthlib.metrics.interpretability.explanations import (
 )
 from lthlib.metrics.interpretability.regions import CHUNK, Stream, activations, chunks, regions
 from lthlib.tickets.obtain import new_model
-from lthlib.tickets.predictions import Subject, sample
+from lthlib.tickets.subject import Subject
 
 SCENES = "scenes"
 LEAST_SIDE = 4  # positions; on smaller maps a region is a quarter of the image or more
