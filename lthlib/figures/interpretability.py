@@ -17,7 +17,6 @@ from matplotlib.patches import Patch
 from lthlib import figures
 from lthlib.figures import WIDTH, factor
 from lthlib.metrics import METRICS
-from lthlib.metrics.interpretability.explanations import explanation_map
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
 from lthlib.results.evaluate import Results
@@ -252,15 +251,28 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
     for line, (title, arrays) in zip(axes[1:], networks.items(), strict=True):
         line[0].set_ylabel(textwrap.fill(title, 16))
         for i, axis in enumerate(line):
-            axis.imshow(_tinted(pictures[i], arrays["explained_maps"][i], scale[i]))
+            axis.imshow(explanation_map(pictures[i], arrays["explained_maps"][i].astype(float), scale[i]))
             label, probability = arrays["explained_label"][i], arrays["explained_probability"][i]
             axis.set_title(f"class {label}, {100 * probability:.0f} %", fontsize="small")
     return figure
 
 
-def _tinted(picture: np.ndarray, by_pixel: np.ndarray, scale: float) -> np.ndarray:
-    coef, segments = np.unique(by_pixel.astype(np.float64), return_inverse=True)
-    return explanation_map(picture, segments.reshape(by_pixel.shape), coef, scale=float(scale))
+def explanation_map(image: np.ndarray, coef: np.ndarray, scale: float) -> np.ndarray:
+    """Return an image in gray, tinted red where a superpixel speaks for the class and blue where against.
+
+    Args:
+        image: uint8, (H, W), (H, W, 1) or (H, W, 3).
+        coef: Each pixel's coefficient, (H, W): ``coef[segments]`` of `lthlib.metrics.interpretability.lime.explain`.
+        scale: The coefficient that gets the full tint; the same for maps that will be compared.
+
+    Returns:
+        Float RGB (H, W, 3) in [0, 1].
+    """
+    strength = np.clip(coef / scale if scale > 0 else 0 * coef, -1, 1)[..., None]
+    gray = image.reshape(*image.shape[:2], -1).mean(axis=2, keepdims=True) / 255
+    tint = np.where(strength > 0, [0.84, 0.10, 0.11], [0.17, 0.32, 0.75])
+    opacity = 0.75 * np.abs(strength)
+    return (1 - opacity) * gray + opacity * tint
 
 
 def gallery(arrays: Arrays) -> Figure:
