@@ -184,12 +184,12 @@ def _segments(subject: Subject, n: int, method: str) -> np.ndarray:
 def _random_weights(subject: Subject, question: Sequence, concepts: str, explain: Callable, look: Callable) -> dict:
     """Measure the dense network of this architecture, data set and seed before training: once for all tickets.
 
-    It is known by its family, by what it is asked, and by what it answers: two foreign networks of the same layers may
-    differ in a plain attribute or in ``forward``. (A ticket's is drawn from its architecture, data set and seed alone.)
+    It is known by its family and by what it is asked. A ticket's family is all that its untrained network is built
+    from: architecture, data set (whose pixels are in the version) and seed; a foreign one's says what it answers, too.
     """
-    model = subject.untrained().eval().to(machine.device())
 
     def make(folder: Path) -> None:
+        model = subject.untrained().eval().to(machine.device())
         dissected = look(model)
         numbers = {**explain(model)[[*lime.SCORES]].mean(), **dissected.numbers()}
         kept = {name: float(numbers[name]) for name in RANDOM if not np.isnan(numbers[name])}
@@ -200,19 +200,11 @@ def _random_weights(subject: Subject, question: Sequence, concepts: str, explain
         }
         (folder / "random.json").write_text(json.dumps(found))
 
-    text = json.dumps([question, _answers(model, subject.data.shape)], sort_keys=True, default=list)
+    text = json.dumps(question, sort_keys=True, default=list)
     key = f"random-weights/{subject.family}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     code = code_version(_random_weights, lime.fidelity_stability, dissect, new_model, sample)
     version = f"{subject.data.digest}-{code}-{inputs(subject, concepts=concepts)}"
     return json.loads((subject.store.get(key, version, make) / "random.json").read_text())
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, shape: tuple[int, int, int]) -> list[list[float]]:
-    """What a network answers to noise, as fractions of the largest answer; rounded, since processors round apart."""
-    noise = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
-    logits = model(noise.to(machine.device())).double().cpu()
-    return [[round(answer, 3) + 0.0 for answer in row] for row in (logits / logits.abs().max()).tolist()]
 
 
 # --- concepts and units ------------------------------------------------------------------------------------
