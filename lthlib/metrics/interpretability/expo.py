@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
 from lthlib.metrics.interpretability.lime import (
-    device_of,
     error,
+    fast_copy,
     generator,
     images_per_pass,
     is_constant,
@@ -24,7 +24,6 @@ from lthlib.metrics.interpretability.lime import (
     scale_free,
 )
 from lthlib.metrics.interpretability.superpixels import check_at_least, with_segments
-from lthlib.networks.fast import inference_copy
 
 error(
     "expo_fidelity",
@@ -104,10 +103,10 @@ def expo(
     check_at_least(2, n_eval=n_eval)
     if not sigma > 0:
         raise UserError(f"sigma is {sigma}; it must be positive (0.1 is the paper's).")
-    network, device, rows = inference_copy(model), device_of(model), []
+    network, rows = None, []
     for image, labels in with_segments(images, segments, method):
-        size = images_per_pass(labels.size, device, batch)
-        local = _Neighbourhood(network, device, image, labels, sigma, size, generator(seed, image))
+        network = network or fast_copy(model)
+        local = _Neighbourhood(*network, image, labels, sigma, batch, generator(seed, image))
         slope, intercept = local.fit(local.image, n_fit)
         fidelity, variance = local.judge(slope, intercept, n_eval)
         centres = torch.cat(list(local.neighbours(local.image, n_neighbours)))
@@ -123,7 +122,8 @@ class _Neighbourhood:
     """Draws neighbours of an image, asks the network about them and fits linear models to its answers."""
 
     def __init__(self, network, device, image, labels, sigma, batch, rng):
-        self.network, self.sigma, self.batch, self.rng = network, sigma, batch, rng
+        self.network, self.sigma, self.rng = network, sigma, rng
+        self.batch = images_per_pass(labels.size, device, batch)
         self.image = torch.from_numpy(image).to(device).float().permute(2, 0, 1) / 255
         self.segment = torch.from_numpy(labels).to(device).ravel()
         self.area = torch.bincount(self.segment).double()
