@@ -30,8 +30,8 @@ from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps
 from lthlib.metrics.interpretability.superpixels import SEGMENTATIONS, default_segmentation, segment
+from lthlib.tickets.obtain import new_model
 from lthlib.tickets.predictions import Subject, sample
-from lthlib.tickets.ticket import new_model
 
 SCENES = "scenes"
 IN_MEMORY = 2**30  # bytes of maps; more are computed anew in each pass
