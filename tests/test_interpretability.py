@@ -21,10 +21,11 @@ from lthlib.metrics.interpretability.measure import concept_set, dissect, measur
 from lthlib.metrics.interpretability.regions import activation_regions
 from lthlib.metrics.interpretability.superpixels import segment
 from lthlib.networks.models import build
-from lthlib.results.evaluate import collect
+from lthlib.results.collect import collect
+from lthlib.tickets.obtain import new_model
 from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study
-from lthlib.tickets.ticket import Ticket, new_model
+from lthlib.tickets.ticket import Ticket
 
 SMALL = {"n_images": 4, "n_masks": 60, "n_expo": 1, "n_concept_images": 40, "draws": 19, "formula_length": 2}
 
