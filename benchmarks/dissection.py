@@ -13,7 +13,7 @@ from PIL import Image
 
 from lthlib.data.concepts import ConceptSet
 from lthlib.metrics.interpretability import composition, dissection
-from lthlib.metrics.interpretability.regions import regions
+from lthlib.metrics.interpretability.regions import activation_regions
 
 LABELS, SIZE, LOW, LENGTH = 11, 112, 7, 3
 MANY, BRODEN = 60_000, 1_197  # images that must fit in 8 GB, and labels of the full Broden
@@ -95,13 +95,13 @@ def compare_tally(acts, limits, concepts) -> None:
 
 def compare_search(acts, limits, concepts, tried: int = 4) -> None:
     count, counts = timed(composition.census, acts, limits, concepts)
-    search, found = timed(composition.explain, counts, max_length=LENGTH)
+    search, found = timed(composition.best_formulas, counts, max_length=LENGTH)
     masks = [concepts.mask(c) for c in range(LABELS)]
     areas = [np.count_nonzero(m) for m in masks]
     picked = np.linspace(0, len(limits) - 1, tried).astype(int)
     slow = 0.0
     for u in picked:
-        region = regions(acts[:, [u]], limits[[u]], concepts.mask_shape)[:, 0]
+        region = activation_regions(acts[:, [u]], limits[[u]], concepts.mask_shape)[:, 0]
         seconds, iou = timed(boolean_search, region, masks, areas)
         slow += seconds / tried
         assert found[u].iou >= iou - 1e-9

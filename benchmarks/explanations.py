@@ -5,7 +5,7 @@
 The peer is lime 0.2.0.1 (`pip install lime==0.2.0.1`, in an environment of its own), called as the official
 code of the paper calls its copy of it: pictures masked one by one, ten in a batch, a scikit-learn ridge for
 the image and for each of five reference rows. Both sides get the masks and reference rows of
-`explanations.draw_masks`.
+`lime.draw_masks`.
 
 The network is a ResNet-20s that first learns, for some steps, which part of scikit-learn's two sample
 photographs a 32-pixel crop was taken from: the scores of an untrained network are too small to compare
@@ -24,11 +24,12 @@ from sklearn.datasets import load_sample_images
 from sklearn.metrics import pairwise_distances
 from torch.nn import functional as F
 
-from lthlib.metrics.interpretability import explanations
+from lthlib.metrics.interpretability.expo import expo
+from lthlib.metrics.interpretability.lime import SCORES, draw_masks, fidelity_stability, relative_change
 from lthlib.networks.models import build
 
 CROP, SHRINK, CLASSES = 32, 2, 8
-SCORES = ("fidelity", "stability", "lime_r2")
+COMPARED = ("fidelity", "stability", "lime_r2")
 
 
 def crops(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,14 +100,14 @@ def explain_with_lime(model, image: np.ndarray) -> dict[str, float]:
         return model(torch.stack([to_tensor(picture) for picture in pictures])).softmax(1).numpy()
 
     segments = SegmentationAlgorithm("felzenszwalb", scale=10, sigma=0.4, min_size=20)(image)
-    masks, references = explanations.draw_masks(image, len(np.unique(segments)))
+    masks, references = draw_masks(image, len(np.unique(segments)))
     explainer = lime_image.LimeImageExplainer()
     explainer.random_state = GivenDraws(masks)
     lime_image.tqdm = lambda rows: rows
     data, f = explainer.data_labels(image, np.zeros_like(image), segments, predict, len(masks))
     label, coefs, errors, scores = f[0].argmax(), [], [], []
     for reference in references:
-        distances = pairwise_distances(data, data[[reference]], metric="cosine").ravel()
+        distances = pairwise_distances(data, reference[None], metric="cosine").ravel()
         intercept, pairs, r2, _ = explainer.base.explain_instance_with_data(data, f, distances, label, 100_000)
         coef = np.zeros(len(pairs))
         coef[[number for number, _ in pairs]] = [weight for _, weight in pairs]
@@ -125,25 +126,25 @@ def timed(function, *args, **settings):
 
 def compare_with_lime(model, images: np.ndarray) -> None:
     """Alternate between the three in blocks of five images, so that all see the same machine."""
-    seconds, deviation = np.zeros(3), dict.fromkeys(SCORES, 0.0)
+    seconds, deviation = np.zeros(3), dict.fromkeys(COMPARED, 0.0)
     explain_with_lime(model, images[0])
-    explanations.fidelity_stability(model, images[:1])
+    fidelity_stability(model, images[:1])
     for start in range(0, len(images), 5):
         block = images[start : start + 5]
         taken, peers = timed(lambda block: [explain_with_lime(model, image) for image in block], block)
-        full_taken, full = timed(explanations.fidelity_stability, model, block)
-        low_taken, _ = timed(explanations.fidelity_stability, model, block, precision="bfloat16")
+        full_taken, full = timed(fidelity_stability, model, block)
+        low_taken, _ = timed(fidelity_stability, model, block, precision="bfloat16")
         seconds += taken, full_taken, low_taken
-        for name in SCORES:
-            worst = max(abs(ours / peer[name] - 1) for ours, peer in zip(full.score(name), peers, strict=True))
+        for name in COMPARED:
+            worst = max(abs(ours / peer[name] - 1) for ours, peer in zip(full[name], peers, strict=True))
             deviation[name] = max(deviation[name], worst)
     peer, full, low = seconds / len(images)
     print(f"seconds per image: lime {peer:.3f} | float32 {full:.3f} | bfloat16 {low:.3f}")
     print(f"faster than lime: float32 {peer / full:.2f} x | bfloat16 {peer / low:.2f} x")
     print("largest relative deviation from lime, float32:", listed(deviation))
     exact = InDouble(model)
-    ours, peer = explanations.fidelity_stability(exact, images[:1]), explain_with_lime(exact, images[0])
-    apart = {name: abs(ours.score(name)[0] / peer[name] - 1) for name in SCORES}
+    ours, peer = fidelity_stability(exact, images[:1]), explain_with_lime(exact, images[0])
+    apart = {name: abs(ours[name][0] / peer[name] - 1) for name in COMPARED}
     print("of the first image with the network in float64:", listed(apart))
 
 
@@ -152,15 +153,16 @@ def listed(deviations: dict[str, float]) -> str:
 
 
 def compare_with_floor(model, images: np.ndarray) -> None:
-    full = explanations.fidelity_stability(model, images)
-    low = explanations.fidelity_stability(model, images, precision="bfloat16")
-    moved = explanations.differences(full, low)
-    floor = explanations.differences(full, explanations.fidelity_stability(model, images, seed=1))
+    full = fidelity_stability(model, images)
+    low = fidelity_stability(model, images, precision="bfloat16")
+    other = fidelity_stability(model, images, seed=1)
+    pairs = (full, low), (full, other)
     print(f"relative change over {len(images)} images, bfloat16 against another mask seed:")
-    for name in explanations.Explanations.SCORES:
-        each, chance = (np.nanmedian(difference[name].image) for difference in (moved, floor))
+    for name in SCORES:
+        each, chance = (relative_change(a[name], b[name]).median() for a, b in pairs)
         print(f"  {name:20s} per image (median) {each:.4f} against {chance:.4f}", end=" | ")
-        print(f"of the mean {moved[name].mean:.4f} against {floor[name].mean:.4f}")
+        mean, chance = (relative_change(a[[name]].mean(), b[[name]].mean()).item() for a, b in pairs)
+        print(f"of the mean {mean:.4f} against {chance:.4f}")
 
 
 def show_large(masks: int = 48) -> None:
@@ -169,15 +171,13 @@ def show_large(masks: int = 48) -> None:
     pictures = [p[:448:2, :448:2] for p in load_sample_images().images]
     few = {"n_fit": 8, "n_eval": 8, "n_neighbours": 2}
     for n in (1, 2):
-        lime, found = timed(
-            explanations.fidelity_stability, model, iter(pictures[:n]), method="quickshift", n_masks=masks
-        )
-        expo, _ = timed(explanations.expo, model, iter(pictures[:n]), method="quickshift", **few)
+        lime, found = timed(fidelity_stability, model, iter(pictures[:n]), method="quickshift", n_masks=masks)
+        near, _ = timed(expo, model, iter(pictures[:n]), method="quickshift", **few)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"224 pixels, ResNet-50, {n} streamed, {found.n_segments.tolist()} quickshift segments: "
+            f"224 pixels, ResNet-50, {n} streamed, {found['n_segments'].tolist()} quickshift segments: "
             f"{1000 * lime / n / masks:.0f} s an image with 1,000 masks (from {masks}), "
-            f"ExpO {expo / n:.0f} s (from 8 + 8 neighbours); peak {peak:.2f} GiB"
+            f"ExpO {near / n:.0f} s (from 8 + 8 neighbours); peak {peak:.2f} GiB"
         )
 
 

@@ -11,23 +11,21 @@ from PIL import Image
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import scenes
 from lthlib.figures import interpretability as drawing
+from lthlib.metrics.interpretability import composition, dissection, lime, portrait
 from lthlib.metrics.interpretability import measure as interpretability
-from lthlib.metrics.interpretability.explanations import expo, fidelity_stability, segment
-from lthlib.metrics.interpretability.measure import (
-    composition,
-    concept_set,
-    default_segmentation,
-    dissect,
-    dissection,
-    last_maps,
-    measure,
-)
-from lthlib.metrics.interpretability.regions import activations, regions
+from lthlib.metrics.interpretability.activations import activations, last_maps
+from lthlib.metrics.interpretability.expo import SCORES as EXPO_SCORES
+from lthlib.metrics.interpretability.expo import expo
+from lthlib.metrics.interpretability.lime import fidelity_stability
+from lthlib.metrics.interpretability.measure import concept_set, dissect, measure
+from lthlib.metrics.interpretability.regions import activation_regions
+from lthlib.metrics.interpretability.superpixels import segment
 from lthlib.networks.models import build
-from lthlib.results.evaluate import collect
+from lthlib.results.collect import collect
+from lthlib.tickets.obtain import new_model
 from lthlib.tickets.study import Study
 from lthlib.tickets.subject import Subject
-from lthlib.tickets.ticket import Ticket, new_model
+from lthlib.tickets.ticket import Ticket
 
 SMALL = {"n_images": 4, "n_masks": 60, "n_expo": 1, "n_concept_images": 40, "draws": 19, "formula_length": 2}
 
@@ -61,7 +59,7 @@ class TestMeasure:
         explained = fidelity_stability(subjects[1].model, images, segments=[cells] * 4, n_masks=60)
         near = expo(subjects[1].model, images[:1], segments=[cells])
         found = numbers(measured[1][0])
-        for name, value in (explained.summary() | near.summary()).items():
+        for name, value in {**explained[[*lime.SCORES]].mean(), **near[[*EXPO_SCORES]].mean()}.items():
             assert found[name] == pytest.approx(value, rel=1e-12)
         assert [v.n for v in measured[1][0] if v.metric in ("fidelity", "expo_fidelity")] == [4, 1]
 
@@ -71,8 +69,9 @@ class TestMeasure:
         limits = dissection.thresholds(maps, concepts.quantile)
         expected = dissection.summary(dissection.iou(dissection.tally(maps, limits, concepts)))
         floor = dissection.null_floor(maps, limits, concepts, draws=19)
-        formulas = composition.explain(composition.census(maps, limits, concepts), max_length=2)
-        expected |= {"units_above_floor": floor.units_above_floor} | composition.summary(formulas)
+        formulas = composition.best_formulas(composition.census(maps, limits, concepts), max_length=2)
+        above = dissection.iou(dissection.tally(maps, limits, concepts)).max(1) > floor
+        expected |= {"units_above_floor": above.mean()} | composition.summary(formulas)
         found = numbers(measured[1][0])
         assert {name: found[name] for name in expected} == expected
 
@@ -82,15 +81,14 @@ class TestMeasure:
         images = subjects[0].images("test", 4).numpy()
         explained = fidelity_stability(untrained, images, method="grid", n_masks=60)
         expected = {name: layer.numbers()[name] for name in ("unique_detectors", "mean_best_iou", "composition_iou")}
-        expected["fidelity"] = explained.summary()["fidelity"]
+        expected["fidelity"] = explained["fidelity"].mean()
         for values, _ in measured:  # the sparse ticket has its dense parent's floor
             assert {name: numbers(values)[f"{name}_random"] for name in expected} == pytest.approx(expected)
 
     def test_the_random_floor_is_measured_once(self, subjects, measured, monkeypatch):
-        dissected = []
-        real = interpretability._Probe.dissect
+        dissected, real = [], interpretability.dissect
         monkeypatch.setattr(
-            interpretability._Probe, "dissect", lambda probe, model: dissected.append(model) or real(probe, model)
+            interpretability, "dissect", lambda model, **asked: dissected.append(model) or real(model, **asked)
         )
         measure(subjects[1], **SMALL)
         assert len(dissected) == 1  # the ticket itself
@@ -100,7 +98,7 @@ class TestMeasure:
     def test_the_seed_floor_compares_two_seeds(self, subjects, measured):
         images = subjects[0].images("test", 4).numpy()
         a, b = (
-            fidelity_stability(subjects[0].model, images, method="grid", n_masks=60, seed=seed).summary()
+            fidelity_stability(subjects[0].model, images, method="grid", n_masks=60, seed=seed)[[*lime.SCORES]].mean()
             for seed in (0, 1)
         )
         for name in ("fidelity", "stability_relative"):
@@ -165,13 +163,6 @@ class TestMeasure:
     def test_wrong_parameters_are_named(self, subjects, wrong, message):
         with pytest.raises(UserError, match=message):
             measure(subjects[0], **{**SMALL, **wrong})
-
-    def test_superpixels_of_colour_images_are_the_papers(self):
-        assert [default_segmentation(*s) for s in ((1, 28), (3, 32), (3, 224))] == [
-            "grid",
-            "felzenszwalb",
-            "quickshift",
-        ]
 
 
 class TestLastMaps:
@@ -239,10 +230,10 @@ class TestDissection:
         found = dissect(subjects[0].model, concepts, "layer3", draws=19, formula_length=2)
         label, score = dissection.best_labels(found.scores)
         units = arrays["unit_number"]
-        above = found.floor.above
+        above = found.above
         assert above.any()
         assert score[units[0]] == score[above].max()
-        assert len(units) == min(interpretability.SHOWN_UNITS, len(label))
+        assert len(units) == min(portrait.SHOWN_UNITS, len(label))
         assert list(arrays["unit_label"]) == [concepts.labels[label[u]] for u in units]
         for k, u in enumerate(units):
             better = (label == label[u]) & ((above > above[u]) | (above == above[u]) & (score > score[u]))
@@ -250,7 +241,7 @@ class TestDissection:
             top = np.argsort(-found.peaks[:, u], kind="stable")[:3]
             np.testing.assert_array_equal(arrays["unit_images"][k], concepts.images[top])
             maps = activations(subjects[0].model, "layer3", concepts.images[top])
-            expected = regions(maps, found.limits, (28, 28))[:, u]
+            expected = activation_regions(maps, found.limits, (28, 28))[:, u]
             np.testing.assert_array_equal(arrays["unit_regions"][k], expected)
 
     def test_detectors_by_category_add_up(self, measured):
@@ -270,7 +261,7 @@ class TestDissection:
         for c, category in enumerate(concepts.categories):
             for n in np.unique(arrays["gallery_planes"][:, c]):
                 if n > 0:
-                    assert concepts.categories[arrays["gallery_category_of"][n - 1]] == category
+                    assert concepts.categories[concepts.category_of[n - 1]] == category
                     mask = concepts.mask(str(arrays["gallery_labels"][n - 1]))[: len(arrays["gallery_images"])]
                     np.testing.assert_array_equal(arrays["gallery_planes"][:, c] == n, mask)
         assert "gallery_images" not in measured[1][1]
@@ -348,14 +339,6 @@ def test_the_table_of_floors_is_arithmetic_on_the_rows(subjects, store):
     scores = results.arrays[Ticket(recipe=ticket.recipe, train_size=500).id]["scores"][:, 0]
     assert float(line["± 95 % (images)"]) == pytest.approx(1.96 * scores.std(ddof=1) / 2, rel=5e-3)
     assert line["measured on"] == "4 test images"
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_precision_is_that_of_the_subject(subjects, precision):
-    subject = Subject(subjects[0].ticket, subjects[0].store, precision)
-    names = ("segmentation", "concepts", "layer", "quantile")
-    probe = interpretability._probe(subject, **dict(zip(names, (None, "scenes", None, None), strict=True)), **SMALL)
-    assert probe.precision == precision
 
 
 def test_no_panel_cuts_off_detectors(monkeypatch):

@@ -17,7 +17,6 @@ from matplotlib.patches import Patch
 from lthlib import figures
 from lthlib.figures import WIDTH, factor
 from lthlib.metrics import METRICS
-from lthlib.metrics.interpretability.explanations import explanation_map
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
 from lthlib.results.collect import Results
@@ -40,26 +39,20 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
     metrics = [metric for metric in metrics if (judged["metric"] == metric).any()]
     figure = figures.curves(judged, [(metric, "none") for metric in metrics])
     legends = list(figure.legends)
+    dense = rows[rows["method"] == "dense"].groupby("metric")["value"].mean()
     for axis, metric in zip(figure.axes, metrics, strict=True):
-        dense = rows[(rows["method"] == "dense") & (rows["metric"] == metric)]["value"].mean()
-        _floor(axis, rows, metric, dense)
+        scale = factor(metric)
+        if f"{metric}_random" in dense:
+            axis.axhline(scale * dense[f"{metric}_random"], **_RANDOM, zorder=2)
+        if f"{metric}_seed_floor" in dense:
+            low, high = (scale * dense[metric] * (1 + sign * dense[f"{metric}_seed_floor"]) for sign in (-1, 1))
+            axis.axhspan(low, high, facecolor="none", edgecolor="grey", hatch="////", alpha=0.4, lw=0)
     handles = [*legends[0].legend_handles, Line2D([], [], **_RANDOM, label="random weights")]
     if any(f"{metric}_seed_floor" in METRICS for metric in metrics):
         handles.append(Patch(facecolor="none", edgecolor="grey", hatch="////", label="mask seed alone"))
     legends[0].remove()
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
     return figure
-
-
-def _floor(axis: Axes, rows: pd.DataFrame, metric: str, dense: float) -> None:
-    scale = factor(metric)
-    random = rows[(rows["metric"] == f"{metric}_random") & (rows["method"] == "dense")]["value"]
-    if len(random):
-        axis.axhline(scale * random.mean(), **_RANDOM, zorder=2)
-    moved = rows[(rows["metric"] == f"{metric}_seed_floor") & (rows["method"] == "dense")]["value"]
-    if len(moved):
-        low, high = (scale * dense * (1 + sign * moved.mean()) for sign in (-1, 1))
-        axis.axhspan(low, high, facecolor="none", edgecolor="grey", hatch="////", alpha=0.4, lw=0)
 
 
 def floors(results: Results) -> pd.DataFrame:
@@ -70,29 +63,20 @@ def floors(results: Results) -> pd.DataFrame:
     """
     rows = results.rows[results.rows["method"] == "dense"]
     first = results.arrays[rows["ticket"].iloc[0]]
-    errors = dict(zip(first["error_names"], first["errors"], strict=True))
-    lines = {}
-    for metric in (*EXPLANATIONS, *UNITS):
-        mine = rows[rows["metric"] == metric]
-        if mine.empty:
-            continue
-        scale, dense, n = factor(metric), mine["value"].mean(), mine["n"].iloc[0]
-        moved, random = (
-            rows[rows["metric"] == f"{metric}_{kind}"]["value"].mean() for kind in ("seed_floor", "random")
-        )
-        explained = f"{n} test images"
-        lines[figures.label(metric)] = {
-            "measured on": explained if metric in EXPLANATIONS else f"{n} of {first['concepts']}, {first['layer']}",
-            "dense": _number(scale * dense),
-            "± 95 % (images)": _number(1.96 * scale * errors.get(metric, np.nan)),
-            "± mask seed": _number(scale * dense * moved),
-            "random weights": _number(scale * random),
-        }
-    return pd.DataFrame(lines).T
-
-
-def _number(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.3g}"
+    errors = pd.Series(first["errors"], first["error_names"])
+    dense, n = rows.groupby("metric")["value"].mean(), rows.groupby("metric")["n"].first()
+    metrics = [metric for metric in (*EXPLANATIONS, *UNITS) if metric in dense]
+    numbers = {
+        "dense": dense.reindex(metrics),
+        "± 95 % (images)": 1.96 * errors.reindex(metrics),
+        "± mask seed": dense.reindex(metrics) * dense.reindex([f"{m}_seed_floor" for m in metrics]).to_numpy(),
+        "random weights": dense.reindex([f"{m}_random" for m in metrics]).set_axis(metrics),
+    }
+    table = pd.DataFrame(numbers).mul(pd.Series({m: factor(m) for m in metrics}), axis=0)
+    table = table.map(lambda value: "–" if np.isnan(value) else f"{value:.3g}")
+    units = f"of {first['concepts']}, {first['layer']}"
+    table.insert(0, "measured on", [f"{n[m]} {'test images' if m in EXPLANATIONS else units}" for m in metrics])
+    return table.set_axis([figures.label(m) for m in metrics])
 
 
 def detectors_by_category(results: Results) -> Figure:
@@ -137,11 +121,12 @@ def detectors_by_category(results: Results) -> Figure:
 def _by_category(results: Results) -> pd.DataFrame:
     lines = []
     for ticket in results.tickets.itertuples():
-        arrays = results.arrays[ticket.ticket]
-        for i, category in enumerate(arrays["categories"]):
-            lines.append((ticket.method, ticket.round, category, arrays["detectors"][i]))
-            if ticket.method == "dense":
-                lines.append(("random", 0, category, arrays["random_detectors"][i]))
+        found = results.arrays[ticket.ticket]
+        lines += [
+            (ticket.method, ticket.round, *pair) for pair in zip(found["categories"], found["detectors"], strict=True)
+        ]
+        if ticket.method == "dense":
+            lines += [("random", 0, *pair) for pair in zip(found["categories"], found["random_detectors"], strict=True)]
     return pd.DataFrame(lines, columns=["method", "round", "category", "detectors"])
 
 
@@ -154,7 +139,8 @@ def formula_length(results: Results) -> Figure:
     methods = [m for m in dict.fromkeys(tickets["method"]) if m != "dense"]
     last = tickets["round"].max()
     figure, axis = plt.subplots(figsize=(0.62 * WIDTH, 3.4), layout="constrained")
-    _length_line(axis, results, tickets["method"] == "dense", "dense", color="black", ls="--")
+    dense = tickets["method"] == "dense"
+    _length_line(axis, results, dense, "dense", color="black", ls="--")
     if len(methods) == 1:
         rounds = sorted(set(tickets["round"]) - {0})
         for n, colour in zip(rounds, sns.color_palette("flare", len(rounds)), strict=True):
@@ -163,9 +149,7 @@ def formula_length(results: Results) -> Figure:
         for method in methods:
             chosen = (tickets["method"] == method) & (tickets["round"] == last)
             _length_line(axis, results, chosen, METHODS[method].title, color=figures.colours()[method])
-    _length_line(
-        axis, results, tickets["method"] == "dense", "random weights", "random_by_length", marker=None, **_RANDOM
-    )
+    _length_line(axis, results, dense, "random weights", "random_by_length", marker=None, **_RANDOM)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("concepts in the formula, at most")
     axis.set_ylabel("best IoU ↑, mean over units")
@@ -252,15 +236,28 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
     for line, (title, arrays) in zip(axes[1:], networks.items(), strict=True):
         line[0].set_ylabel(textwrap.fill(title, 16))
         for i, axis in enumerate(line):
-            axis.imshow(_tinted(pictures[i], arrays["explained_maps"][i], scale[i]))
+            axis.imshow(explanation_map(pictures[i], arrays["explained_maps"][i].astype(float), scale[i]))
             label, probability = arrays["explained_label"][i], arrays["explained_probability"][i]
             axis.set_title(f"class {label}, {100 * probability:.0f} %", fontsize="small")
     return figure
 
 
-def _tinted(picture: np.ndarray, by_pixel: np.ndarray, scale: float) -> np.ndarray:
-    coef, segments = np.unique(by_pixel.astype(np.float64), return_inverse=True)
-    return explanation_map(picture, segments.reshape(by_pixel.shape), coef, scale=float(scale))
+def explanation_map(image: np.ndarray, coef: np.ndarray, scale: float) -> np.ndarray:
+    """Return an image in gray, tinted red where a superpixel speaks for the class and blue where against.
+
+    Args:
+        image: uint8, (H, W), (H, W, 1) or (H, W, 3).
+        coef: Each pixel's coefficient, (H, W): ``coef[segments]`` of `lthlib.metrics.interpretability.lime.explain`.
+        scale: The coefficient that gets the full tint; the same for maps that will be compared.
+
+    Returns:
+        Float RGB (H, W, 3) in [0, 1].
+    """
+    strength = np.clip(coef / scale if scale > 0 else 0 * coef, -1, 1)[..., None]
+    gray = image.reshape(*image.shape[:2], -1).mean(axis=2, keepdims=True) / 255
+    tint = np.where(strength > 0, [0.84, 0.10, 0.11], [0.17, 0.32, 0.75])
+    opacity = 0.75 * np.abs(strength)
+    return (1 - opacity) * gray + opacity * tint
 
 
 def gallery(arrays: Arrays) -> Figure:

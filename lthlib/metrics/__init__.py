@@ -22,6 +22,9 @@ FUNCTIONS = {
     "calibration.errors": "ece ece_lthpass sce adaptive_ece ace reliability_diagram",
     "calibration.scores": "nll brier brier_decomposition temperature_scaling",
     "calibration.intervals": "bootstrap_intervals",
+    "interpretability.lime": "explain fidelity_stability",
+    "interpretability.expo": "expo",
+    "interpretability.measure": "dissect",
     "flatness.exact": "hessian_trace",
 }
 

@@ -9,7 +9,7 @@ signatures, exact in integers, and no mask of the set is touched again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ from scipy import sparse
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import ConceptSet
 from lthlib.metrics import describe
+from lthlib.metrics.interpretability.activations import Stream, chunks
 from lthlib.metrics.interpretability.dissection import check_sizes
-from lthlib.metrics.interpretability.regions import Stream, Upsampler, chunks, shared_pixels
+from lthlib.metrics.interpretability.regions import Upsampler, shared_pixels
 
 BEAM = 5
 MAX_LENGTH = 10
@@ -74,11 +75,11 @@ class Formula:
         """Number of labels."""
         return len(self.steps)
 
-    def mask(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """Return where the formula holds, from the labels' boolean masks."""
-        value = masks[self.steps[0][1]]
+    def holds(self, where: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return where the formula holds, from a function that says where a label does, both boolean arrays."""
+        value = where(self.steps[0][1])
         for operator, label in self.steps[1:]:
-            other = masks[label]
+            other = where(label)
             value = value | other if operator == "OR" else value & (~other if operator == "AND NOT" else other)
         return value
 
@@ -191,20 +192,21 @@ def _members(book: dict[tuple[int, ...], int], labels: int) -> sparse.csr_array:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The best formula of one unit.
+class BestFormula:
+    """What describes one unit best.
 
     Attributes:
-        unit: Index of the unit.
         formula: The formula, or None for a unit whose active pixels have no label (or that is never active).
-        iou: Its IoU over the whole set.
-        by_length: Best IoU among formulas of at most 1, 2, ... labels; never decreasing.
+        by_length: Best IoU among formulas of at most 1, 2, ... labels, over the whole set; never decreasing.
     """
 
-    unit: int
     formula: Formula | None
-    iou: float
     by_length: tuple[float, ...]
+
+    @property
+    def iou(self) -> float:
+        """The formula's IoU over the whole set."""
+        return self.by_length[-1]
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,7 @@ class _Entry:
         return -self.iou, len(self.formula), self.formula.steps
 
 
-def explain(
-    counts: Census, units: Sequence[int] | None = None, *, max_length: int = 3, beam: int = BEAM
-) -> list[Explanation]:
+def best_formulas(counts: Census, *, max_length: int = 3, beam: int = BEAM) -> list[BestFormula]:
     """Find the formula that best matches each unit, by beam search.
 
     The beam starts with the best single labels that meet the unit. In each round every formula F in it is
@@ -236,12 +236,8 @@ def explain(
 
     Args:
         counts: From `census`.
-        units: Indices of units; None explains all.
         max_length: Largest number of labels in a formula, 1 to 10.
         beam: Formulas kept.
-
-    Returns:
-        One `Explanation` per unit.
 
     Raises:
         UserError: If the length or the beam is not allowed.
@@ -253,8 +249,7 @@ def explain(
             f"A formula has 1 to {MAX_LENGTH} labels, a beam at least one entry, not {max_length} and {beam}."
         )
     search = _Search(counts, beam)
-    chosen = range(counts.units.shape[0]) if units is None else units
-    return [search.unit(int(u), max_length) for u in chosen]
+    return [search.unit(unit, max_length) for unit in range(counts.units.shape[0])]
 
 
 class _Search:
@@ -266,12 +261,12 @@ class _Search:
         self.area = counts.members @ self.pixels
         self.areas_with: dict[Formula, np.ndarray] = {}
 
-    def unit(self, unit: int, max_length: int) -> Explanation:
+    def unit(self, unit: int, max_length: int) -> BestFormula:
         """Search for one unit."""
         weights = self.counts.units[[unit]].toarray()[0]
         both, size = self.counts.members @ weights, weights.sum()
         iou = _ratio(both, self.area, size)
-        kept = self._best([], iou, lambda c: _Entry(Formula.of(c), self._holds(c), both[c], self.area[c], iou[c]))
+        kept = self._best([], iou, lambda c: (Formula.of(c), both[c], self.area[c]))
         path = [_top(kept)]
         while len(path) < max_length:
             grown = self._best(kept, *self._extensions(kept, weights, both, size))
@@ -280,10 +275,10 @@ class _Search:
                 break
             kept = grown
             path.append(_top(kept))
-        return Explanation(unit, kept[0].formula if kept else None, path[-1], tuple(path))
+        return BestFormula(kept[0].formula if kept else None, tuple(path))
 
     def _extensions(self, kept: list[_Entry], weights: np.ndarray, both: np.ndarray, size: float):
-        """Return the IoU of F op C, (operators, kept, L), 0 where that is F, and a maker of such entries."""
+        """Return the IoU of F op C, (operators, kept, L), 0 where that is F, and what gives formula and counts."""
         holds = np.stack([entry.holds for entry in kept], 1) if kept else np.empty((len(weights), 0), bool)
         both_and = (self.counts.members @ (weights[:, None] * holds)).T
         area_and = np.array([self._areas_with(entry) for entry in kept]).reshape(both_and.shape)
@@ -292,21 +287,17 @@ class _Search:
         area = np.stack([own_area + self.area - area_and, area_and, own_area - area_and])
         # F OR C contains F and the others lie in it, so an equal area is an equal mask.
         iou = np.where(area == own_area, 0.0, _ratio(shared, area, size))
+        return iou, lambda o, f, c: (kept[f].formula.extend(OPERATORS[o], c), shared[o, f, c], area[o, f, c])
 
-        def entry(o: int, f: int, c: int) -> _Entry:
-            formula, old, new = kept[f].formula.extend(OPERATORS[o], c), kept[f].holds, self._holds(c)
-            mask = (old | new, old & new, old & ~new)[o]
-            return _Entry(formula, mask, shared[o, f, c], area[o, f, c], iou[o, f, c])
-
-        return iou, entry
-
-    def _best(self, kept: list[_Entry], iou: np.ndarray, entry) -> list[_Entry]:
-        """Return the best entries with different masks, of those kept and those ``entry(*index)`` makes."""
+    def _best(self, kept: list[_Entry], iou: np.ndarray, counted: Callable) -> list[_Entry]:
+        """Return the best entries with different masks, of those kept and those that ``counted(*index)`` describes."""
         chosen: dict[bytes, _Entry] = {}
         values = np.unique([*iou[iou > 0], *(e.iou for e in kept)])
         for value in values[::-1]:
             equals = [e for e in kept if e.iou == value]
-            equals += [entry(*index) for index in np.argwhere(iou == value).tolist()]
+            for index in np.argwhere(iou == value).tolist():
+                formula, both, area = counted(*index)
+                equals.append(_Entry(formula, formula.holds(self._holds), both, area, value))
             for e in sorted(equals, key=lambda e: e.rank):
                 chosen.setdefault(np.packbits(e.holds).tobytes(), e)
                 if len(chosen) == self.beam:
@@ -335,8 +326,7 @@ def _top(kept: list[_Entry]) -> float:
     return float(kept[0].iou) if kept else 0.0
 
 
-def summary(explanations: Sequence[Explanation]) -> dict[str, float]:
+def summary(found: Sequence[BestFormula]) -> dict[str, float]:
     """Return the layer's numbers: see the rows of `METRICS` with these names."""
-    best = np.array([e.iou for e in explanations])
-    single = np.array([e.by_length[0] for e in explanations])
+    best, single = (np.array([f.by_length[i] for f in found]) for i in (-1, 0))
     return {"composition_iou": float(best.mean()), "composition_gain": float((best - single).mean())}

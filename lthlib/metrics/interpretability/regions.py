@@ -1,4 +1,4 @@
-"""Where the units of a layer are active: maps of any layer, enlarged, cut at a threshold and packed.
+"""Where the units of a layer are active: maps enlarged, cut at a threshold and packed.
 
 Between two neighbouring positions of the low-resolution map a bilinear surface never leaves the range of the
 four corners, so only *cells* with a corner above the threshold can hold active pixels: about one in ten at
@@ -7,137 +7,12 @@ the usual quantile. Only they are computed, packed into machine words and counte
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 import torch
-from torch import nn
-
-from lthlib.core.errors import UserError
-
-CHUNK = 64
-"""Images that are passed through a network, or tallied, at once."""
-
-# --- activations -----------------------------------------------------------------------------------------
-
-
-class Stream:
-    """The maps of a layer, computed anew in chunks whenever they are iterated over.
-
-    Iterating yields float32 arrays (n, U, h, w); a layer with flat outputs (n, U) has maps of one pixel.
-    The model is evaluated in eval mode without gradients and left as found.
-
-    Args:
-        model: Takes [0, 1] pixels (n, C, H, W).
-        layer: A module's name as in ``model.named_modules()``.
-        images: uint8 (N, H, W, C), an array or anything that gives one when sliced.
-        chunk: Images per pass.
-
-    Raises:
-        UserError: If no module has this name, or (when iterated over) if the layer is not called exactly once
-            per pass or its output is not a map of units.
-    """
-
-    def __init__(self, model: nn.Module, layer: str, images: Sequence, chunk: int = CHUNK):
-        self.module = _find(model, layer)
-        self.model, self.layer, self.images, self.chunk = model, layer, images, chunk
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the maps chunk by chunk."""
-        outputs: list = []
-        for start in range(0, len(self), self.chunk):
-            with _evaluating(self.model), _recording(self.module, outputs):
-                self.model(_pixels(self.images[start : start + self.chunk], self.model))
-            yield self._maps(outputs)
-            outputs.clear()
-
-    def _maps(self, outputs: list) -> np.ndarray:
-        if len(outputs) != 1:
-            raise UserError(
-                f"Layer {self.layer!r} is called {len(outputs)} times in one pass; dissect a layer that is "
-                "called once, for instance the block around it."
-            )
-        maps = outputs[0]
-        if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
-            shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
-            raise UserError(f"Layer {self.layer!r} gives {shape}; dissection needs (N, units, h, w) or (N, units).")
-        maps = maps.float().cpu().numpy()
-        return maps if maps.ndim == 4 else maps[:, :, None, None]
-
-
-def activations(model: nn.Module, layer: str, images: Sequence, chunk: int = CHUNK) -> np.ndarray:
-    """Return the low-resolution maps of a layer, float32 (N, U, h, w), all in memory: see `Stream`.
-
-    Raises:
-        UserError: As `Stream`.
-    """
-    return np.concatenate(list(Stream(model, layer, images, chunk)))
-
-
-def _find(model: nn.Module, layer: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    modules.pop("", None)
-    if layer not in modules:
-        near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
-        hint = f"Near: {', '.join(near)}." if near else f"There are: {', '.join(list(modules)[:20])}."
-        raise UserError(f"The network has no layer {layer!r}. {hint}")
-    return modules[layer]
-
-
-class _evaluating:
-    """Eval mode without gradients; every module's own mode is put back."""
-
-    def __init__(self, model: nn.Module):
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.model, self.no_grad = model, torch.no_grad()
-
-    def __enter__(self):
-        self.no_grad.__enter__()
-        self.model.eval()
-
-    def __exit__(self, *error):
-        for module, mode in self.modes:
-            module.training = mode
-        self.no_grad.__exit__(*error)
-
-
-class _recording:
-    """Append what a module returns to a list."""
-
-    def __init__(self, module: nn.Module, outputs: list):
-        self.module, self.outputs = module, outputs
-
-    def __enter__(self):
-        self.handle = self.module.register_forward_hook(self._append)
-
-    def _append(self, module, inputs, output):
-        # A copy, since an in-place activation may follow.
-        self.outputs.append(output.clone() if isinstance(output, torch.Tensor) else output)
-
-    def __exit__(self, *error):
-        self.handle.remove()
-
-
-def _pixels(images: np.ndarray, model: nn.Module) -> torch.Tensor:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def chunks(acts: np.ndarray | Stream, chunk: int = CHUNK) -> Iterator[np.ndarray]:
-    """Iterate over maps in float32 blocks (n, U, h, w), n at most ``chunk`` for an array."""
-    if isinstance(acts, np.ndarray):
-        return (acts[i : i + chunk].astype(np.float32, copy=False) for i in range(0, len(acts), chunk))
-    return iter(acts)
-
-
-# --- active pixels ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -302,12 +177,12 @@ class Upsampler:
         return self.pack(bits) & self.inside[cy * len(self.x) + cx]
 
 
-def regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the regions of some maps at mask resolution, bool (n, U, H, W): for figures and small sets.
+def activation_regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return where units are active at mask resolution, bool (n, U, H, W): for figures and small sets.
 
     Args:
         maps: Low-resolution maps (n, U, h, w).
-        limits: The units' `thresholds`, (U,).
+        limits: The units' `dissection.thresholds`, (U,).
         shape: Size (H, W) of the mask.
     """
     up = Upsampler(maps.shape[2:], tuple(shape))
