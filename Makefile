@@ -2,7 +2,7 @@
 # make report GRID=workflow/grids/cifar10.yml
 # make report PROFILE=slurm            the same on a cluster (workflow/profiles/slurm/config.yaml has its settings)
 # make report OPTIONS="--dry-run"      with further options of Snakemake
-# make status [GRID=...]               in another terminal: how far a run is, and how long it still takes
+# make status                          in another terminal: how far a run is
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
 # make torture                         kill a tiny grid again and again, or damage its files, and compare what it ends with
@@ -22,7 +22,7 @@ report: $(ENV)/ready
 	@$(RUN) workflow/report.py $(GRID) --profile $(PROFILE) --cores $(CORES) $(if $(OPTIONS),-- $(OPTIONS))
 
 status: $(ENV)/ready
-	@$(RUN) workflow/status.py $(if $(filter command line environment,$(origin GRID)),$(GRID))
+	@$(RUN) workflow/report.py --status
 
 record: $(ENV)/ready
 	@$(RUN) -m lthlib record $(GRID)
@@ -37,7 +37,7 @@ $(ENV)/ready: requirements.lock workflow/bootstrap.py workflow/uv.lock.txt
 	@touch $@
 
 torture: $(ENV)/ready
-	@$(RUN) workflow/torture.py $(OPTIONS)
+	@$(RUN) tests/torture.py $(OPTIONS)
 
 lock: $(ENV)/ready
 	uv pip compile pyproject.toml --group test --universal --python-version 3.11 --generate-hashes --no-annotate \

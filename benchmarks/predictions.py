@@ -25,7 +25,8 @@ from torchvision.transforms.functional import to_tensor
 
 from lthlib.core import machine as compute
 from lthlib.data import Images
-from lthlib.metrics.calibration.measure import LEGACY_BINS, calibration_summary, sce, softmax
+from lthlib.metrics import computed, sce, softmax
+from lthlib.metrics.calibration.errors import PUBLISHED_BINS
 from lthlib.networks import models
 from lthlib.tickets.predictions import for_inference, predict
 from lthlib.training.loop import Recipe, train
@@ -78,10 +79,10 @@ def published_calibration(model: nn.Module, loader: DataLoader) -> dict[str, np.
     loss = nn.functional.nll_loss(torch.log(probs), labels).item()
     p, truth = probs.numpy(), labels.numpy()
     confidence, hits = p.max(1), p.argmax(1) == truth
-    bins = np.digitize(confidence, np.linspace(0, 1, LEGACY_BINS + 1), right=True)
+    bins = np.digitize(confidence, np.linspace(0, 1, PUBLISHED_BINS + 1), right=True)
     gaps = [
         np.abs(hits[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
-        for b in range(1, LEGACY_BINS + 1)
+        for b in range(1, PUBLISHED_BINS + 1)
         if (bins == b).any()
     ]
     return {"logits": logits.numpy(), "ece_lthpass": sum(gaps), "nll": loss}
@@ -94,7 +95,8 @@ def published(model: nn.Module, part: Images) -> dict[str, object]:
 
 def ours(model: nn.Module, part: Images, precision: str) -> dict[str, object]:
     logits = predict(for_inference(model, precision), part.pixels).numpy()
-    return {"logits": logits, **calibration_summary(logits, part.labels.numpy())}
+    numbers = computed(["test_accuracy", "ece_lthpass", "sce", "nll"], logits, part.labels.numpy())
+    return {"logits": logits, "accuracy": numbers.pop("test_accuracy"), **numbers}
 
 
 def main() -> None:

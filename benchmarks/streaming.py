@@ -64,7 +64,7 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
 
     from lthlib import data
     from lthlib.core.store import Store
-    from lthlib.metrics.calibration.measure import calibration_summary
+    from lthlib.metrics import computed
     from lthlib.networks import models
     from lthlib.tickets.predictions import Subject, corrupted_parts, predict
     from lthlib.tickets.ticket import Ticket
@@ -85,7 +85,7 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
     subject.trained = SimpleNamespace(model=model.eval(), version="untrained")
     found = {"read on demand": isinstance(like.test.pixels, data.OnDemand), "before": peak()}
     labels = subject.labels("test", n).numpy()
-    found["clean"] = calibration_summary(subject.logits("test", n), labels)["accuracy"]
+    found["clean"] = computed(["test_accuracy", "ece"], subject.logits("test", n), labels)["test_accuracy"]
     found["after test"] = peak()
     parts = corrupted_parts(like, corruption, n, store, severities=(3,))
     answers = torch.cat([predict(subject.fast_model, pixels).argmax(1) for _, _, pixels in parts])

@@ -1,8 +1,7 @@
 """The steps of a grid, one command each; the workflow calls them, and so may you.
 
 python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure one method, one seed, all rounds
-python -m lthlib rows GRID FILE                               write the tidy table of a finished grid
-python -m lthlib front GRID FOLDER                            write the book's answer, status and contents
+python -m lthlib book GRID --workers N                        make its pages, tables and front, and build the book
 python -m lthlib record GRID                                  put its results into book/results
 python -m lthlib estimate GRID                                say what training it costs, before it is run
 python -m lthlib check GRID DENSE PRUNED ...                  compare networks of your own with their dense parent
@@ -14,8 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lthlib.book import lifeline
-from lthlib.core import gpus
+from lthlib.core import gpus, lifeline
 from lthlib.core.errors import UserError
 
 
@@ -28,13 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         tickets.add_argument(name)
     tickets.add_argument("seed", type=int)
     tickets.add_argument("--done", type=Path, help="file to write when all is done")
-    rows = commands.add_parser("rows", help="write the tidy table of a grid")
-    rows.add_argument("grid")
-    rows.add_argument("file", type=Path)
-    front = commands.add_parser("front", help="write the book's answer, status and table of contents")
-    front.add_argument("grid")
-    front.add_argument("folder", type=Path)
-    front.add_argument("--unfinished", action="store_true", help="mark what is missing")
+    book = commands.add_parser("book", help="make a grid's pages, tables and front, and build the book")
+    book.add_argument("grid")
+    book.add_argument("--workers", type=int, default=1, help="how many pages are made at once")
     record = commands.add_parser("record", help="put a grid's results into book/results")
     record.add_argument("grid")
     cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")
@@ -50,19 +44,28 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--network", help="package.module:function that makes them (default: the grid's arch)")
     check.add_argument("--rows", type=Path, help="where to write the tidy table of all numbers")
     options = vars(parser.parse_args(arguments))
-    lifeline.watch()
-    if options["command"] == "tickets":
-        gpus.claim()
-    from lthlib import own
-    from lthlib.book import cost as estimate
-    from lthlib.book import front as report  # late: they import torch, and --help should not
-
     command = options.pop("command")
+    lifeline.watch()
     try:
-        return getattr({"estimate": estimate, "check": own}.get(command, report), command)(**options) or 0
+        if command == "tickets":
+            gpus.claim()
+        return _function(command)(**options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _function(command: str):
+    """Return what a command calls; imported late, since --help need not wait for torch."""
+    if command == "check":
+        from lthlib.own import check as found
+    elif command == "estimate":
+        from lthlib.book.cost import estimate as found
+    else:
+        from lthlib.book import make
+
+        found = getattr(make, command)
+    return found
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from lthlib.metrics import METRICS
 from lthlib.networks import models
 from lthlib.pruning import masks
 from lthlib.results import verdict
-from lthlib.results.evaluate import COLUMNS, DIMENSIONS, measured, table_of
+from lthlib.results.collect import COLUMNS, table_of
+from lthlib.results.evaluate import DIMENSIONS, measured
+from lthlib.tickets.obtain import Trained
 from lthlib.tickets.predictions import Subject
-from lthlib.tickets.ticket import Trained
 
 DENSE = "dense"
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net")

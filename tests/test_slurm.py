@@ -1,4 +1,4 @@
-"""A real Slurm of one node, started by `workflow/slurm.sh`: a tiny grid completes, a cancelled job is tried again."""
+"""A real Slurm of one node, started by `tests/slurm.sh`: a tiny grid completes, a cancelled job is tried again."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ import yte
 from test_report import GRID, copy_of_the_checkout
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "workflow/slurm.sh"
+SCRIPT = ROOT / "tests/slurm.sh"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
 def obstacle():
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing:
-        return f"Slurm is not installed ({', '.join(missing)}): workflow/slurm.sh install"
+        return f"Slurm is not installed ({', '.join(missing)}): tests/slurm.sh install"
     if os.geteuid():
         return "starting Slurm takes root"
     if os.path.lexists("/etc/slurm/slurm.conf"):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lthlib.core.errors import UserError
-from lthlib.metrics.calibration.measure import ece, sce
+from lthlib.metrics import ece, sce
 from lthlib.results.verdict import Thresholds, lth_pass, reach, regions, scorecard, summarise
 
 

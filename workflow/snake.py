@@ -1,34 +1,45 @@
-"""Snakemake, after a look at the grid, tied to the run that started it (`lthlib.book.lifeline`).
+"""Snakemake, after a look at the grid: stamps that no longer hold are taken back, so that it makes what they stood for.
 
-A grid that is refused ends with status `REFUSED` and one line that says why. What `lthlib.book.verify` finds wanting,
-Snakemake is told to make: by itself it would miss a part of it.
+A grid that is refused ends with status `REFUSED` and one line that says why.
 """
 
 import json
 import os
+import shutil
 import sys
-from pathlib import Path
 
-from progress import DRY, PLAN
 from snakemake.cli import main
 
-from lthlib.book import front as report
-from lthlib.book import lifeline, verify
+from lthlib.book import make, plan
 from lthlib.book.grid import read_grid
+from lthlib.core import lifeline
 from lthlib.core.errors import UserError
-from lthlib.core.store import Store, say, why, write_atomically
+from lthlib.core.store import ROOT, Store, say, why, write_atomically
 
 REFUSED = 3
+AIMS = plan.BUILD / "aims.json"  # what this run will have made, for workflow/report.py to count
+
+
+def look(grid_file: str, dry: bool) -> None:
+    """Check the grid and what there is of it, and write down what there will be."""
+    grid, store = read_grid(grid_file), Store()
+    if not dry:
+        make.clear_stale(grid, store)
+    kept = [str(store.path(key)) for job in plan.jobs(grid) for key in plan.artifacts(grid, job)]
+    pages = [str(page.notebook) for page in plan.every_page(grid)]
+    logs = {job.name: str(make.job_log(grid, job)) for job in plan.jobs(grid)}
+    write_atomically(AIMS, json.dumps({"grid": grid.name, "evaluations": kept, "pages": pages, "logs": logs}))
+
 
 if __name__ == "__main__":
     lifeline.watch()
-    grid, *arguments = sys.argv[1:]
+    grid_file, *arguments = sys.argv[1:]
     if "workflow/profiles/local" not in arguments:
-        os.environ.pop(lifeline.VARIABLE)  # its jobs run elsewhere, where no process has that number
+        os.environ.pop(lifeline.VARIABLE, None)  # its jobs run on other machines
+    for notes in ("metadata", "incomplete", "locks"):  # stamps say what is done, and the run has a lock of its own
+        shutil.rmtree(ROOT / ".snakemake" / notes, ignore_errors=True)
     try:
-        found = read_grid(grid)
-        stale = verify.stale(found, Store(), look=not DRY.isdisjoint(arguments))
-        write_atomically(Path(PLAN) / f"{found.name}.json", json.dumps(report.plan(found)))
+        look(grid_file, dry=not {"-n", "--dry-run", "--dryrun"}.isdisjoint(arguments))
     except UserError as error:
         say(f"error: {error}")
         sys.exit(REFUSED)
@@ -37,6 +48,6 @@ if __name__ == "__main__":
             raise
         say(f"error: this checkout cannot be used: {why(error)}.")
         sys.exit(REFUSED)
-    forced = ["--forcerun", *stale] if stale else []
-    sys.argv = ["snakemake", *arguments, *forced, "--config", f"grid={grid}"]
+    sys.argv = ["snakemake", *arguments, "--nolock", "--drop-metadata", "--rerun-triggers", "params"]
+    sys.argv += ["--config", f"grid={grid_file}"]
     sys.exit(main())

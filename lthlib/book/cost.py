@@ -9,23 +9,23 @@ python -m lthlib estimate GRID [--throughput MACS_PER_SECOND] [--record]
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from lthlib import data
 from lthlib.book.grid import Grid, read_grid, study_name
-from lthlib.core import machine as compute
+from lthlib.core import machine
 from lthlib.core.errors import UserError
-from lthlib.core.store import ROOT, Store, say, write_atomically
+from lthlib.core.store import ROOT, Store, say, seal, write_atomically
 from lthlib.networks import models
 from lthlib.pruning import METHODS
+from lthlib.results.recorded import recorded_json
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import Ticket
+from lthlib.training.loop import Recipe, train
 
 THROUGHPUT = ROOT / "book" / "results" / "throughput.json"
 """Training throughput by architecture, measured on the machine it names."""
@@ -53,28 +53,6 @@ SIZES = {
 """The data sets whose cost is known without having them."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The training of some networks.
-
-    Attributes:
-        study: The study's name.
-        method: Whose networks; "dense" includes the rewind points.
-        arch: Name of their architecture.
-        networks: How many are trained, rewind points aside.
-        images: Images seen in training, over all epochs.
-        macs: Multiply-accumulates of these images' forward passes and of their gradients, as if all were dense; a
-            method that removes channels needs fewer.
-    """
-
-    study: str
-    method: str
-    arch: str
-    networks: int
-    images: int
-    macs: float
-
-
 def trained(study: Study) -> list[tuple[Ticket, int]]:
     """Return every network that a study trains, once, with the number of epochs; rewind points come as dense ones."""
     runs: dict[tuple[Ticket, int], None] = {}
@@ -93,26 +71,6 @@ def trained(study: Study) -> list[tuple[Ticket, int]]:
     for ticket in study.tickets():
         add(ticket)
     return list(runs)
-
-
-def cost(grid: Grid) -> list[Cost]:
-    """Return what each method of each study costs to train, the dense networks first.
-
-    Raises:
-        UserError: A data set is neither here nor in `SIZES`.
-    """
-    found = []
-    for study in grid.studies:
-        images = sizes(study)
-        per_image = PASSES * macs(study.arch, images)
-        per_epoch = study.recipe.steps_per_epoch(images.n) * study.recipe.batch_size
-        runs = trained(study)
-        for method in dict.fromkeys(ticket.method for ticket, _ in runs):
-            epochs = [n for ticket, n in runs if ticket.method == method]
-            networks = len({ticket for ticket, _ in runs if ticket.method == method})
-            seen = sum(epochs) * per_epoch
-            found.append(Cost(study_name(study), method, study.arch, networks, seen, seen * per_image))
-    return found
 
 
 def sizes(study: Study) -> Images:
@@ -137,18 +95,13 @@ def macs(arch: str, images: Images) -> int:
 
 def _build(arch: str, images: Images) -> torch.nn.Module:
     channels, size, _ = images.shape
+    mean, std = [0.5] * channels, [0.25] * channels
     return models.build(
-        arch,
-        in_channels=channels,
-        num_classes=images.classes,
-        image_size=size,
-        mean=[0.5] * channels,
-        std=[0.25] * channels,
-        seed=0,
+        arch, in_channels=channels, num_classes=images.classes, image_size=size, mean=mean, std=std, seed=0
     )
 
 
-def probe(arch: str, images: Images, batch_size: int, seconds: float = 5.0) -> float:
+def probe(arch: str, images: Images, batch_size: int, work: float = 2e11) -> float:
     """Measure the multiply-accumulates a second of training on one core, or on the GPU where there is one.
 
     On a core it is the core's own time that counts: what else the machine does is not held against it.
@@ -156,44 +109,21 @@ def probe(arch: str, images: Images, batch_size: int, seconds: float = 5.0) -> f
     Args:
         arch: Name of an architecture.
         images: Their shape and number of classes.
-        batch_size: Images a step; fewer where a step of so many takes longer than ``seconds``.
-        seconds: How long to measure, after a first step.
+        batch_size: Images a step; fewer where less than a step is done.
+        work: Multiply-accumulates to do, about; some seconds of a core.
     """
-    device = compute.device()
-    with compute.one_thread():
-        model = _build(arch, images).to(device, memory_format=torch.channels_last).train()
-        step = _step(model, images, device)
-        n = min(8, batch_size)
-        step(n)  # compiles and allocates
-        while n * 2 <= batch_size and 2 * step(n) < seconds:
-            n *= 2
-        done, took = 0, 0.0
-        while took < seconds:
-            took += step(n)
-            done += n
-    return done * PASSES * macs(arch, images) / took
-
-
-def _step(model: torch.nn.Module, images: Images, device: torch.device):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    low = compute.resolve_precision("auto") == torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-
-    def step(n: int) -> float:
-        began = clock()
-        x = torch.rand(n, *images.shape, generator=generator).to(device, memory_format=torch.channels_last)
-        y = torch.zeros(n, dtype=torch.long, device=device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-            logits = model(x)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), y).backward()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock() - began
-
-    return step
+    n = max(2, int(work / (PASSES * macs(arch, images))))
+    channels, height, width = images.shape
+    pixels = torch.randint(256, (n, height, width, channels), generator=torch.Generator().manual_seed(0))
+    noise = data.Images(pixels.to(torch.uint8), torch.arange(n) % images.classes)
+    recipe = Recipe(epochs=1, batch_size=min(batch_size, n))
+    clock = time.process_time if machine.device().type == "cpu" else time.perf_counter
+    with machine.one_thread():
+        for part in (noise.subset(torch.arange(recipe.batch_size)), noise):  # the first compiles and allocates
+            began = clock()
+            train(_build(arch, images), part, recipe, seed=0)
+            took = clock() - began
+    return recipe.steps_per_epoch(n) * recipe.batch_size * PASSES * macs(arch, images) / took
 
 
 def key(arch: str, shape: Iterable[int]) -> str:
@@ -201,47 +131,35 @@ def key(arch: str, shape: Iterable[int]) -> str:
     return f"{arch} {'x'.join(map(str, shape))}"
 
 
-def measure(grid: Grid, seconds: float = 5.0) -> dict[str, float]:
-    """Return the measured throughput of every architecture and image shape of a grid, by `key`."""
-    found = {}
-    for study in grid.studies:
-        images = sizes(study)
-        name = key(study.arch, images.shape)
-        if name not in found:
-            found[name] = probe(study.arch, images, study.recipe.batch_size, seconds)
-    return found
-
-
 def recorded() -> Mapping:
     """Return what `THROUGHPUT` holds: "macs_per_second" by `key`, "provenance"; empty where there is none."""
-    return json.loads(THROUGHPUT.read_text()) if THROUGHPUT.exists() else {"macs_per_second": {}, "provenance": {}}
-
-
-def _record(found: Mapping[str, float]) -> None:
-    """Add measured throughputs to `THROUGHPUT`."""
-    every = {**recorded()["macs_per_second"], **found}
-    content = {"macs_per_second": every, "provenance": {**compute.provenance("auto"), "threads": 1}}
-    write_atomically(THROUGHPUT, json.dumps(content, indent=1) + "\n")
+    return recorded_json(THROUGHPUT) if THROUGHPUT.exists() else {"macs_per_second": {}, "provenance": {}}
 
 
 def table(grid: Grid, throughput: Mapping[str, float] | float) -> list[dict[str, object]]:
-    """Return one line a study: networks, images, multiply-accumulates, and hours at a throughput.
+    """Return one line a study: networks, images seen in training, multiply-accumulates, hours at a throughput.
+
+    Multiply-accumulates are those of the images' forward passes and of their gradients, as if all networks were dense;
+    a method that removes channels needs fewer.
 
     Args:
         grid: Which.
         throughput: Multiply-accumulates a second, one number or by `key`.
+
+    Raises:
+        UserError: A data set is neither here nor in `SIZES`.
     """
-    lines, costs = [], cost(grid)
+    lines = []
     for study in grid.studies:
-        mine = [line for line in costs if line.study == study_name(study)]
-        name = key(study.arch, sizes(study).shape)
-        speed = throughput if isinstance(throughput, float) else throughput[name]
-        total = sum(line.macs for line in mine)
+        images, runs = sizes(study), trained(study)
+        seen = sum(n for _, n in runs) * study.recipe.steps_per_epoch(images.n) * study.recipe.batch_size
+        total = float(seen * PASSES * macs(study.arch, images))
+        speed = throughput if isinstance(throughput, float) else throughput[key(study.arch, images.shape)]
         lines.append(
             {
                 "study": study_name(study),
-                "networks": sum(line.networks for line in mine),
-                "images": sum(line.images for line in mine),
+                "networks": len({ticket for ticket, _ in runs}),
+                "images": seen,
                 "macs": total,
                 "macs_per_second": speed,
                 "hours": total / speed / 3600,
@@ -251,16 +169,19 @@ def table(grid: Grid, throughput: Mapping[str, float] | float) -> list[dict[str,
 
 
 def estimate(grid: str, throughput: float | None = None, record: bool = False) -> None:
-    """Print what training a grid costs; measure the throughput here where none is given."""
+    """Print what training a grid costs; measure the throughput here where none is given, and record it if asked to."""
     plan = read_grid(grid, recorded=True)
     if throughput is not None and not throughput > 0:
         raise UserError(f"throughput is {throughput:g}; it must be a number of multiply-accumulates a second.")
     if throughput is None:
         say("measuring the throughput of this machine, some seconds for each architecture")
-        throughput = measure(plan)
+        kinds = {key(study.arch, sizes(study).shape): study for study in plan.studies}
+        throughput = {name: probe(s.arch, sizes(s), s.recipe.batch_size) for name, s in kinds.items()}
         if record:
-            _record(throughput)
-    unit = "core-hours" if isinstance(throughput, dict) and compute.device().type == "cpu" else "hours"
+            every = {**recorded()["macs_per_second"], **throughput}
+            made = {**machine.provenance("auto"), "threads": 1}
+            write_atomically(THROUGHPUT, seal({"macs_per_second": every, "provenance": made}))
+    unit = "core-hours" if isinstance(throughput, dict) and machine.device().type == "cpu" else "hours"
     lines = table(plan, throughput)
     for line in lines:
         print(

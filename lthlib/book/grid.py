@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 
 from lthlib import data
-from lthlib.core import machine as compute
+from lthlib.core import machine
 from lthlib.core.errors import UserError, check_plain, choose, shown
 from lthlib.results.evaluate import DIMENSIONS
-from lthlib.results.verdict import Thresholds
+from lthlib.results.verdict import thresholds_from
 from lthlib.tickets.study import Study, study_from
 
 STUDY_KEYS = (
@@ -41,7 +41,7 @@ LARGEST = 100_000  # bytes of a grid file
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values; a key that stands twice is an error, where YAML would forget the first."""
+    """Reads plain values, without what surprises in YAML: keys that stand twice, numbers on another base."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -49,6 +49,15 @@ class _Loader(yaml.SafeLoader):
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):  # 010 would be 8, and 1:30 ninety
+            problem = f"{node.value} is no plain whole number; write it in decimal digits, or in quotes if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 @dataclass(frozen=True)
@@ -140,15 +149,17 @@ def grid_from(name: str, content: object) -> Grid:
         twice = f"data is {shown(content['data'])} and arch is {shown(content['arch'])}"
         raise UserError(f"{twice}; neither must name one of them twice.")
     precision = content.get("precision", "auto")
-    choose(precision, compute.PRECISIONS, "precision")
+    choose(precision, machine.PRECISIONS, "precision")
     dimensions = _dimensions(content["dimensions"])
+    thresholds = content.get("thresholds") or {}
+    thresholds_from(thresholds)
     return Grid(
         name,
         _title(content.get("title", name)),
         studies,
         dimensions,
         precision,
-        _thresholds(content.get("thresholds") or {}),
+        thresholds,
         _method_pages(content.get("method_pages"), dimensions),
     )
 
@@ -172,14 +183,14 @@ def _names(value: object, key: str) -> list[str]:
 
 
 def _title(value: object) -> str:
-    if not isinstance(value, str) or not value.strip() or "\n" in value:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise UserError(f"title is {shown(value)}; it must be one line of text.")
     return value
 
 
 def _dimensions(value: object) -> dict[str, dict[str, object]]:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = dict.fromkeys(value) or value
+        value = dict.fromkeys(value)
     if not isinstance(value, dict) or not value:
         raise UserError(
             f"dimensions is {shown(value)}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
@@ -190,12 +201,3 @@ def _dimensions(value: object) -> dict[str, dict[str, object]]:
             raise UserError(f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty.")
         DIMENSIONS[name].parameters(parameters)
     return {name: dict(parameters or {}) for name, parameters in value.items()}
-
-
-def _thresholds(value: object) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise UserError(f"thresholds is {shown(value)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
-    for name in value:
-        choose(name, list(vars(Thresholds())), "threshold")
-    Thresholds(**value)
-    return value

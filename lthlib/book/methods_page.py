@@ -14,7 +14,7 @@ from lthlib.core.errors import choose
 from lthlib.pruning import METHODS, Method
 from lthlib.pruning.masks import sparsity_of
 from lthlib.results import overlaps, verdict
-from lthlib.results.evaluate import LATENCY, recorded_json
+from lthlib.results.recorded import LATENCY, recorded_json
 
 LOOKS_AT = {
     "init": "the initial weights",

@@ -6,25 +6,26 @@ A template's cells call these; anything that a function can hold is here, so tha
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 
 from lthlib import data, figures
-from lthlib.book.runner import check, parameters_of
-from lthlib.core.errors import choose
+from lthlib.core import machine
+from lthlib.core.errors import UserError, check_plain, choose, shown
 from lthlib.core.store import ROOT, Store
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
 from lthlib.results import verdict
-from lthlib.results.evaluate import Results, collect
+from lthlib.results.collect import Results, collect
 from lthlib.tickets.study import Study, study_from
 
 STUDY = ("data", "arch", "method", "seeds", "rounds", "recipe", "rewind_epoch", "train_size", "options")
@@ -76,7 +77,10 @@ def load(dimension: str, namespace: Mapping[str, object], template: str | None =
         UserError: For an unknown parameter (papermill itself would ignore it) or a value that cannot be.
     """
     given = _parameters(template or dimension, namespace)
+    if get_ipython() is not None:  # whatever MPLBACKEND says: figures are what a page is for
+        get_ipython().run_line_magic("matplotlib", "inline")
     figures.use_style()
+    choose(given["precision"], machine.PRECISIONS, "precision")
     study = study_from({key: given.pop(key) for key in STUDY if key in given})
     store, recorded = Store(given["store"]), ROOT / given["recorded"] if given["recorded"] else None
     results = collect(
@@ -88,7 +92,7 @@ def load(dimension: str, namespace: Mapping[str, object], template: str | None =
         compute_missing=given["compute_missing"],
         recorded=recorded,
     )
-    limits = verdict.Thresholds(**_known(given["thresholds"], vars(verdict.Thresholds()), "threshold"))
+    limits = verdict.thresholds_from(given["thresholds"])
     judged = verdict.regions(results.rows, n_classes(results), limits)
     page = Page(study, results, judged, limits, store, recorded, given["compute_missing"])
     n_recorded = len(results.recorded)
@@ -101,24 +105,34 @@ def load(dimension: str, namespace: Mapping[str, object], template: str | None =
 
 def _parameters(template: str, namespace: Mapping[str, object]) -> dict[str, object]:
     """Return a template's parameters from the notebook's variables; what papermill injected must be declared."""
-    declared = parameters_of(nbformat.read(ROOT / "notebooks" / f"{template}.ipynb", as_version=4))
-    injected = {
-        target.id: namespace[target.id]
-        for source in namespace.get("In", [])
-        if source.startswith("# Parameters")
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    check(injected, declared)
-    return {name: namespace[name] for name in declared}
+    cells = json.loads((ROOT / "notebooks" / f"{template}.ipynb").read_text())["cells"]
+    declared = [
+        name
+        for cell in cells
+        if "parameters" in cell["metadata"].get("tags", [])
+        for name in _assigned("".join(cell["source"]))
+    ]
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters"):
+            for name in _assigned(source):
+                choose(name, declared, "parameter")
+    given = {name: namespace[name] for name in declared}
+    for name in ("store", "recorded"):
+        if not isinstance(given[name], str | None):
+            raise UserError(f"The parameter {name} is {shown(given[name])}; it must be the name of a folder, or null.")
+    if not isinstance(given["compute_missing"], bool):
+        raise UserError(f"compute_missing is {shown(given['compute_missing'])}; it must be true or false.")
+    for name in ("measure", "thresholds"):
+        check_plain(given[name], name)
+        if not isinstance(given[name], Mapping):
+            raise UserError(f"The parameter {name} is {shown(given[name])}; it must be a mapping.")
+    return given
 
 
-def _known(given: Mapping[str, object], allowed: Mapping[str, object], kind: str) -> dict[str, object]:
-    for name in given:
-        choose(name, allowed, kind)
-    return dict(given)
+def _assigned(code: str) -> list[str]:
+    """Return the names that lines of ``name = literal`` set."""
+    lines = ast.parse(code).body
+    return [(line.targets[0] if isinstance(line, ast.Assign) else line.target).id for line in lines]
 
 
 def _short(path: Path) -> str:

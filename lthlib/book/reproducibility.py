@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from lthlib.core.store import ROOT
-from lthlib.results.evaluate import DIMENSIONS, recorded_json
+from lthlib.results.evaluate import DIMENSIONS
+from lthlib.results.recorded import recorded_json
 
-RERUNS = ROOT / "book" / "results" / "reruns.json"  # by workflow/reruns.py
-AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by workflow/agreement.py
+RERUNS = ROOT / "book" / "results" / "reruns.json"  # by benchmarks/reruns.py
+AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by benchmarks/agreement.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
 REST = ("rows", "front", "book")
 TABLES = ("reruns.md", "agreement.md")
@@ -24,7 +25,7 @@ def chapter_tables() -> dict[str, str]:
 
 def _recorded(path, table) -> str:
     if not path.exists():
-        return f"Nothing is recorded: `.venv/bin/python workflow/{path.stem}.py --record` does that.\n"
+        return f"Nothing is recorded: `.venv/bin/python benchmarks/{path.stem}.py --record` does that.\n"
     return table(recorded_json(path))
 
 

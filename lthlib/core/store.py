@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lthlib.core.errors import UserError
 
@@ -171,14 +172,12 @@ class Store:
             UserError: Where the store cannot be written (no space, no permission, read-only).
         """
         path = self.path(key)
-        if self.has(key, version):
-            self._checked[key] = version
-            return path
-        with self._guard(), self._lock(key):
-            fault = self._fault(key, version)  # another process may have finished it while we waited
-            if fault is not None:
-                self._clear(key, fault)
-                self._make(key, version, make)
+        if not self.has(key, version):
+            with self._guard(), self._lock(key):
+                fault = self._fault(key, version)  # another process may have finished it while we waited
+                if fault is not None:
+                    self._clear(key, fault)
+                    self._make(key, version, make)
         self._checked[key] = version
         return path
 
@@ -192,12 +191,8 @@ class Store:
                 below.clear()
                 yield "/".join(parts)
 
-    def check(self, keys: Iterable[str], *, set_aside: bool = True) -> set[str]:
+    def lost(self, keys: Iterable[str]) -> set[str]:
         """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside.
-
-        Args:
-            keys: Which.
-            set_aside: Whether those that are damaged are; else this is only said.
 
         Raises:
             UserError: Where the store cannot be read, or what is damaged cannot be set aside.
@@ -207,24 +202,12 @@ class Store:
             with ThreadPoolExecutor() as threads:  # hashing lets others run
                 faults = dict(zip(keys, threads.map(self._fault, keys), strict=True))
             faulty = {key for key, fault in faults.items() if fault is not None}
-            for key in faulty if not set_aside else ():
-                if faults[key] != "absent":
-                    say(f"damaged: {self.path(key)}: {faults[key]}")
-            for key in faulty if set_aside else ():
+            for key in faulty:
                 with self._lock(key):
                     fault = self._fault(key)  # another process may have mended it while we waited
                     if fault is not None:
                         self._clear(key, fault)
         return faulty
-
-    def set_aside(self) -> set[str]:
-        """Return the names of the damaged artifacts that were set aside so far.
-
-        Raises:
-            UserError: Where the store cannot be read.
-        """
-        with self._guard():
-            return {path.name for path in (self.root / "damaged").glob("*")}
 
     def drop(self, key: str) -> None:
         """Remove an artifact, so that whoever asks for it next makes it again; one that is absent stays so."""
@@ -235,11 +218,7 @@ class Store:
     def tidy(self) -> None:
         """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
         for left in (self.root / "tmp").glob("*"):
-            with (
-                contextlib.suppress(OSError),
-                self._lock_file(left.name).open("a+") as handle,
-            ):  # being made, or not ours
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError, Timeout), FileLock(self._lock_file(left.name), timeout=0):
                 shutil.rmtree(left)
 
     def _lock_file(self, name: str) -> Path:
@@ -276,20 +255,20 @@ class Store:
         return None if version in (None, manifest["version"]) else "outdated"
 
     def _clear(self, key: str, fault: str) -> None:
-        path = self.path(key)
+        """Take away what lies under a key: set it aside where it is damaged, remove it where it is outdated."""
         if fault == "absent":
             return
+        path, name = self.path(key), key.replace("/", "--")
         if fault == "outdated":  # moved first: half of it would pass for damage, were we killed
-            temporary = self.root / "tmp" / key.replace("/", "--")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, temporary)
-            shutil.rmtree(temporary)
-            return
-        aside = self.root / "damaged" / f"{key.replace('/', '--')}-{time.time_ns()}"
+            aside = self.root / "tmp" / name
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside = self.root / "damaged" / f"{name}-{time.time_ns()}"
+            say(f"damaged: {path}: {fault}; set aside in {aside} and made again")
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, aside)
-        say(f"damaged: {path}: {fault}; set aside in {aside} and made again")
+        if fault == "outdated":
+            shutil.rmtree(aside)
 
     def _make(self, key: str, version: str, make: Callable[[Path], None]) -> None:
         temporary = self.root / "tmp" / key.replace("/", "--")
@@ -314,18 +293,16 @@ class Store:
         """Hold the key's lock. The system frees it with the process, however that ends: no lock goes stale."""
         file = self._lock_file(key.replace("/", "--"))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                say(f"waiting: {key} is being made by process {handle.read().strip() or '?'}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            handle.seek(0)
-            handle.truncate()
-            handle.write(str(os.getpid()))
-            handle.flush()
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting: {key} is being made by another process")
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

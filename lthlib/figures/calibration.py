@@ -17,20 +17,11 @@ def reliability(diagrams: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     Args:
         diagrams: Title -> arrays ``count``, ``confidence``, ``accuracy`` by bin.
     """
-    figure, axes = plt.subplots(
-        2,
-        len(diagrams),
-        figsize=(WIDTH, 3.6),
-        squeeze=False,
-        layout="constrained",
-        sharex=True,
-        sharey="row",
-        height_ratios=[3, 1],
-    )
+    shape = {"sharex": True, "sharey": "row", "height_ratios": [3, 1], "squeeze": False}
+    figure, axes = plt.subplots(2, len(diagrams), figsize=(WIDTH, 3.6), layout="constrained", **shape)
     for (top, bottom), (title, bins) in zip(axes.T, diagrams.items(), strict=True):
-        edges = np.linspace(0, 1, len(bins["count"]) + 1)
-        centres, width = (edges[:-1] + edges[1:]) / 2, edges[1]
-        filled = bins["count"] > 0
+        width = 1 / len(bins["count"])
+        centres, filled = width * (np.arange(len(bins["count"])) + 0.5), bins["count"] > 0
         top.plot([0, 1], [0, 1], color="black", ls="--", lw=1)
         top.bar(centres[filled], bins["accuracy"][filled], width, color="C0", alpha=0.7, edgecolor="white")
         top.plot(bins["confidence"][filled], bins["accuracy"][filled], "o", color="C3", ms=3)

@@ -7,44 +7,33 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from lthlib.data.corruptions import CORRUPTIONS
-from lthlib.figures import WIDTH, label
+from lthlib.figures import WIDTH, label, shades
 from lthlib.pruning import METHODS, masks
 
 
 def attack_curves(judged: pd.DataFrame) -> Figure:
     """Draw accuracy under FGSM against its strength, PGD-20 as crosses: dense and sparse, one panel a method."""
-    part = judged[judged["metric"] == "adversarial_accuracy"]
-    pgd = judged[judged["metric"] == "pgd_accuracy"]
-    methods = list(dict.fromkeys(part["method"]))
+    fgsm, pgd = (judged[judged["metric"] == name] for name in ("adversarial_accuracy", "pgd_accuracy"))
+    methods, rounds = list(dict.fromkeys(fgsm["method"])), sorted(set(fgsm["round"]))
     columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(WIDTH, 2.4 * rows + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
-    shades = sns.color_palette("flare", part["round"].nunique())
     for axis in axes.flat[len(methods) :]:
         axis.remove()
     for axis, method in zip(axes.flat, methods, strict=False):
-        mine = part[part["method"] == method]
-        for shade, (n, line) in zip(shades, mine.groupby("round"), strict=False):
-            axis.plot(
-                line["severity"],
-                100 * line["mean"],
-                "o-",
-                ms=3,
-                color=shade,
-                label=f"{100 * masks.sparsity_of(n):.3g} %",
-            )
-            after = pgd[(pgd["method"] == method) & (pgd["round"] == n)]
-            axis.plot(after["severity"], 100 * after["mean"], "x", ms=5, color=shade)
-        first = mine[mine["round"] == mine["round"].min()]
-        after = pgd[(pgd["method"] == method) & (pgd["round"] == mine["round"].min())]
-        axis.plot(after["severity"], 100 * after["dense"], "kx", ms=5, label="dense, PGD-20")
-        axis.plot(first["severity"], 100 * first["dense"], color="black", ls="--", label="dense")
+        by_fgsm, by_pgd = (dict(list(p[p["method"] == method].groupby("round"))) for p in (fgsm, pgd))
+        for shade, n in zip(shades(len(rounds)), by_fgsm, strict=False):
+            sparsity = f"{100 * masks.sparsity_of(n):.3g} %"
+            axis.plot(by_fgsm[n]["severity"], 100 * by_fgsm[n]["mean"], "o-", ms=3, color=shade, label=sparsity)
+            axis.plot(by_pgd[n]["severity"], 100 * by_pgd[n]["mean"], "x", ms=5, color=shade)
+        first = min(by_fgsm)
+        axis.plot(by_pgd[first]["severity"], 100 * by_pgd[first]["dense"], "kx", ms=5, label="dense, PGD-20")
+        axis.plot(by_fgsm[first]["severity"], 100 * by_fgsm[first]["dense"], color="black", ls="--", label="dense")
         axis.set_title(METHODS[method].title)
         axis.set_xlabel("ε [1/255]")
     axes[0, 0].set_ylabel(label("adversarial_accuracy"))
@@ -67,8 +56,7 @@ def roc_curves(curves: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[
             axis.plot(np.linspace(0, 100, len(curve)), 100 * curve, lw=1.3, label=title, **style)
         axis.set(title=f"against {name}", xlabel="known flagged as foreign [%]", aspect="equal")
     axes[0, 0].set_ylabel("foreign flagged as foreign [%]")
-    handles, titles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 

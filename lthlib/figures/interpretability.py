@@ -20,7 +20,7 @@ from lthlib.metrics import METRICS
 from lthlib.metrics.interpretability.explanations import explanation_map
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
-from lthlib.results.evaluate import Results
+from lthlib.results.collect import Results
 
 EXPLANATIONS = ("fidelity", "fidelity_r2", "stability", "stability_relative")
 UNITS = ("unique_detectors", "interpretable_units", "units_above_floor", "mean_best_iou", "composition_iou")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lthlib.figures import WIDTH, colours, label
+from lthlib.figures import WIDTH, colours, label, shades
 from lthlib.pruning import METHODS, masks
 
 ANNOTATED = 16  # layers; more numbers side by side cannot be read
@@ -24,71 +24,24 @@ TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 
 
 def density_map(densities: pd.DataFrame, round: int) -> Figure:
-    """Draw the density of each layer in percent, a row a method, at one round.
-
-    Args:
-        densities: As `lthlib.book.pages.densities` returns it.
-        round: Which.
-    """
+    """Draw the density of each layer in percent, a row a method, at one round; `lthlib.book` makes the table."""
     table = 100 * densities.xs(round, level="round")
     few = len(table.columns) <= ANNOTATED
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 2.0), layout="constrained")
     floor = max(table.to_numpy()[table.to_numpy() > 0].min(), 0.01)
-    sns.heatmap(
+    style = {"norm": LogNorm(floor, 100), "linewidths": 1 if few else 0, "fmt": ""}
+    figure, axis = _heatmap(
         table.clip(lower=floor),
+        [name.removesuffix(".weight") for name in table],
+        table.index,
+        cell=0.34,
         annot=table.map("{:.3g}".format) if few else False,
-        fmt="",
-        cmap="crest",
-        ax=axis,
-        norm=LogNorm(floor, 100),
-        linewidths=1 if few else 0,
-        annot_kws={"size": 8},
         cbar_kws={"label": "density [%]", "format": "%g"},
-        xticklabels=[_short(name) for name in table],
-        yticklabels=[METHODS[m].title for m in table.index],
+        degrees=35 if few else 90,
+        **style,
     )
     axis.set_title(f"density by layer at sparsity {100 * masks.sparsity_of(round):.1f} %, mean over seeds")
     axis.set(xlabel="layer, from input to output", ylabel="")
-    _slant(axis, 35 if few else 90)
     return figure
-
-
-def density_lines(densities: pd.DataFrame, about: str, round: int) -> Figure:
-    """Draw the densities by layer of one method: at all its rounds, and at one round in front of the other methods."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.9), sharey=True, layout="constrained")
-    mine = 100 * densities.loc[about]
-    for shade, (n, line) in zip(sns.color_palette("flare", len(mine)), mine.iterrows(), strict=True):
-        _layers(left, line, color=shade, marker="o", label=f"{100 * masks.sparsity_of(n):.3g} %")
-    left.legend(title="sparsity", fontsize=8, title_fontsize=8)
-    left.set(title=f"{METHODS[about].title}, by sparsity", ylabel="density [%]")
-    peers = 100 * densities.xs(round, level="round")
-    for name, line in peers.drop(index=about).iterrows():
-        _layers(right, line, color=colours()[name], lw=1, alpha=0.7, label=METHODS[name].title)
-    _layers(right, peers.loc[about], color="black", lw=2.5, marker="o", label=METHODS[about].title)
-    right.axhline(100 * (1 - masks.sparsity_of(round)), color="grey", ls=":", label="the same in all layers")
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
-    right.set_title(f"beside the others at {100 * masks.sparsity_of(round):.1f} %")
-    values = np.concatenate([mine.to_numpy().ravel(), peers.to_numpy().ravel()])
-    floor = 10 ** np.floor(np.log10(values[values > 0].min()))
-    left.set_yscale("symlog", linthresh=floor)  # a logarithm that has room for empty layers
-    left.set_ylim(floor if values.all() else 0, 130)
-    return figure
-
-
-def _layers(axis: Axes, line: pd.Series, **style: object) -> None:
-    axis.plot(np.arange(len(line)), line.to_numpy(), **{"ms": 4, **style})
-    axis.set_xticks(np.arange(len(line)), [_short(name) for name in line.index], rotation=90, fontsize=8)
-
-
-def _slant(axis: Axes, degrees: int) -> None:
-    axis.set_xticks(
-        axis.get_xticks(), axis.get_xticklabels(), rotation=degrees, ha="right" if degrees < 90 else "center"
-    )
-    axis.tick_params(axis="y", rotation=0)
-
-
-def _short(layer: str) -> str:
-    return layer.removesuffix(".weight")
 
 
 def overlap_map(overlaps: pd.DataFrame) -> Figure:
@@ -101,24 +54,55 @@ def overlap_map(overlaps: pd.DataFrame) -> Figure:
     table = pd.DataFrame(np.nan, index=names, columns=names)
     for (a, b), pair in overlaps.groupby(["a", "b"], sort=False):
         table.loc[b, a], table.loc[a, b] = 100 * pair["jaccard"].mean(), 100 * pair["chance"].mean()
+    bar = {"label": "overlap (Jaccard) [%]"}
+    style = {"annot": True, "fmt": ".1f", "vmin": 0, "vmax": 100, "linewidths": 1, "cbar_kws": bar}
     titles = [METHODS[m].title for m in names]
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 2.2), layout="constrained")
-    sns.heatmap(
-        table,
-        annot=True,
-        fmt=".1f",
-        cmap="crest",
-        vmin=0,
-        vmax=100,
-        linewidths=1,
-        ax=axis,
-        annot_kws={"size": 8},
-        cbar_kws={"label": "overlap (Jaccard) [%]"},
-        xticklabels=titles,
-        yticklabels=titles,
-    )
+    figure, axis = _heatmap(table, titles, names, cell=0.42, margin=2.2, degrees=35, **style)
     axis.set_title("below the diagonal: measured; above: random masks of the same layer densities")
-    _slant(axis, 35)
+    return figure
+
+
+def _heatmap(
+    table: pd.DataFrame,
+    columns: list[str],
+    methods: list[str],
+    *,
+    cell: float,
+    degrees: int,
+    margin: float = 2.0,
+    **style,
+) -> tuple[Figure, Axes]:
+    """Draw numbers with a row a method, its column names slanted."""
+    figure, axis = plt.subplots(figsize=(WIDTH, cell * len(table) + margin), layout="constrained")
+    rows = [METHODS[m].title for m in methods]
+    style = {"cmap": "crest", "annot_kws": {"size": 8}, "xticklabels": columns, "yticklabels": rows, **style}
+    sns.heatmap(table, ax=axis, **style)
+    axis.tick_params(axis="y", rotation=0)
+    plt.setp(axis.get_xticklabels(), rotation=degrees, ha="right" if degrees < 90 else "center")
+    return figure, axis
+
+
+def density_lines(densities: pd.DataFrame, about: str, round: int) -> Figure:
+    """Draw densities by layer of one method: at all its rounds, and at one round in front of the other methods."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.9), sharey=True, layout="constrained")
+    mine, peers = 100 * densities.loc[about], 100 * densities.xs(round, level="round")
+    for shade, (n, line) in zip(shades(len(mine)), mine.iterrows(), strict=True):
+        left.plot(line.to_numpy(), color=shade, marker="o", ms=4, label=f"{100 * masks.sparsity_of(n):.3g} %")
+    left.legend(title="sparsity", fontsize=8, title_fontsize=8)
+    left.set(title=f"{METHODS[about].title}, by sparsity", ylabel="density [%]")
+    for name, line in peers.drop(index=about).iterrows():
+        right.plot(line.to_numpy(), color=colours()[name], lw=1, alpha=0.7, label=METHODS[name].title)
+    right.plot(peers.loc[about].to_numpy(), color="black", lw=2.5, marker="o", ms=4, label=METHODS[about].title)
+    right.axhline(100 * (1 - masks.sparsity_of(round)), color="grey", ls=":", label="the same in all layers")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    right.set_title(f"beside the others at {100 * masks.sparsity_of(round):.1f} %")
+    layers = [name.removesuffix(".weight") for name in mine]
+    for axis in (left, right):
+        axis.set_xticks(np.arange(len(layers)), layers, rotation=90, fontsize=8)
+    values = np.concatenate([mine.to_numpy().ravel(), peers.to_numpy().ravel()])
+    floor = 10 ** np.floor(np.log10(values[values > 0].min()))
+    left.set_yscale("symlog", linthresh=floor)  # a logarithm that has room for empty layers
+    left.set_ylim(floor if values.all() else 0, 130)
     return figure
 
 
@@ -145,7 +129,7 @@ def accuracy_by_cost(costs: pd.DataFrame, about: str | None = None) -> Figure:
     star is the dense network.
 
     Args:
-        costs: As `lthlib.book.pages.costs` returns it.
+        costs: As `lthlib.book.methods_page.costs` returns it.
         about: A method in front of the others.
     """
     figure, axes = plt.subplots(1, len(COSTS), figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
@@ -153,28 +137,17 @@ def accuracy_by_cost(costs: pd.DataFrame, about: str | None = None) -> Figure:
     for axis, (column, title) in zip(axes, COSTS.items(), strict=True):
         for method, line in costs.groupby("method", sort=False):
             line = line.sort_values(column)
-            axis.plot(100 * line[column] / dense[column], 100 * line["accuracy"], **_look(method, about))
+            style = {"marker": "*", "ms": 13, "ls": "", "color": "black", "label": "dense"}
+            if method != "dense":
+                marker, front = MARKERS.get(METHODS[method].family, "o"), about in (None, method)
+                style = {"marker": marker, "ms": 5, "lw": 1.4, "color": colours()[method]}
+                style |= {"label": METHODS[method].title, "alpha": 1 if front else 0.25, "zorder": 3 if front else 2}
+            axis.plot(100 * line[column] / dense[column], 100 * line["accuracy"], **style)
         axis.set_xscale("log")
         least = 100 * (costs[column] / dense[column]).min()
         axis.set_xticks([t for t in TICKS if t >= 0.7 * least], [f"{t:g}" for t in TICKS if t >= 0.7 * least])
         axis.minorticks_off()
         axis.set_xlabel(title)
     axes[0].set_ylabel(label("test_accuracy"))
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
-
-
-def _look(method: str, about: str | None) -> dict[str, object]:
-    if method == "dense":
-        return {"color": "black", "marker": "*", "ms": 13, "ls": "", "label": "dense"}
-    front = about in (None, method)
-    return {
-        "color": colours()[method],
-        "marker": MARKERS.get(METHODS[method].family, "o"),
-        "ms": 5,
-        "lw": 1.4,
-        "alpha": 1.0 if front else 0.25,
-        "zorder": 3 if front else 2,
-        "label": METHODS[method].title,
-    }

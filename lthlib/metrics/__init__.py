@@ -1,89 +1,37 @@
-"""The registry of metrics: one row says what a number means and which way is better.
+"""Metrics, a folder a dimension: functions of arrays or networks, the rows that describe them, one ``measure``.
 
-A dimension is one file of this package. It holds pure functions, the rows that describe them, and one
-`measure` function that turns a ticket into tidy rows (see `lthlib.results.evaluate`).
+`METRICS` holds every row. What is useful without a ticket is offered here: ``lthlib.metrics.ece(probs, labels)``.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
 
-from lthlib.core.errors import Registry
+from lthlib.core.errors import suggest
+from lthlib.metrics.registry import METRICS, Metric, Value, computed, describe, metric
 
+__all__ = ["METRICS", "Metric", "Value", "computed", "describe", "metric"]
 
-@dataclass(frozen=True)
-class Metric:
-    """What one number means.
-
-    Attributes:
-        name: The identifier used in rows, for instance ``"ece"``.
-        title: What a reader sees, for instance ``"ECE"``.
-        dimension: ``"generalization"``, ``"calibration"``, ``"interpretability"`` or ``"flatness"``.
-        higher_is_better: The direction: True is drawn ↑, False ↓, None for a number that is no contest.
-        unit: ``"fraction"`` (drawn as percent), ``"nats"``, ``"1/pixel²"``, ... ; ``""`` for a pure number.
-        definition: One sentence or formula, as LaTeX-flavoured Markdown.
-        reference: A BibTeX key of ``book/references.bib``.
-        in_verdict: Whether LTH-PASS asks for it (the metrics of the paper do; variants beside them do not).
-        over_classes: Whether it is a mean over C classes of which about two take part in an error, so that a
-            percentage point of it stands for C/2 points of the same thing without classes (SCE beside ECE).
-    """
-
-    name: str
-    title: str
-    dimension: str
-    higher_is_better: bool | None
-    unit: str
-    definition: str
-    reference: str
-    in_verdict: bool = False
-    over_classes: bool = False
-
-    @property
-    def arrow(self) -> str:
-        """↑, ↓ or nothing."""
-        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+FUNCTIONS = {
+    "arrays": "softmax",
+    "generalization.accuracy": "accuracy true_class_margin",
+    "generalization.ood": "msp_score max_logit_score energy_score roc_auc aupr fpr_at_tpr",
+    "generalization.corruption": "corruption_error relative_corruption_error",
+    "generalization.attacks": "fgsm pgd adversarial_logits",
+    "calibration.errors": "ece ece_lthpass sce adaptive_ece ace reliability_diagram",
+    "calibration.scores": "nll brier brier_decomposition temperature_scaling",
+    "calibration.intervals": "bootstrap_intervals",
+    "flatness.exact": "hessian_trace",
+}
 
 
-METRICS: Registry[Metric] = Registry("metric")
-
-
-def describe(
-    name: str,
-    title: str,
-    *,
-    dimension: str,
-    higher_is_better: bool | None,
-    unit: str,
-    definition: str,
-    reference: str,
-    in_verdict: bool = False,
-    over_classes: bool = False,
-) -> None:
-    """Add the row of one metric to `METRICS`; the arguments are the attributes of `Metric`."""
-    METRICS[name] = Metric(
-        name, title, dimension, higher_is_better, unit, definition, reference, in_verdict, over_classes
-    )
-
-
-@dataclass(frozen=True)
-class Value:
-    """One measured number, on its way into a row.
-
-    Attributes:
-        metric: A name in `METRICS`.
-        value: In the metric's unit.
-        n: Number of images (or other cases) it was measured on.
-        shift: What was done to the data: ``"none"``, an out-of-distribution set, a corruption, an attack.
-        severity: How much of it; 0 where that means nothing.
-    """
-
-    metric: str
-    value: float
-    n: int
-    shift: str = "none"
-    severity: float = 0
+def __getattr__(name: str) -> object:
+    for module, names in FUNCTIONS.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    offered = sorted(" ".join(FUNCTIONS.values()).split())
+    raise AttributeError(f"lthlib.metrics has no {name!r}.{suggest(name, offered)} Functions: {', '.join(offered)}.")
 
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):  # each file registers its rows

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
 from lthlib.core.errors import UserError
-
-# Elements per chunk: one chunk of float64 temporaries stays in the second-level cache, and memory does
-# not grow with the number of images.
-CHUNK_ELEMENTS = 1 << 15
 
 
 def as_array(values: ArrayLike, name: str) -> np.ndarray:
@@ -26,17 +21,17 @@ def as_array(values: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
         raise UserError(f"The {name} are of type {array.dtype}; give real numbers.")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        bad = ~np.isfinite(array)
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))
         raise UserError(
-            f"The {name} hold {bad.sum()} NaN or infinite values, the first at index "
-            f"{tuple(map(int, np.argwhere(bad)[0]))}; the network diverged or the file is damaged."
+            f"The {name} hold {len(bad)} NaN or infinite values, the first at index {tuple(map(int, bad[0]))}; the "
+            "network diverged or the file is damaged."
         )
     return array
 
 
 def check_logits(logits: ArrayLike, name: str = "logits") -> np.ndarray:
-    """Return logits as an (N, C) array of their own float type, N >= 1 and C >= 2, all finite.
+    """Return logits as a float64 array (N, C), N >= 1 and C >= 2, all finite.
 
     Raises:
         UserError: For another shape, an empty set, NaN or infinity.
@@ -46,13 +41,11 @@ def check_logits(logits: ArrayLike, name: str = "logits") -> np.ndarray:
         raise UserError(f"The {name} have the shape {array.shape}; (images, classes >= 2) is needed.")
     if len(array) == 0:
         raise UserError(f"The {name} are empty: there is no image to measure.")
-    return array if array.dtype.kind == "f" else array.astype(np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> np.ndarray:
-    """Return labels as an (N,) array of integers in [0, C).
-
-    A class that never occurs is allowed.
+    """Return labels as an (N,) array of integers in [0, C); a class that never occurs is allowed.
 
     Raises:
         UserError: For a wrong length, labels that are no integers, or labels out of range.
@@ -71,51 +64,27 @@ def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> np.ndarray
     return array.astype(np.intp, copy=False)
 
 
-def check_probs(probs: ArrayLike) -> np.ndarray:
-    """Return probabilities as an (N, C) float64 array inside [0, 1].
+def check_probs(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities as an (N, C) float64 array inside [0, 1], and labels as `check_labels` does.
 
-    A softmax in float32 or bfloat16 rounds: entries up to 1 + 1e-3 are clipped to 1 and count as 1, row
-    sums may be off by 1e-2.
+    A softmax in float32 or bfloat16 rounds: entries up to 1 + 1e-3 are clipped to 1, row sums may be off by 1e-2.
 
     Raises:
-        UserError: As `check_logits`, and where a row is no distribution (logits given by mistake).
+        UserError: As `check_logits` and `check_labels`, and where a row is no distribution (logits given by mistake).
     """
-    array = check_logits(probs, "probabilities").astype(np.float64, copy=False)
+    array = check_logits(probs, "probabilities")
     if array.min() < 0 or array.max() > 1 + 1e-3 or np.abs(array.sum(axis=1) - 1).max() > 1e-2:
         raise UserError(
             f"The probabilities run from {array.min():.4g} to {array.max():.4g}; a row lies in [0, 1] and "
             "sums to 1. If these are logits, pass softmax(logits)."
         )
-    return np.minimum(array, 1)
+    return np.minimum(array, 1), check_labels(labels, *array.shape)
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Softmax probabilities in float64, (N, C) -> (N, C), stored class by class.
+    """Softmax probabilities in float64, (N, C) -> (N, C).
 
     Raises:
         UserError: For NaN or infinite logits, an empty set, or a wrong shape.
     """
-    logits = check_logits(logits)
-    p = np.empty(logits.shape[::-1])
-    for part in chunks(*logits.shape):
-        z = shifted_by_class(logits[part])
-        np.exp(z, out=z)
-        np.divide(z, z.sum(axis=0), out=p[:, part])
-    return p.T
-
-
-def chunks(n_images: int, n_classes: int) -> Iterator[slice]:
-    """Slices of images of about `CHUNK_ELEMENTS` logits, but at least 256 images: vectors stay long."""
-    step = max(256, CHUNK_ELEMENTS // n_classes)
-    return (slice(start, start + step) for start in range(0, n_images, step))
-
-
-def shifted_by_class(logits: np.ndarray) -> np.ndarray:
-    """Float64 logits minus their maximum, class-major: (N, C) -> (C, N).
-
-    Class-major, the reductions over a handful of classes run along whole vectors of images; numpy is several
-    times slower when it reduces a short last axis.
-    """
-    z = logits.T.astype(np.float64, order="C")
-    z -= z.max(axis=0)
-    return z
+    return special.softmax(check_logits(logits), axis=1)

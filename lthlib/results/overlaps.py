@@ -12,9 +12,10 @@ from lthlib.core.errors import UserError
 from lthlib.core.store import Store
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import Masks, chance_jaccard, jaccard
-from lthlib.results.evaluate import Archive
+from lthlib.results.recorded import check_records
+from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import Study
-from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.tickets.ticket import Ticket
 
 FILE = "overlaps.csv"
 COLUMNS = ("first", "second", "jaccard", "chance")
@@ -85,5 +86,5 @@ def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:
 
 def _lines(root: Path) -> Iterator[tuple[str, str, float, float]]:
     for file in sorted(root.glob(f"*/{FILE}")):
-        Archive.check(file.parent)
+        check_records(file.parent)
         yield from pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None)

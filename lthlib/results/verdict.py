@@ -7,13 +7,13 @@ everything an LTH-PASS, but publishes no thresholds. Those here are ours; each i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from lthlib.core.errors import UserError
+from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
 
 WINNING, DEGRADED, COLLAPSED = "winning", "degraded", "collapsed"
@@ -49,6 +49,19 @@ class Thresholds:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise UserError(f"Threshold {name} is {value!r}; it must be a number from 0 on.")
+
+
+def thresholds_from(given: object) -> Thresholds:
+    """Return thresholds from plain values, the defaults in the place of those not given.
+
+    Raises:
+        UserError: For an unknown one, or a value that cannot be.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"thresholds is {shown(given)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
+    for name in given:
+        choose(name, vars(Thresholds()), "threshold")
+    return Thresholds(**given)
 
 
 def regions(rows: pd.DataFrame, n_classes: int, thresholds: Thresholds | None = None) -> pd.DataFrame:

@@ -36,7 +36,8 @@ from lthlib.data.corruptions import (
 )
 from lthlib.networks.fast import inference_copy
 from lthlib.pruning.masks import Masks
-from lthlib.tickets.ticket import Ticket, Trained, new_model, obtain
+from lthlib.tickets.obtain import Trained, new_model, obtain
+from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import as_input
 
 BATCH = {"cpu": 64, "cuda": 500}  # float32 images of up to 64 pixels; on a CPU larger batches fall out of the cache

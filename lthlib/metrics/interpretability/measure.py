@@ -37,8 +37,8 @@ from lthlib.metrics.interpretability.explanations import (
     segment,
 )
 from lthlib.metrics.interpretability.regions import CHUNK, Stream, activations, chunks, regions
+from lthlib.tickets.obtain import new_model
 from lthlib.tickets.predictions import Subject, sample
-from lthlib.tickets.ticket import new_model
 
 SCENES = "scenes"
 LEAST_SIDE = 4  # positions; on smaller maps a region is a quarter of the image or more

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A Slurm of one node on this machine, to see a grid run on a cluster before there is one:
 #
-#   sudo workflow/slurm.sh install        # Debian's packages; the only step that installs anything
-#   sudo workflow/slurm.sh start
+#   sudo tests/slurm.sh install        # Debian's packages; the only step that installs anything
+#   sudo tests/slurm.sh start
 #   make report PROFILE=slurm
-#   sudo workflow/slurm.sh status|stop    # stop cancels what runs and leaves nothing behind
+#   sudo tests/slurm.sh status|stop    # stop cancels what runs and leaves nothing behind
 #
 # All it writes lies in one folder, except the link /etc/slurm/slurm.conf, where job steps look whatever SLURM_CONF says.
 # Each job gets a TMPDIR of its own that goes with it, as on clusters whose nodes share no scratch.

@@ -1,33 +1,38 @@
 """Compare what one grid ends with where workers, processes and threads differ: masks, weights and rows, bit for bit.
 
-    .venv/bin/python workflow/agreement.py             print the tables
-    .venv/bin/python workflow/agreement.py --record    and put them into book/results/agreement.json, for the book
+    .venv/bin/python benchmarks/agreement.py             print the tables
+    .venv/bin/python benchmarks/agreement.py --record    and put them into book/results/agreement.json, for the book
 
 The paper's seven methods are trained and measured in copies of the checkout, in either precision: with one worker of
-one thread (the reference), with two workers, with plain processes in place of forks, and with two threads a job, once
-trained anew and once given the reference's networks. How far another seed lies is the scale for what differs.
+one thread (the reference), with two workers, and with two threads a job, once trained anew and once given the
+reference's networks. How far another seed lies is the scale for what differs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import recording
 import safetensors.numpy
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from torture import Checkout
 
-from lthlib.book.front import jobs
 from lthlib.book.grid import read_grid
+from lthlib.book.plan import Job, jobs, needs
 from lthlib.book.reproducibility import AGREEMENT, agreement_tables, deviation
-from lthlib.core import machine as compute
+from lthlib.core import machine
+from lthlib.core.store import seal, write_atomically
 from lthlib.pruning import METHODS
 
 GRID = {
@@ -67,6 +72,17 @@ SAME = ["ticket", "dimension", "metric", "shift", "severity"]  # columns that na
 ALIKE = ["method", "sparsity", *SAME[1:]]  # and one number of a network of any seed
 
 
+TABLES = """
+import sys
+import tempfile
+import time
+from lthlib.book import make
+from lthlib.book.grid import read_grid
+from lthlib.core.store import Store
+make.make_tables(read_grid(sys.argv[1]), Store(), "")
+"""
+
+
 class Place(Checkout):
     """A copy of the checkout in which one precision's grid is run in one way."""
 
@@ -76,32 +92,32 @@ class Place(Checkout):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump({**GRID, "recipe": recipe, "precision": precision, "seeds": seeds}))
         super().__init__(folder, file)
+        self.rows = folder / "book/_generated/agreement/rows.csv"
         self.threads = 1
 
-    def run(self, *options: str, threads: int = 1) -> None:
-        """Make the table of rows by the way of `make report`, without the book."""
+    def run(self, *, workers: int = 1, threads: int = 1) -> None:
+        """Train and measure everything by the steps of `make report`, and make the table of rows."""
         self.threads = threads
-        each = ["--set-threads", f"tickets={threads}", f"chains={threads}"]
-        rows = str(self.rows.relative_to(self.folder))
-        self._python("workflow/report.py", str(self.grid), *options, "--", rows, *each)
-
-    def run_plainly(self) -> None:
-        """Do the same by one process after the other, none of them a fork."""
-        for job in jobs(read_grid(self.folder / self.grid)):
-            which = (str(self.grid), job.study, job.method, str(job.seed))
-            self._python("-m", "lthlib", "tickets", *which)
-        self.rows.parent.mkdir(parents=True)
-        self._python("-m", "lthlib", "rows", str(self.grid), str(self.rows))
-
-    def _python(self, *arguments: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(self.folder)}
-        environment |= {"OMP_WAIT_POLICY": "passive", "TMPDIR": str(self.temporary)}
-        environment.pop("LTHLIB_STORE", None)
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        plan = read_grid(self.folder / self.grid)
+        waiting = [(job, needs(plan, job)) for job in jobs(plan)]
+        running: dict[Job, subprocess.Popen] = {}
+        while waiting or running:
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    if process.returncode:
+                        raise SystemExit(f"{job.name} failed:\n{self.last_words()}")
+                    del running[job]
+            left = {job for job, _ in waiting} | set(running)
+            ready = [job for job, before in waiting if not left & set(before)]
+            for job in ready[: workers - len(running)]:
+                running[job] = self.python(
+                    "-m", "lthlib", "tickets", str(self.grid), job.study, job.method, str(job.seed)
+                )
+                waiting = [pair for pair in waiting if pair[0] != job]
+            time.sleep(0.1)
+        if self.python("-c", TABLES, str(self.grid)).wait():
+            raise SystemExit(f"The tables failed:\n{self.last_words()}")
 
     def take_networks(self, other: Place) -> None:
         """Take over another place's networks, and nothing that was measured of them."""
@@ -116,13 +132,12 @@ class Place(Checkout):
 
 
 WAYS: dict[str, Callable[[Place, Place], None]] = {
-    "two workers": lambda place, _: place.run("--cores", "2"),
-    "plain processes, no forks": lambda place, _: place.run_plainly(),
+    "two workers": lambda place, _: place.run(workers=2),
     "two threads a job, measuring only": lambda place, reference: (
         place.take_networks(reference),
-        place.run("--cores", "2", threads=2),
+        place.run(threads=2),
     ),
-    "two threads a job, training and measuring": lambda place, _: place.run("--cores", "2", threads=2),
+    "two threads a job, training and measuring": lambda place, _: place.run(threads=2),
 }
 
 
@@ -184,16 +199,22 @@ def survey(folder: Path) -> dict[str, object]:
         for precision in PRECISIONS
     }
     for precision, (reference, others) in places.items():
-        reference.run("--cores", "1")
+        reference.run()
         seeds[precision] = _between_seeds(reference.table())
         for place, (way, run) in zip(others, WAYS.items(), strict=True):
             run(place, reference)
             runs.append({"precision": precision, "way": way, **compared(place, reference)})
             print(f"{precision}: {way}", file=sys.stderr, flush=True)
             shutil.rmtree(place.folder)
-    provenance: Mapping = compute.provenance("auto")
-    return {"runs": runs, "seeds": seeds, "provenance": provenance}
+    return {"runs": runs, "seeds": seeds, "provenance": machine.provenance("auto")}
 
 
 if __name__ == "__main__":
-    recording.main(__doc__.splitlines()[0], survey, agreement_tables, AGREEMENT)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help=f"put it into {AGREEMENT.name}, for the book")
+    record = parser.parse_args().record
+    with tempfile.TemporaryDirectory() as temporary:
+        found = survey(Path(temporary).resolve())
+    print(agreement_tables(found))
+    if record:
+        write_atomically(AGREEMENT, seal(found))

@@ -1,0 +1,75 @@
+"""Bootstrap intervals over images of ECE, SCE and NLL."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
+
+from lthlib.core.errors import UserError
+from lthlib.metrics.arrays import check_labels, check_logits, softmax
+from lthlib.metrics.calibration.errors import N_BINS, bin_index, one_hot, top
+from lthlib.metrics.calibration.scores import losses
+from lthlib.metrics.registry import computed
+
+BLOCK = 2**22  # counts at a time: 32 MiB
+
+
+class Interval(NamedTuple):
+    """A number on the images as they are, its bootstrap percentile interval, and the replicates' mean minus the number.
+
+    Binned errors are sums of absolute values, which resampling noise can only raise: where that bias is not small
+    against the width, the interval lies too high, and the error itself is as much noise as miscalibration.
+    """
+
+    value: float
+    low: float
+    high: float
+    bias: float
+
+
+def bootstrap_intervals(
+    logits: ArrayLike, labels: ArrayLike, *, seed: int, n: int = 1000, level: float = 0.95, n_bins: int = N_BINS
+) -> dict[str, Interval]:
+    """Percentile intervals of ``ece``, ``sce`` and ``nll`` over n resamplings of the images, all from the same draws.
+
+    Each is a function of sums over images, so that a replicate is a row of draw counts times a sparse matrix of what
+    each image adds to each bin: the same numbers as the metrics of the resampled images, many times faster.
+
+    Raises:
+        UserError: For bad arrays or bins, n < 2, or a level outside (0, 1).
+    """
+    if n < 2 or not 0 < level < 1:
+        raise UserError(f"A bootstrap needs n >= 2 replicates and 0 < level < 1; got n={n}, level={level}.")
+    logits = check_logits(logits)
+    labels, probs = check_labels(labels, *logits.shape), softmax(logits)
+    values = computed(["ece", "sce", "nll"], logits, labels, n_bins=n_bins)
+    confidence, hits = top(probs, labels)
+    in_bins = {
+        "ece": _by_bin(confidence[:, None], hits[:, None], n_bins),
+        "sce": _by_bin(probs, one_hot(probs, labels), n_bins) / logits.shape[1],
+    }
+    loss, rng, size = losses(logits, labels), np.random.default_rng(seed), len(labels)
+    replicates = {name: [] for name in values}
+    for start in range(0, n, max(1, BLOCK // size)):
+        draws = range(start, min(n, start + max(1, BLOCK // size)))
+        counts = np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in draws]) / size
+        for name, terms in in_bins.items():
+            replicates[name].append(np.abs(counts @ terms).sum(axis=1))
+        replicates["nll"].append(counts @ loss)
+    found = {}
+    for name, value in values.items():
+        drawn = np.concatenate(replicates[name])
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        found[name] = Interval(value, float(low), float(high), float(drawn.mean() - value))
+    return found
+
+
+def _by_bin(probs: np.ndarray, hits: np.ndarray, n_bins: int) -> sparse.csr_array:
+    """What each image adds to the gap of each class's bins, (N, C * n_bins)."""
+    columns = bin_index(probs, n_bins) + n_bins * np.arange(probs.shape[1])
+    rows = np.arange(len(probs) + 1) * probs.shape[1]
+    shape = len(probs), n_bins * probs.shape[1]
+    return sparse.csr_array(((hits - probs).ravel(), columns.ravel(), rows), shape)

@@ -1,0 +1,214 @@
+"""Attacks: images changed by at most epsilon a pixel so that the network errs.
+
+They work on [0, 1] pixels, in evaluation mode, and leave the network, its gradients and every random state as found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lthlib.core.errors import UserError
+from lthlib.metrics.arrays import check_labels
+from lthlib.metrics.registry import describe
+from lthlib.tickets.predictions import scaled_to
+
+EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+CHUNK = 100  # images of up to 64 pixels; a ResNet-20 keeps some 3 MB of each for the backward pass
+
+_row = partial(describe, dimension="generalization", unit="fraction", higher_is_better=True)
+_row(
+    "fgsm_accuracy",
+    "FGSM accuracy",
+    definition=r"Accuracy on $\mathrm{clip}(x + \epsilon\,\mathrm{sign}\,\nabla_x L, 0, 1)$, $\epsilon = 8/255$ of a "
+    "pixel's range.",
+    reference="goodfellow2015explaining",
+    in_verdict=True,
+)
+_row(
+    "pgd_accuracy",
+    "PGD-20 accuracy",
+    definition=r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$.",
+    reference="madry2018towards",
+)
+_row(
+    "fgsm_pgd_gap",
+    "FGSM minus PGD-20",
+    higher_is_better=None,
+    definition=r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where one "
+    "step flatters, below zero a sign of masked gradients.",
+    reference="athalye2018obfuscated",
+)
+_row(
+    "adversarial_margin",
+    "Adversarial margin",
+    unit="",
+    definition=r"Mean of $p_y - \max_{j \neq y} p_j$ on FGSM images, $\epsilon = 8/255$; from -1 to 1.",
+    reference="goodfellow2015explaining",
+)
+_row(
+    "adversarial_accuracy",
+    "Accuracy under attack",
+    definition=r"Accuracy on images changed by at most $\epsilon$ (severity: $255\,\epsilon$) by FGSM or PGD-20.",
+    reference="madry2018towards",
+)
+
+
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, chunk: int = CHUNK) -> Tensor:
+    """Fast gradient sign method: clamp(x + epsilon sign(dL/dx), 0, 1) (Goodfellow et al., 2015).
+
+    `pgd` with one step of epsilon and no random start. L is the cross-entropy with the true label. sign(0) = 0, so a
+    pixel without influence stays.
+    """
+    return pgd(model, images, labels, epsilon, steps=1, step_size=epsilon, seed=None, chunk=chunk)
+
+
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    steps: int = 20,
+    step_size: float | None = None,
+    seed: int | None = 0,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Projected gradient descent in the L-infinity ball (Madry et al., 2018); the last iterate.
+
+    From a start drawn uniformly in the ball: x <- clamp(project(x + step_size sign(dL/dx)), 0, 1). An accuracy under
+    PGD far below that under FGSM shows that one step flatters; one above it is a sign of masked gradients (Athalye et
+    al., 2018).
+
+    Args:
+        model: Takes [0, 1] pixels; normalisation inside.
+        images: (N, C, H, W), floats in [0, 1] or uint8.
+        labels: True classes, (N,).
+        epsilon: Largest change of a pixel, in [0, 1]; the paper uses 8 / 255.
+        steps: Number of steps, at least 1.
+        step_size: Length of a step; epsilon / 4 by default (2 / 255 for 8 / 255, as Madry et al. on CIFAR-10).
+        seed: Seed of the random start; None starts at the image itself.
+        chunk: Images per pass (fewer where they exceed 64 pixels); bounds the memory, changes nothing else.
+
+    Returns:
+        Images in [0, 1], on the device of ``images``; in float64 for a network in float64, else in float32.
+
+    Raises:
+        UserError: For images outside [0, 1], labels out of range, an empty set, a bad epsilon, chunk or step.
+    """
+    _check_epsilon(epsilon)
+    step_size = epsilon / 4 if step_size is None else step_size
+    if steps < 1 or step_size < 0 or (step_size == 0 and epsilon > 0):
+        raise UserError(f"PGD needs steps >= 1 and step_size > 0; got steps={steps}, step_size={step_size}.")
+    start = torch.zeros(images.shape) if seed is None else _uniform(images.shape, epsilon, seed)
+    parts, done = [], 0
+    with _evaluating(model):
+        for x, y in _batches(model, images, labels, chunk):
+            adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
+            done += len(x)
+            for _ in range(steps):
+                moved = adversarial + step_size * _sign(model, adversarial, y)
+                adversarial = torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
+            parts.append(adversarial.to(images.device))
+    return torch.cat(parts)
+
+
+def adversarial_logits(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilons: Sequence[float] = EPSILONS, chunk: int = CHUNK
+) -> np.ndarray:
+    """Logits of FGSM images for each epsilon, (E, N, C), for every metric to read; at epsilon 0 the clean ones.
+
+    One backward pass serves all epsilons, since the gradient at the image does not depend on them. Arguments and errors
+    are those of `pgd`; float64 for a network in float64, else float32.
+    """
+    for epsilon in epsilons:
+        _check_epsilon(epsilon)
+    parts = []
+    with _evaluating(model):
+        for x, y in _batches(model, images, labels, chunk):
+            sign = _sign(model, x, y)
+            parts.append(torch.stack([_logits(model, (x + e * sign).clamp(0, 1)) for e in epsilons]))
+    return torch.cat(parts, dim=1).numpy()
+
+
+def logits_of(model: nn.Module, images: Tensor, labels: Tensor, chunk: int = CHUNK) -> np.ndarray:
+    """Logits of attacked images, (N, C), computed as the attacks do."""
+    with _evaluating(model):
+        return torch.cat([_logits(model, x) for x, _ in _batches(model, images, labels, chunk)]).numpy()
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 <= epsilon <= 1:
+        raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module's own mode and the random states come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _batches(model: nn.Module, images: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of images in [0, 1] with their labels, on the model's device, in its precision but at least float32.
+
+    A pixel in half precision would be rounded by as much as an attack moves it.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; at least one image per pass is needed.")
+    if images.ndim != 4 or len(images) == 0:
+        raise UserError(f"The images have the shape {tuple(images.shape)}; (N >= 1, C, H, W) is needed.")
+    labels, like = torch.as_tensor(labels), _weight(model)
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"The labels have the shape {tuple(labels.shape)}; one per image is needed.")
+    chunk = scaled_to(images.shape[2:], chunk)
+    for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+        scale, floating = (255, True) if x.dtype == torch.uint8 else (1, x.is_floating_point())
+        x = x.to(like.device, torch.promote_types(like.dtype, torch.float32)) / scale
+        if not floating or not bool(((x >= 0) & (x <= 1)).all()):
+            raise UserError(
+                "The images hold values outside [0, 1]. Attacks work on pixels; normalisation belongs inside "
+                "the network."
+            )
+        yield x, y.to(like.device)
+
+
+def _weight(model: nn.Module) -> Tensor:
+    """A parameter, for its device and number type."""
+    return next(model.parameters(), torch.empty(0))
+
+
+def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Sign of the gradient of the summed loss by the pixels.
+
+    The loss is taken in float64: in float32 the pull on a true class of probability 1 - 1e-8 rounds away and the sign
+    is that of something else.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = model(x.to(_weight(model).dtype)).double()
+        check_labels(y, len(x), logits.shape[1])
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y.long(), reduction="sum"), x)
+    return gradient.sign()
+
+
+def _uniform(shape: Sequence[int], epsilon: float, seed: int) -> Tensor:
+    """Uniform in [-epsilon, epsilon], drawn for all images at once so that chunks change nothing."""
+    return epsilon * (2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x.to(_weight(model).dtype)).to("cpu", x.dtype)

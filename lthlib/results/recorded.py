@@ -1,0 +1,129 @@
+"""Recorded results: ``book/results/<grid>/``, small, in git, read where they answer a page's question.
+
+A folder holds for each dimension ``<dimension>.json.gz`` (numbers, facts, provenance) and ``<dimension>.npz`` (arrays),
+tables beside them, and a manifest with the size and SHA-256 of each file. They cannot be made again as the store's
+artifacts can, so damage is an error that says how to get them back.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lthlib.core.errors import UserError
+from lthlib.core.store import MANIFEST, ROOT, check_files, sha256, unseal, write_atomically
+from lthlib.metrics import Value
+from lthlib.results.evaluate import Evaluation
+from lthlib.tickets.ticket import Ticket
+
+RESULTS = "book/results"
+LATENCY = ROOT / RESULTS / "latency.json"  # of a machine, not of a grid
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation among recorded results: where its numbers lie, read when asked for."""
+
+    folder: Path
+    entry: Mapping
+    arrays_file: str
+
+    def evaluation(self, ticket: Ticket) -> Evaluation:
+        """Read the evaluation."""
+        with np.load(self.folder / self.arrays_file) as file:
+            arrays = {key: file[f"{ticket.id}/{key}"] for key in self.entry["arrays"]}
+        values = [Value(**value) for value in self.entry["values"]]
+        return Evaluation(ticket, self.entry["info"], values, arrays, self.entry["provenance"])
+
+
+def read_records(root: Path | str) -> dict[tuple[str, str], Record]:
+    """Index all recorded evaluations below a folder by (ticket id, question).
+
+    Raises:
+        UserError: Where a recorded file is damaged.
+    """
+    found = {}
+    for folder in sorted(Path(root).glob("[!.]*/")):
+        for name in (name for name in check_records(folder) if name.endswith(".json.gz")):
+            for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
+                record = Record(folder, entry, name.replace(".json.gz", ".npz"))
+                found[entry["ticket"], entry["question"]] = record
+    return found
+
+
+def check_records(folder: Path) -> list[str]:
+    """Verify the recorded results of one grid, and return the names of their files.
+
+    Raises:
+        UserError: Where one is damaged or missing; says which, and how to get it back.
+    """
+    try:
+        try:
+            files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{MANIFEST} cannot be read") from None
+        check_files(folder, files)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        damage = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) else error
+        raise _damaged(folder, damage) from error
+    return list(files)
+
+
+def write_records(
+    folder: Path,
+    evaluations: Mapping[str, Sequence[tuple[str, Evaluation]]],
+    tables: Mapping[str, pd.DataFrame] | None = None,
+) -> None:
+    """Record evaluations.
+
+    Args:
+        folder: ``book/results/<grid>``.
+        evaluations: By dimension, pairs of a question's name and its evaluation.
+        tables: What else there is to record, by file name (``*.csv``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for dimension, pairs in evaluations.items():
+        entries = [
+            {
+                "ticket": e.ticket.id,
+                "question": name,
+                "info": {k: v for k, v in e.info.items() if k != "history"},
+                "values": [asdict(v) for v in e.values],
+                "arrays": sorted(e.arrays),
+                "provenance": e.provenance,
+            }
+            for name, e in pairs
+        ]
+        packed = gzip.compress(json.dumps(entries).encode(), mtime=0)  # the same bytes for the same results
+        write_atomically(folder / f"{dimension}.json.gz", packed)
+        arrays = {f"{e.ticket.id}/{key}": array for _, e in pairs for key, array in e.arrays.items()}
+        np.savez_compressed(folder / f"{dimension}.npz", **arrays)
+        files += [f"{dimension}.json.gz", f"{dimension}.npz"]
+    for name, table in (tables or {}).items():
+        write_atomically(folder / name, table.to_csv(index=False))
+        files.append(name)
+    sizes = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in files}
+    write_atomically(folder / MANIFEST, json.dumps({"files": sizes}, indent=1) + "\n")
+
+
+def recorded_json(path: Path) -> Mapping:
+    """Read a recorded file that `lthlib.core.store.seal` wrote; UserError where it is damaged."""
+    try:
+        return unseal(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, what: object) -> UserError:
+    name = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
+    return UserError(
+        f"The recorded results in {name} are damaged ({what}): restore them with `git checkout -- {name}`, or record "
+        "them again."
+    )

@@ -1,0 +1,1 @@
+from lthlib.tickets.predictions import Subject  # noqa
