@@ -127,7 +127,7 @@ def hessian_trace(
     the masked weights. The exact method takes C - 1 vector-Jacobian products; memory grows with ``chunk``, not with
     the number of images. The network is left as it was found.
 
-    In float32 two processors' kernels round differently: expect exact traces to agree to 1e-5 of themselves.
+    In float32 two processors round differently: expect exact traces to agree to 1e-5 of themselves.
 
     Args:
         model: Any network that can be differentiated twice, in the mode in which it is to be measured (usually
@@ -244,6 +244,9 @@ def input_hessian_trace(
     Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the
     normalisation inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and
     one (C - 1) x (C - 1) Gram matrix per image; estimated otherwise, and said so.
+
+    In float32 two processors agree to 1e-5 of each number, but for the few images with a ReLU within rounding of its
+    kink: a trace or eigenvalue of such an image may differ by 1e-2 of itself.
 
     Args:
         model: Network in the mode in which it is to be measured; left as it was found.
