@@ -8,14 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lthlib.figures import WIDTH, colours, label
 from lthlib.metrics import METRICS
-from lthlib.metrics.flatness.measure import image_interval
+from lthlib.metrics.flatness.statistics import batch_means, image_interval, rank_agreement
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
 
@@ -92,7 +91,7 @@ def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
         )
         for part in (*box["boxes"], *box["whiskers"], *box["caps"]):
             part.set_color(style["color"])
-        axis.plot(_interval(values), [-place] * 2, color=style["color"], lw=4, alpha=0.35)
+        axis.plot(image_interval(values), [-place] * 2, color=style["color"], lw=4, alpha=0.35)
         axis.plot(values.mean(), -place, "D", color=style["color"], ms=5)
     axis.set_xscale("log")
     axis.set_yticks([-place for place in range(len(tickets))], list(tickets))
@@ -210,14 +209,13 @@ def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
     for title, arrays in tickets.items():
         mine = arrays["weight_per_image"].astype(float)
         wide = arrays.get("wide_per_image", np.empty(0)).astype(float)
-        means = wide[: len(wide) // batch * batch].reshape(-1, batch).mean(1)
         rows[title] = {
             f"trace on {len(mine)} images": f"{mine.mean():.4g}",
-            "95 % over images": _range(_interval(mine)),
+            "95 % over images": _range(image_interval(mine)),
             "minus dense, same images": "" if mine is dense or title == "dense" else f"{(mine - dense).mean():.4g}",
-            "95 % of that": "" if title == "dense" else _range(_interval(mine - dense)),
+            "95 % of that": "" if title == "dense" else _range(image_interval(mine - dense)),
             "on more images": f"{wide.mean():.4g} ({len(wide)})" if len(wide) else "",
-            f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in means),
+            f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in batch_means(wide, batch)),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -271,37 +269,15 @@ def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
 def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Ask whether tickets that are flat by the raw weight trace are flat by other measures: Kendall's tau.
 
-    1: the same order; 0: unrelated; -1: reversed. "Flatter" is lower or higher as each metric has it. Methods
-    are ranked at each round (means over seeds); with fewer than three methods, rounds of each method instead.
-
     Args:
-        rows: The tidy table of `lthlib.results.evaluate.Results`.
+        rows: The tidy table of `lthlib.results.evaluate.Results`, see `rank_agreement`.
     """
-    sparse = rows[(rows["method"] != "dense") & (rows["shift"] == "none")]
-    table = sparse.pivot_table(index=["method", "round"], columns="metric", values="value")
-    level = "round" if table.index.get_level_values("method").nunique() >= 3 else "method"
-    found = {}
-    for key, group in table.groupby(level=level):
-        first = _flatter(group, "weight_hessian_trace")
-        name = f"{100 * sparsity_of(key):.1f} %" if level == "round" else METHODS[key].title
-        found[name] = {METRICS[other].title: _tau(first, _flatter(group, other)) for other in RANKED}
-    kind = "methods at" if level == "round" else "rounds of"
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis(kind)
-
-
-def _tau(first: pd.Series, second: pd.Series) -> str:
-    from scipy.stats import kendalltau
-
-    tau = kendalltau(first, second).statistic if len(first) > 1 else np.nan
-    return "–" if np.isnan(tau) else f"{tau:.2f}"
-
-
-def _flatter(group: pd.DataFrame, metric: str) -> pd.Series:
-    return group[metric] * (1 if METRICS[metric].higher_is_better else -1)
-
-
-def _interval(per_image: np.ndarray) -> tuple[float, float]:
-    return image_interval(torch.from_numpy(per_image))
+    taus = rank_agreement(rows, "weight_hessian_trace", RANKED)
+    by_round = taus.index.name == "round"
+    table = taus.map(lambda tau: "–" if np.isnan(tau) else f"{tau:.2f}")
+    table.index = [f"{100 * sparsity_of(key):.1f} %" if by_round else METHODS[key].title for key in taus.index]
+    titles = {name: METRICS[name].title for name in RANKED}
+    return table.rename(columns=titles).rename_axis("methods at" if by_round else "rounds of")
 
 
 def _range(interval: tuple[float, float] | np.ndarray) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -211,106 +210,6 @@ def _random_state(images: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.random.get_rng_state()
 
 
-def norms_behind(frozen: Frozen) -> dict[str, str]:
-    """Return convolution -> the batch norm that alone takes its output, for norms that use running statistics.
-
-    It is read from the graph of a forward pass: nothing may stand between the two, no other operation may take the
-    output, and no other the convolution's parameters.
-    """
-    leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()}
-    logits, nodes = _graph(frozen, leaves)
-    takers: dict[object, list[object]] = {}
-    for node in upstream(logits.grad_fn, {}):
-        for parent, _ in node.next_functions:
-            takers.setdefault(parent, []).append(node)
-    pairs = {}
-    for norm, name in nodes.items():
-        conv = norm.next_functions[0][0] if _has_running_statistics(frozen.model.get_submodule(name)) else None
-        if conv in nodes and _holds(norm, name, leaves) and _alone(conv, nodes[conv], leaves, takers):
-            pairs[nodes[conv]] = name
-    with torch.no_grad():  # a subclass may do more with its weights than the graph tells
-        other = folded(frozen, pairs, frozen.images[:2], frozen.weights)
-    return pairs if torch.allclose(other, logits.detach(), 1e-3, 1e-4) else {}
-
-
-def _graph(frozen: Frozen, leaves: Mapping[str, Tensor]) -> tuple[Tensor, dict[object, str]]:
-    """Return the logits of two images, and the node of each convolution and batch norm that is called once -> name."""
-    made: dict[str, list[object]] = {}
-
-    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        made.setdefault(name, []).append(output.grad_fn)
-
-    handles = [
-        module.register_forward_hook(partial(look, name))
-        for name, module in frozen.model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
-    ]
-    try:
-        with torch.enable_grad():
-            logits = frozen(frozen.images[:2], leaves)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits, {calls[0]: name for name, calls in made.items() if len(calls) == 1 and calls[0] is not None}
-
-
-def _alone(conv: object, name: str, leaves: Mapping[str, Tensor], takers: Mapping[object, list]) -> bool:
-    """Tell whether a node is the convolution of this name, and the only use of its parameters, with one taker."""
-    nodes = [conv, *(parent for parent, _ in conv.next_functions[1:] if parent is not None)]
-    return _holds(conv, name, leaves) and all(len(takers.get(node, ())) == 1 for node in nodes)
-
-
-def _holds(node: object, name: str, leaves: Mapping[str, Tensor]) -> bool:
-    """Tell whether a node's weight and bias are the module's parameters themselves."""
-    found = [getattr(parent, "variable", None) for parent, _ in node.next_functions[1:3]]
-    wanted = [leaves.get(f"{name}.{part}") for part in ("weight", "bias")]
-    return len(found) == 2 and all(one is other for one, other in zip(found, wanted, strict=True))
-
-
-def upstream(root: object, known: Container[object]) -> list:
-    """Return the nodes that one of autograd's depends on and that are not known, itself last, each after its inputs."""
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node is not None and node not in seen and node not in known:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent, _ in node.next_functions)
-    return order
-
-
-def folded(frozen: Frozen, pairs: Mapping[str, str], images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits with each batch norm of ``pairs`` multiplied into its convolution: the same function.
-
-    Differentiating it twice is cheaper: the multiplication acts on weights, not on images.
-    """
-    weights, handles = dict(weights), []
-    for conv, name in pairs.items():
-        norm = frozen.model.get_submodule(name)
-        scale = (frozen.buffers[f"{name}.running_var"] + norm.eps).rsqrt()
-        scale = scale * weights.get(f"{name}.weight", 1)
-        shift = weights.get(f"{name}.bias", 0) - frozen.buffers[f"{name}.running_mean"] * scale
-        weights[f"{conv}.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
-        if f"{conv}.bias" in weights:
-            weights[f"{conv}.bias"] = weights[f"{conv}.bias"] * scale
-        handles.append(norm.register_forward_hook(partial(_shift, shift[:, None, None])))
-    try:
-        return frozen(images, weights)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shift(shift: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return inputs[0] + shift
-
-
-def _has_running_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.BatchNorm2d) and not module.training and module.running_mean is not None
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold every module in eval mode, and give each its own mode back."""
@@ -333,25 +232,3 @@ def normal_like(like: Tensor, *key: int) -> Tensor:
 def rademacher_like(like: Tensor, *key: int) -> Tensor:
     """Return +1 and -1 with equal probability, of the shape of ``like``; they depend on ``key`` alone."""
     return normal_like(like, *key).sign_().add_(0.5).sign_()
-
-
-def sample_factor(logits: Tensor) -> Tensor:
-    r"""Return v_1..v_{C-1} with diag(p) - p pᵀ = Σ_k v_k v_kᵀ, the softmax's Hessian, for each image.
-
-    With s = √p, diag(p) - p pᵀ = diag(s) (I - s sᵀ) diag(s). The reflection that takes s to -e_C has C - 1
-    further columns, an orthonormal basis of what is orthogonal to s; they are scaled by s. No
-    eigenvalue problem is solved, and a probability near 1 or 0 costs no accuracy beyond rounding.
-
-    Args:
-        logits: Shape (N, C).
-
-    Returns:
-        Shape (C - 1, N, C).
-    """
-    s = torch.softmax(logits, dim=1).sqrt()
-    u = s.clone()
-    u[:, -1] += 1
-    reflection = torch.eye(s.shape[1], dtype=s.dtype, device=s.device) - (
-        u[:, :, None] * u[:, None, :] / (1 + s[:, -1])[:, None, None]
-    )
-    return (s[:, :, None] * reflection[:, :, :-1]).permute(2, 0, 1)

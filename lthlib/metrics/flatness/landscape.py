@@ -1,9 +1,10 @@
-"""Pictures of the loss landscape: the line between two networks, a plane around one, a plane of inputs."""
+"""The loss landscape: a line between two networks, a plane around one, a plane of inputs; what rescaling does."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,13 +59,11 @@ class LossSurface:
         a: Steps along the first direction, shape (points,).
         b: Steps along the second direction, shape (points,).
         loss: Mean cross-entropy, shape (points of a, points of b).
-        error: Fraction of images misclassified, same shape.
     """
 
     a: np.ndarray
     b: np.ndarray
     loss: np.ndarray
-    error: np.ndarray
 
 
 def interpolate(
@@ -154,9 +153,9 @@ def filter_normalised_surface(
     steps = np.linspace(-span, span, points)
     state = {**frozen.weights, **frozen.buffers}
 
-    def at(a: float, b: float) -> tuple[float, float]:
+    def at(a: float, b: float) -> float:
         moved = {name: frozen.weights[name] + a * first[name] + b * second[name] for name in first}
-        return _evaluate(model, {**state, **moved}, images, labels, chunk)
+        return _evaluate(model, {**state, **moved}, images, labels, chunk)[0]
 
     return _surface(at, steps, steps)
 
@@ -192,8 +191,8 @@ def adversarial_slice(
     signs = rademacher_like(images, seed)
     state = {**frozen.weights, **frozen.buffers}
 
-    def at(a: float, b: float) -> tuple[float, float]:
-        return _evaluate(model, state, (images + a * adversarial + b * signs).clamp(0, 1), labels, chunk)
+    def at(a: float, b: float) -> float:
+        return _evaluate(model, state, (images + a * adversarial + b * signs).clamp(0, 1), labels, chunk)[0]
 
     return _surface(at, np.linspace(0, span, points), np.linspace(-span, span, points))
 
@@ -202,10 +201,10 @@ def _barrier(t: np.ndarray, values: np.ndarray) -> float:
     return float((values - (1 - t) * values[0] - t * values[-1]).max())
 
 
-def _surface(at, a: np.ndarray, b: np.ndarray) -> LossSurface:
-    values = np.array([[at(float(x), float(y)) for y in b] for x in a])
-    check_finite(torch.tensor(values[..., 0].min()))
-    return LossSurface(a, b, values[..., 0], values[..., 1])
+def _surface(at: Callable[[float, float], float], a: np.ndarray, b: np.ndarray) -> LossSurface:
+    loss = np.array([[at(float(x), float(y)) for y in b] for x in a])
+    check_finite(torch.tensor(loss.min()))
+    return LossSurface(a, b, loss)
 
 
 def _gradient_sign(frozen: Frozen, images: Tensor, labels: Tensor) -> Tensor:
@@ -274,3 +273,82 @@ def _evaluate(
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             wrong += int((logits.argmax(1) != y).sum())
     return (loss / len(images) if math.isfinite(loss) else math.inf), wrong / len(images)
+
+
+# ------------------------------------------------------------------------------------------------- rescaling
+
+
+def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) -> nn.Module:
+    """Return a copy with one convolution's weights multiplied, and the batch norm behind it set to undo that.
+
+    The copy computes the same function (in eval mode), yet its Hessian in that layer's weights is the
+    original's divided by factor²: a trace says nothing before the scale of the weights is taken into account
+    (Dinh et al. 2017). The running mean takes the factor, the running variance its square, the norm's epsilon
+    included.
+
+    Args:
+        model: The network; left as it is.
+        layer: Name of a convolution whose output goes into one batch norm and nowhere else.
+        factor: What its weights (and bias) are multiplied with, above 0.
+        images: Some, to see which batch norm follows, and that the logits stay.
+
+    Raises:
+        UserError: For an unknown layer, a factor that is not positive and finite, and where no batch norm
+            follows.
+    """
+    choose(layer, [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)], "convolution")
+    if not (math.isfinite(factor) and factor > 0):
+        raise UserError(f"The factor must be positive and finite, got {factor}.")
+    behind = norms_behind(model, images)
+    if layer not in behind:
+        raise UserError(
+            f"The convolution {layer!r} is not followed by one batch norm alone, so nothing undoes its "
+            f"rescaling. Convolutions that are: {', '.join(behind) or 'none'}."
+        )
+    scaled = copy.deepcopy(model)
+    scaled.load_state_dict({**scaled.state_dict(), **_rescaled(scaled, layer, behind[layer], factor)})
+    return scaled
+
+
+def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Return convolution -> the batch norm that is given its output, where rescaling one is undone by the other.
+
+    That is tried: the logits of two images, in eval mode, must stay.
+    """
+    made: dict[int, tuple[str, Tensor]] = {}  # with the tensor: an id may serve twice
+    pairs: dict[str, str] = {}
+
+    def look(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(module, nn.Conv2d):
+                made[id(output)] = name, output
+            elif inputs and id(inputs[0]) in made and module.running_mean is not None:
+                pairs[made[id(inputs[0])][0]] = name
+
+        return hook
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(look(name)) for name, module in layers]
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    with evaluating(model), torch.no_grad():
+        try:
+            logits = stateless(model, state, images[:2])
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {}
+        for conv, norm in pairs.items():
+            other = stateless(model, {**state, **_rescaled(model, conv, norm, 3.0)}, images[:2])
+            if torch.allclose(other, logits, 1e-3, 1e-3 * float(logits.abs().max())):
+                found[conv] = norm
+    return found
+
+
+def _rescaled(model: nn.Module, conv: str, norm: str, factor: float) -> dict[str, Tensor]:
+    """Return what changes in the state when a convolution is multiplied and the norm behind it undoes that."""
+    layer, behind = model.get_submodule(conv), model.get_submodule(norm)
+    return {
+        **{f"{conv}.{name}": factor * value.detach() for name, value in layer.named_parameters(recurse=False)},
+        f"{norm}.running_mean": factor * behind.running_mean,
+        f"{norm}.running_var": factor**2 * (behind.running_var + behind.eps) - behind.eps,
+    }

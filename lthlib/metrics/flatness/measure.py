@@ -1,8 +1,7 @@
 """Flatness: how curved the loss is in the weights and in the pixels, and how much noise both bear.
 
-The rows of the dimension, and the two traces that choose their own method. What they rest on is in the files
-beside this one: `hessian` (exact traces), `piecewise` (whether they apply), `spectrum` (eigenvalues, density,
-estimators), `pacbayes` (noise), `landscape` (pictures and the barrier).
+The rows of the dimension. What they rest on is in the files beside this one: `exact` (traces), `gradients` (whether
+they can be exact), `spectrum` (eigenvalues and density), `noise`, `landscape` (barrier, pictures, rescaling).
 """
 
 from __future__ import annotations
@@ -14,71 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lthlib.core.errors import UserError, choose
 from lthlib.metrics import Value, describe
-from lthlib.metrics.flatness.exact import (
-    InputHessian,
-    WeightTrace,
-    exact_input_hessian,
-    exact_trace,
-    image_interval,
-    rescale_conv,
-    trace_obstacles,
-    weight_hessian_trace,
-)
-from lthlib.metrics.flatness.frozen import Frozen, norms_behind
+from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace
+from lthlib.metrics.flatness.frozen import Frozen
 from lthlib.metrics.flatness.landscape import (
     LossPath,
-    LossSurface,
     adversarial_slice,
     filter_normalised_surface,
     interpolate,
+    norms_behind,
+    rescale_conv,
 )
-from lthlib.metrics.flatness.pacbayes import NoiseTolerance, input_noise_tolerance, weight_noise_tolerance
-from lthlib.metrics.flatness.piecewise import COUPLED, is_piecewise_linear, nonlinear_parts
-from lthlib.metrics.flatness.spectrum import (
-    TRACE_ESTIMATORS,
-    Extremes,
-    SpectralDensity,
-    WeightHessian,
-    estimate_input_hessian,
-    estimate_trace,
-    spectral_density,
-    top_eigenvalues,
-)
+from lthlib.metrics.flatness.noise import input_noise_tolerance, weight_noise_tolerance
+from lthlib.metrics.flatness.spectrum import WeightHessian, spectral_density, top_eigenvalue
 from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
 
-__all__ = [
-    "Extremes",
-    "InputHessian",
-    "LossPath",
-    "LossSurface",
-    "NoiseTolerance",
-    "SpectralDensity",
-    "WeightHessian",
-    "WeightTrace",
-    "adversarial_slice",
-    "filter_normalised_surface",
-    "image_interval",
-    "input_hessian",
-    "input_noise_tolerance",
-    "interpolate",
-    "is_piecewise_linear",
-    "measure",
-    "nonlinear_parts",
-    "rescale_conv",
-    "spectral_density",
-    "top_eigenvalues",
-    "weight_hessian_trace",
-    "weight_noise_tolerance",
-    "weight_trace",
-]
-
-describe(
+_row = partial(describe, dimension="flatness")
+_row(
     "weight_hessian_trace",
     "Weight-Hessian trace",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats",
     definition="$\\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all "
@@ -86,28 +40,25 @@ describe(
     reference="yao2020pyhessian",
     in_verdict=True,
 )
-describe(
+_row(
     "weight_hessian_trace_per_weight",
     "Weight-Hessian trace per active weight",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats",
     definition="$\\operatorname{tr}(MHM)$ divided by the number of active parameters.",
     reference="yao2020pyhessian",
 )
-describe(
+_row(
     "weight_hessian_top",
     "Weight-Hessian top eigenvalue",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats",
     definition="The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error.",
     reference="ghorbani2019investigation",
 )
-describe(
+_row(
     "relative_flatness",
     "Relative flatness",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats",
     definition="$\\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and "
@@ -115,10 +66,9 @@ describe(
     "loss by $\\tfrac12\\sigma^2$ times this.",
     reference="tsuzuku2020normalized",
 )
-describe(
+_row(
     "input_hessian_trace",
     "Input-Hessian trace",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats/pixel²",
     definition="The mean over images of $\\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s "
@@ -126,146 +76,57 @@ describe(
     reference="yao2020pyhessian",
     in_verdict=True,
 )
-describe(
+_row(
     "input_hessian_top",
     "Input-Hessian top eigenvalue",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats/pixel²",
     definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
     reference="yao2020pyhessian",
 )
-describe(
+_row(
     "legacy_batch_eigenvalue",
     "Input-Hessian top eigenvalue, as published",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats/pixel²",
     definition="$\\max_i\\lambda_{\\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in "
     "all its pixels: depends on $B$.",
     reference="chen2022can",
 )
-describe(
+_row(
     "pac_bayes_weight_sigma",
     "Weight noise borne",
-    dimension="flatness",
     higher_is_better=True,
     unit="",
     definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(w+\\sigma|w|\\varepsilon)\\le1.1\\,L(w)$, "
     "$\\varepsilon$ standard normal, on convolution weights.",
     reference="jiang2020fantastic",
 )
-describe(
+_row(
     "pac_bayes_input_sigma",
     "Input noise borne",
-    dimension="flatness",
     higher_is_better=True,
     unit="pixel",
     definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(\\operatorname{clamp}(x+\\sigma\\varepsilon,0,1))"
     "\\le1.1\\,L(x)$, pixels in $[0,1]$.",
     reference="chen2022can",
 )
-describe(
+_row(
     "loss_barrier",
     "Loss barrier to the dense network",
-    dimension="flatness",
     higher_is_better=False,
     unit="nats",
     definition="$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks.",
     reference="frankle2020linear",
 )
-describe(
+_row(
     "error_barrier",
     "Error barrier to the dense network",
-    dimension="flatness",
     higher_is_better=False,
     unit="fraction",
     definition="$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified.",
     reference="frankle2020linear",
 )
-
-
-def weight_trace(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    masks: Mapping[str, Tensor] | None = None,
-    method: str = "auto",
-    chunk: int = 50,
-    max_classes: int = 200,
-    probes: int = 30,
-    repeats: int = 5,
-    seed: int = 0,
-) -> WeightTrace:
-    """Return the trace of the weight Hessian (lower is flatter), exact where possible, else estimated.
-
-    Args:
-        model: As in `weight_hessian_trace`, with any parts that can be differentiated twice.
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Class indices, shape (N,).
-        masks: Parameter name -> bool tensor, True where a weight is active; None for a dense network.
-        method: ``"exact"``, an estimator of curvlinops (``"hutchinson"``, which also gives shares per
-            parameter; ``"hutchpp"``, ``"xtrace"``), or ``"auto"``: exact for a piecewise-linear network of at
-            most ``max_classes`` classes, ``"hutchinson"`` otherwise.
-        chunk: Images at a time, exact method only.
-        max_classes: Where ``"auto"`` stops paying one vector-Jacobian product per class.
-        probes: Hessian-vector products of the estimator; of each repeat of Hutch++ and XTrace.
-        repeats: Independent runs of Hutch++ or XTrace, which give their standard error.
-        seed: Of the estimator.
-
-    Returns:
-        A result that names its ``method``, its ``standard_error`` and the ``reason`` for an estimator.
-
-    Raises:
-        UserError: For an unknown method, and as in `weight_hessian_trace`.
-    """
-    choose(method, ["auto", "exact", *TRACE_ESTIMATORS], "trace method")
-    if method == "exact":
-        return weight_hessian_trace(model, images, labels, masks, chunk)
-    frozen = Frozen(model, images, labels, masks)
-    if method != "auto":
-        return estimate_trace(frozen, method, probes, repeats, seed, reason=f"{method} was asked for")
-    reasons = list(trace_obstacles(frozen))
-    if frozen.classes > max_classes:
-        reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
-    if reasons:
-        return estimate_trace(frozen, "hutchinson", probes, repeats, seed, reason="; ".join(reasons))
-    return exact_trace(frozen, chunk)
-
-
-def input_hessian(
-    model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None = None, probes: int = 30, seed: int = 0
-) -> InputHessian:
-    """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
-
-    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the
-    normalisation inside the network. Exact for a piecewise-linear network; estimated otherwise, and said so.
-
-    Args:
-        model: Network in the mode in which it is to be measured.
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Class indices, shape (N,); in a piecewise-linear network they do not matter.
-        chunk: Images at a time, exact method only; None: as many as keep their Jacobians below 256 MB.
-        probes: Hessian-vector products for the trace, and as many for the eigenvalue; estimator only.
-        seed: Of the estimator.
-
-    Returns:
-        The numbers per image; ``legacy_batch_eigenvalue`` is the one of the paper's code.
-
-    Raises:
-        UserError: For training-mode batch norm and whatever else couples the images, a loss that is not finite,
-            and what `Frozen` refuses.
-    """
-    frozen = Frozen(model, images, labels)
-    obstacles = nonlinear_parts(model, images)
-    if COUPLED in obstacles:
-        raise UserError(
-            f"No image of this batch has a Hessian of its own: there are {COUPLED}. Call model.eval() first if it is "
-            "batch norm; else pass one image at a time."
-        )
-    if obstacles:
-        return estimate_input_hessian(frozen, probes, seed, reason="; ".join(obstacles))
-    return exact_input_hessian(frozen, chunk)
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
@@ -343,7 +204,8 @@ def measure(
         _of_lines(subject, draw(n_path), points, statistics, partner),
     ]
     if subject.ticket.round in pictured and subject.ticket.seed == pictured_seed:
-        density = spectral_density(model, *draw(n_spectrum), masks, probes, steps, points=500)
+        hessian = WeightHessian(Frozen(model, *draw(n_spectrum), masks))
+        density = spectral_density(hessian, probes=probes, steps=steps, points=500)
         pictures = _pictures(model, draw(n_path), masks, surface_points)
         wide = _wide(model, draw(n_wide), masks)
         shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
@@ -362,23 +224,21 @@ def _training_images(subject: Subject, n: int, seed: int) -> Batch:
 
 
 def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> Found:
-    found = weight_trace(model, *batch, masks)
-    n, layers = len(batch[1]), found.per_layer()
+    found = hessian_trace(model, *batch, masks)
+    n = len(batch[1])
     values = [
         Value("weight_hessian_trace", found.total, n),
         Value("weight_hessian_trace_per_weight", found.per_weight, n),
         Value("relative_flatness", found.relative, n),
     ]
-    active = dict.fromkeys(layers, 0)
-    for name, count in found.active.items():
-        if layers:
-            active[name.rpartition(".")[0]] += count
+    parts = found.per_parameter, found.relative_per_parameter, found.active
+    layers, relative, active = map(_by_layer, parts)
     arrays = {
         "weight_method": np.array(found.method),
         "weight_standard_error": np.array([found.standard_error, found.relative_standard_error]),
         "layers": np.array(list(layers), dtype=str),
         "layer_trace": np.array(list(layers.values())),
-        "layer_relative": np.array(list(found.per_layer(relative=True).values())),
+        "layer_relative": np.array(list(relative.values())),
         "layer_active": np.array(list(active.values())),
     }
     if found.per_image is not None:
@@ -387,16 +247,25 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
     return values, arrays
 
 
+def _by_layer(per_parameter: Mapping[str, float]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, value in per_parameter.items():
+        layer = name.rpartition(".")[0]
+        sums[layer] = sums.get(layer, 0) + value
+    return sums
+
+
 def _of_spectrum(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float) -> Found:
-    found = top_eigenvalues(model, *batch, masks, tolerance=tolerance)
-    bound = {"top_bound": found.error_bounds[:1], "top_magnitude": np.array([found.largest_magnitude])}
+    hessian = WeightHessian(Frozen(model, *batch, masks))
+    found = top_eigenvalue(hessian, near=hessian.gradient(), tolerance=tolerance)
+    bound = {"top_bound": np.array([found.error_bound]), "top_magnitude": np.array([found.largest_magnitude])}
     return [Value("weight_hessian_top", found.top, len(batch[1]))], bound
 
 
 def _of_pixels(model: nn.Module, batch: Batch) -> Found:
-    found = input_hessian(model, *batch)
+    found = input_hessian_trace(model, *batch)
     numbers = {
-        "input_hessian_trace": float(found.trace.double().mean()),
+        "input_hessian_trace": float(found),
         "input_hessian_top": float(found.top.double().mean()),
         "legacy_batch_eigenvalue": found.legacy_batch_eigenvalue,
     }
@@ -454,7 +323,7 @@ def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
 
 def _wide(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
     """Return ``wide_per_image``, the trace image by image over a larger sample, where it is exact."""
-    found = weight_trace(model, *batch, masks)
+    found = hessian_trace(model, *batch, masks)
     return {} if found.per_image is None else {"wide_per_image": _small(found.per_image)}
 
 
@@ -468,7 +337,7 @@ def _rescaled(
         each of ``rescaled_factor``, ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the
         largest change of a logit, relative to the largest logit. Nothing where no convolution has a norm.
     """
-    convolutions = [name for name in norms_behind(Frozen(model, *batch, masks)) if name in shares]
+    convolutions = [name for name in norms_behind(model, batch[0]) if name in shares]
     if not convolutions:
         return {}
     layer = max(convolutions, key=lambda name: shares[name])
@@ -477,7 +346,7 @@ def _rescaled(
         other = rescale_conv(model, layer, factor, batch[0])
         with torch.no_grad():
             logits, same = model(batch[0]), other(batch[0])
-        found = weight_trace(other, *batch, masks)
+        found = hessian_trace(other, *batch, masks)
         rows.append((found.total, found.relative, float((same - logits).abs().max() / logits.abs().max())))
     columns = dict(zip(("trace", "relative", "change"), np.array(rows).T, strict=True))
     arrays = {f"rescaled_{name}": column for name, column in columns.items()}

@@ -24,21 +24,14 @@ class NoiseTolerance:
         sigma: The noise level at which the mean loss over the draws first meets the bound; ``sigma_max``
             where it stays below.
         low: Lower end of the 95 % interval for ``sigma`` over independent draws (Student's t, delta method).
-        high: Upper end; infinite where ``sigma_max`` was reached.
+        high: Upper end; infinite where ``sigma_max`` was reached: ``sigma`` is then a lower bound.
         loss: The loss without noise.
-        bound: (1 + rise) times that.
-        reached_limit: Whether the loss stayed within the bound up to ``sigma_max``: sigma is then a lower
-            bound.
-        evaluations: How many noise levels were tried.
     """
 
     sigma: float
     low: float
     high: float
     loss: float
-    bound: float
-    reached_limit: bool
-    evaluations: int
 
 
 def weight_noise_tolerance(
@@ -88,7 +81,7 @@ def weight_noise_tolerance(
             signs = ({name: w + s * noise[name] for name, w in noisy.items()} for s in (sigma, -sigma))
             return sum(_mean_loss(frozen, loss, chunk, weights=moved) for moved in signs) / 2
 
-        return _search(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
+        return largest_sigma(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
 
 
 def input_noise_tolerance(
@@ -115,22 +108,13 @@ def input_noise_tolerance(
             signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
             return sum(_mean_loss(frozen, loss, chunk, images=moved) for moved in signs) / 2
 
-        return _search(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
-
-
-def _search(
-    pair_mean: Callable[[float, int], float], clean: float, rise: float, sigma_max: float, pairs: int
-) -> NoiseTolerance:
-    def losses(sigma: float) -> Tensor:
-        return torch.tensor([pair_mean(sigma, pair) for pair in range(pairs)])
-
-    return largest_sigma(losses, clean, rise, sigma_max, pairs)
+        return largest_sigma(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
 
 
 def largest_sigma(
-    losses: Callable[[float], Tensor], clean: float, rise: float, sigma_max: float, draws: int
+    loss_of_draw: Callable[[float, int], float], clean: float, rise: float, sigma_max: float, draws: int
 ) -> NoiseTolerance:
-    """Find where the mean of ``losses(sigma)`` first meets (1 + rise) clean, with an interval.
+    """Find where the mean over draws of ``loss_of_draw(sigma, draw)`` first meets (1 + rise) clean, with an interval.
 
     σ is doubled from a 128th of ``sigma_max`` (halved first, where that is too much already) until the bound
     is passed; of several crossings within a factor 2 it is one. Brent's method closes in to a thousandth, in σ²,
@@ -138,7 +122,7 @@ def largest_sigma(
     s of the draws' losses at σ.
 
     Args:
-        losses: Noise level -> the loss of every independent draw, shape (draws,).
+        loss_of_draw: (noise level, which of the independent draws) -> loss.
         clean: The loss without noise.
         rise: Relative rise allowed, above 0.
         sigma_max: Where to stop looking.
@@ -158,17 +142,18 @@ def largest_sigma(
 
     def excess(sigma: float) -> float:
         if sigma not in tried:
-            tried[sigma] = losses(sigma).double().nan_to_num(nan=math.inf)
+            found = torch.tensor([loss_of_draw(sigma, draw) for draw in range(draws)])
+            tried[sigma] = found.double().nan_to_num(nan=math.inf)
         return min(float(tried[sigma].mean()) - (1 + rise) * clean, 1e6 * clean)
 
     low, high = _bracket(excess, sigma_max)
     if high is None:
-        return NoiseTolerance(sigma_max, sigma_max, math.inf, clean, (1 + rise) * clean, True, len(tried) - 1)
+        return NoiseTolerance(sigma_max, sigma_max, math.inf, clean)
     sigma = math.sqrt(brentq(lambda s: excess(math.sqrt(s)), low**2, high**2, xtol=2e-3 * low**2, rtol=2e-3))
     slope = (excess(1.05 * sigma) - excess(sigma)) / (0.05 * sigma)
     spread = student.ppf(0.975, draws - 1) * float(tried[sigma].std()) / math.sqrt(draws)
     half = float(spread / slope) if slope > 0 else math.inf
-    return NoiseTolerance(sigma, max(0.0, sigma - half), sigma + half, clean, (1 + rise) * clean, False, len(tried) - 1)
+    return NoiseTolerance(sigma, max(0.0, sigma - half), sigma + half, clean)
 
 
 def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float, float | None]:
