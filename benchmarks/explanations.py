@@ -25,7 +25,7 @@ from sklearn.metrics import pairwise_distances
 from torch.nn import functional as F
 
 from lthlib.metrics.interpretability import explanations
-from lthlib.networks.models import build
+from lthlib.networks import build
 
 CROP, SHRINK, CLASSES = 32, 2, 8
 SCORES = ("fidelity", "stability", "lime_r2")

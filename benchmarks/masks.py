@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib.networks import models
-from lthlib.pruning import METHODS, Moment, find, masks
+from lthlib import networks
+from lthlib.pruning import METHODS, Moment, masks
 
 ROUND = 10  # 89.3 %
 N_SCORES, N_LAYERS = 15_000_000, 12
@@ -59,7 +59,7 @@ def finder(name: str, model: nn.Module) -> Callable[[], object]:
     n_keep = masks.kept(masks.n_kept(dense), ROUND)
     copies = iter([copy.deepcopy(model) for _ in range(8)])
     options = METHODS[name].options
-    return lambda: find(name, Moment(next(copies), dense, n_keep, ROUND, 0, batch, options))
+    return lambda: METHODS[name].run(Moment(next(copies), dense, n_keep, ROUND, 0, batch, options))
 
 
 def gradient_pass(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ def image_pass(model: nn.Module) -> None:
 
 
 def finding(arch: str, repeats: int) -> None:
-    model = models.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    model = networks.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
     train, single, double = (copy.deepcopy(model), copy.deepcopy(model).eval(), copy.deepcopy(model).eval().double())
     x, y = batch(128)
     for name, bare in (("snip", lambda: gradient_pass(train, x, y)), ("grasp", lambda: grasp_passes(train))):

@@ -26,7 +26,6 @@ from lthlib.book.grid import Grid, read_grid
 from lthlib.core.errors import UserError, suggest
 from lthlib.core.store import Store, write_atomically
 from lthlib.metrics import METRICS
-from lthlib.networks import models
 from lthlib.pruning import masks
 from lthlib.results import verdict
 from lthlib.results.evaluate import COLUMNS, DIMENSIONS, measured, table_of
@@ -319,7 +318,7 @@ def compare_files(
     build = (
         builder(network)
         if network
-        else lambda: models.build(
+        else lambda: networks.build(
             study.arch,
             in_channels=images.channels,
             num_classes=len(images.classes),

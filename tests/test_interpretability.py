@@ -23,7 +23,7 @@ from lthlib.metrics.interpretability.measure import (
     measure,
 )
 from lthlib.metrics.interpretability.regions import activations, regions
-from lthlib.networks.models import build
+from lthlib.networks import build
 from lthlib.results.evaluate import collect
 from lthlib.tickets.predictions import Subject
 from lthlib.tickets.study import Study

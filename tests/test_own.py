@@ -23,7 +23,7 @@ from lthlib.results import verdict
 from lthlib.results.evaluate import collect
 from lthlib.tickets.study import study_from
 from lthlib.tickets.ticket import Ticket, obtain
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.book.grid import Grid, read_grid, study_name
 from lthlib.core import machine as compute
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store, say, write_atomically
-from lthlib.networks import models
 from lthlib.pruning import METHODS
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import Ticket
@@ -132,12 +131,12 @@ def sizes(study: Study) -> Images:
 @functools.cache
 def macs(arch: str, images: Images) -> int:
     """Return the multiply-accumulates of one image's forward pass through the dense network."""
-    return sum(models.macs(_build(arch, images), images.shape).values())
+    return sum(networks.macs(_build(arch, images), images.shape).values())
 
 
 def _build(arch: str, images: Images) -> torch.nn.Module:
     channels, size, _ = images.shape
-    return models.build(
+    return networks.build(
         arch,
         in_channels=channels,
         num_classes=images.classes,

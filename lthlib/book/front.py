@@ -30,7 +30,7 @@ from lthlib.core.store import MANIFEST, ROOT, Store, say, seal, whole_folder, wr
 from lthlib.core.versions import code_version, script_version
 from lthlib.data.corruptions import CORRUPTIONS
 from lthlib.metrics import METRICS
-from lthlib.networks.models import ARCHITECTURES
+from lthlib.networks import ARCHITECTURES
 from lthlib.pruning import METHODS
 from lthlib.results import overlaps, verdict
 from lthlib.results.evaluate import (

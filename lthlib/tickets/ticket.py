@@ -18,16 +18,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core import machine as compute
 from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store, say
 from lthlib.core.versions import code_version
-from lthlib.networks import models
-from lthlib.pruning import METHODS, Found, Method, Moment, find, masks
+from lthlib.pruning import METHODS, Found, Method, Moment, masks
 from lthlib.pruning.masks import Masks
 from lthlib.pruning.structured import shrink
-from lthlib.training.loop import Recipe, State, as_input, mix, recipe_from, train
+from lthlib.training.loop import State, as_input, mix, train
+from lthlib.training.recipe import Recipe, recipe_from
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ticket:
 
     Attributes:
         data: Name of a data set (`lthlib.data.load`).
-        arch: Name of an architecture (`lthlib.networks.models.ARCHITECTURES`).
+        arch: Name of an architecture (`lthlib.networks.networks.ARCHITECTURES`).
         method: Name of a sparsification method (`lthlib.pruning.METHODS`).
         round: n on the ladder of sparsities 1 - 0.8^n; 0 is dense.
         seed: Of the initial weights, the order of the images and whatever the method draws.
@@ -61,7 +61,7 @@ class Ticket:
 
     def __post_init__(self) -> None:
         data.check_name(self.data)  # the data may be elsewhere: recorded results need only its name
-        choose(self.arch, models.ARCHITECTURES, "architecture")
+        choose(self.arch, networks.ARCHITECTURES, "architecture")
         choose(self.method, METHODS, "method")
         for name in ("round", "seed", "rewind_epoch"):
             value = getattr(self, name)
@@ -194,7 +194,7 @@ def version_of(ticket: Ticket, images: data.DataSet) -> str:
             _make,
             new_model,
             train,
-            models.ARCHITECTURES[ticket.arch].build,
+            networks.ARCHITECTURES[ticket.arch].build,
             method.find,
             *([method.during] if method.during else []),
         ),
@@ -208,7 +208,7 @@ def new_model(
     ticket: Ticket, images: data.DataSet, *, seed: int | None = None, channels: Mapping[str, int] | None = None
 ) -> nn.Module:
     """Build the ticket's network with the initial weights of its seed (or of another)."""
-    return models.build(
+    return networks.build(
         ticket.arch,
         in_channels=images.channels,
         num_classes=len(images.classes),
@@ -316,7 +316,7 @@ def _find(ticket: Ticket, method: Method, source: Trained | None, images: data.D
         options={**method.options, **dict(ticket.options)},
     )
     with compute.one_thread():  # sums in parts would make the mask depend on how many threads there are
-        found = find(method.name, moment)
+        found = method.run(moment)
     if found.masks is not None:
         dead = [name for name, mask in found.masks.items() if not mask.any()]
         if dead:
@@ -384,7 +384,7 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
         for name, weight in masks.prunable(model).items()
     }
     n_parent, n_kept = sum(full.values()), sum(left.values())
-    by_layer = models.macs(model, images.shape)
+    by_layer = networks.macs(model, images.shape)
     alive = masks.sparse_macs(model, images.shape, found or {})
     return {
         "n_prunable": n_parent,
@@ -394,7 +394,7 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
         - (sum((~mask).sum().item() for mask in found.values()) if found is not None else 0),
         "macs": round(alive),
         "macs_dense_kernel": sum(by_layer.values()),
-        "macs_parent": sum(models.macs(parent, images.shape).values()),
+        "macs_parent": sum(networks.macs(parent, images.shape).values()),
         "density_by_layer": {name: left[name] / n for name, n in full.items()},
     }
 
