@@ -80,14 +80,15 @@ def grasp(moment: Moment) -> Found:
     """Keep the weights with the lowest -w * Hg.
 
     Options: ``samples_per_class`` per iteration (published: 10 for CIFAR-10, 5 for CIFAR-100, 1 for ImageNet),
-    ``iterations`` (1, 2, 150), ``temperature``, ``bn_mode`` ("train" or "eval"); of linear layers that are not pruned,
-    ``reinit_linear`` draws the weights anew for the scoring, and ``with_linear`` lets them take part in g and H.
+    ``iterations`` (1, 2, 150), ``temperature``, ``bn_mode`` ("train" or "eval"). Of linear layers that are not pruned,
+    ``with_linear`` lets the weights take part in g and H, and ``reinit_linear`` draws these anew for the scoring.
     """
     options, pruned = moment.options, moment.weights
     model = moment.model.train(options["bn_mode"] == "train")
     generator = torch.Generator().manual_seed(moment.seed)
     for name, module in model.named_modules():
-        if options["reinit_linear"] and isinstance(module, nn.Linear) and f"{name}.weight" not in pruned:
+        is_redrawn = isinstance(module, nn.Linear) and f"{name}.weight" not in pruned
+        if is_redrawn and options["with_linear"] and options["reinit_linear"]:
             nn.init.xavier_normal_(module.weight, generator=generator)
     images, labels = moment.batch(per_class=options["samples_per_class"] * options["iterations"])
     batches = list(halves(images, labels, options["iterations"]))

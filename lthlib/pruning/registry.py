@@ -38,6 +38,7 @@ class Moment:
         batch: ``batch(n)`` returns n training images in a seeded random order, ``batch(per_class=k)`` returns k of each
             class, class by class: float images (N, C, H, W) in [0, 1], and their labels (N,).
         options: Of this method, by name; complete.
+        density: The fraction to keep as it was asked for, of which ``n_keep`` is the rounded count: 0.8^round, if None.
     """
 
     model: nn.Module
@@ -47,6 +48,11 @@ class Moment:
     seed: int
     batch: Callable[..., tuple[Tensor, Tensor]]
     options: Mapping[str, object] = field(default_factory=dict)
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.density is None:
+            object.__setattr__(self, "density", (1 - masking.RATE) ** self.round)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -199,7 +205,7 @@ class Method:
         """
         self.check_options(moment.options)
         if moment.n_keep < 1:
-            raise UserError(f"Round {moment.round} leaves no weight to {self.title}: choose a lower sparsity.")
+            raise UserError(f"Density {moment.density:.2g} leaves no weight to {self.title}: choose a lower sparsity.")
         for layer, weight in moment.weights.items():
             if not all(map(math.isfinite, torch.aminmax(weight.detach()))):
                 raise UserError(

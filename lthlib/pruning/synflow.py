@@ -63,13 +63,16 @@ def _not_finite(what: str, dtype: torch.dtype) -> UserError:
     return UserError(f"The synaptic flow through {what} is not finite in {dtype}: {way}.")
 
 
-def schedule(n_weights: int, n_keep: int, rounds: int, kind: str) -> list[int]:
-    """Return how many weights stay after each of ``rounds`` rounds; the last is ``n_keep``."""
+def schedule(n_weights: int, n_keep: int, density: float, rounds: int, kind: str) -> list[int]:
+    """Return how many weights stay after each of ``rounds`` rounds, as published: N - int((1 - d_k) N).
+
+    d_k falls from 1 to the *nominal* density, exponentially or linearly. The last count is ``n_keep``, whatever
+    rounding made of the nominal density; no count before it is lower.
+    """
     choose(kind, SCHEDULES, "schedule")
-    density = n_keep / n_weights
     steps = [k / rounds for k in range(1, rounds)]
-    shares = [density**t if kind == "exponential" else 1 - (1 - density) * t for t in steps]
-    return [max(n_keep, round(n_weights * share)) for share in shares] + [n_keep]
+    shares = [density**t if kind == "exponential" else 1.0 - (1.0 - density) * t for t in steps]
+    return [max(n_keep, n_weights - int((1.0 - share) * n_weights)) for share in shares] + [n_keep]
 
 
 @method(
@@ -91,11 +94,13 @@ def synflow(moment: Moment) -> Found:
 
     Options: ``rounds``; ``schedule``, "exponential" or "linear"; ``precision``, "float64" or "float32".
     """
-    options, masks = moment.options, moment.masks
-    shape = moment.batch(1)[0].shape[1:]
-    model = linearize_(moment.model, getattr(torch, options["precision"]))
-    for n in schedule(masking.n_kept(masks), moment.n_keep, options["rounds"], options["schedule"]):
-        masking.apply_(model, masks)
-        _, scores = flow(model, moment.weights, shape)
-        masks = masking.keep_top(scores, n, within=masks)
-    return Found(masks=masks)
+    options, masks, shape = moment.options, moment.masks, moment.batch(1)[0].shape[1:]
+    model, first = linearize_(moment.model, getattr(torch, options["precision"])), None
+    n_weights = masking.n_kept(masks)
+    for n in schedule(n_weights, moment.n_keep, moment.density, options["rounds"], options["schedule"]):
+        if first is None or n < masking.n_kept(masks):
+            masking.apply_(model, masks)
+            _, scores = flow(model, moment.weights, shape)
+            first = first or scores
+            masks = masking.keep_top(scores, n, within=masks)
+    return Found(first, masks=masks)
