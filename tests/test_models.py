@@ -129,6 +129,19 @@ def test_normalisation_is_inside():
     assert not any("normalize" in name for name in model.state_dict())
 
 
+def test_normalisation_is_exact_in_the_precision_of_the_network():
+    """0.1 is no float32: a network cast to double must not compute with what single precision made of it."""
+    model = networks.build("resnet8", **{**GRAY, "mean": [0.1], "std": [0.3]})
+    x = torch.rand(2, 1, 28, 28)
+    expected = (x - torch.tensor(0.1)) / torch.tensor(0.3)
+    for _ in range(2):
+        assert torch.equal(model.normalize(x), expected)
+        model.double()
+        assert torch.equal(model.normalize(x.double()), (x.double() - 0.1) / 0.3)
+        model.float()
+    assert not any("normalize" in name for name in model.state_dict())
+
+
 def test_initial_weights_depend_on_the_seed_alone():
     before = torch.random.get_rng_state()
     one = networks.build("resnet8", seed=1, **GRAY).state_dict()

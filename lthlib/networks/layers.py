@@ -9,7 +9,7 @@ carries ``in_group`` and ``out_group``. Hence any network here can be rebuilt at
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +33,26 @@ class Spec:
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std by channel; the constants are no part of the state that is stored or pruned."""
+    """(x - mean) / std by channel; the constants are no part of the state that is stored or pruned.
+
+    They stay in float64 and are rounded to the images' type at use, so that ``model.double()`` has the exact ones.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            exact = torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+            self.register_buffer(name, exact, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        exact = self.mean, self.std
+        super()._apply(fn, recurse)  # may move them to another device, and would round them
+        self.mean, self.std = (tensor.to(self.mean.device) for tensor in exact)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise images (N, C, H, W)."""
-        return (x - self.mean) / self.std
+        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
 
 class Layers:

@@ -38,7 +38,8 @@ class Moment:
         batch: ``batch(n)`` returns n training images in a seeded random order, ``batch(per_class=k)`` returns k of each
             class, class by class: float images (N, C, H, W) in [0, 1], and their labels (N,).
         options: Of this method, by name; complete.
-        density: The fraction to keep as it was asked for, of which ``n_keep`` is the rounded count: 0.8^round, if None.
+        density: The fraction to keep as it was asked for, of which ``n_keep`` is the rounded count; of the round,
+            0.8^round, where it is not given.
     """
 
     model: nn.Module
