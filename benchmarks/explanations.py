@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from lthlib.metrics.interpretability.expo import expo
 from lthlib.metrics.interpretability.lime import SCORES, draw_masks, fidelity_stability, relative_change
-from lthlib.networks.models import build
+from lthlib.networks import build
 
 CROP, SHRINK, CLASSES = 32, 2, 8
 COMPARED = ("fidelity", "stability", "lime_r2")

@@ -31,15 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core.store import Store
 from lthlib.data import Images
 from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace
 from lthlib.metrics.flatness.frozen import Frozen
 from lthlib.metrics.flatness.spectrum import Extremes, WeightHessian, top_eigenvalue
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.pruning import masks
-from lthlib.training.loop import Recipe, as_input, train
+from lthlib.training.loop import as_input, train
+from lthlib.training.recipe import Recipe
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 
@@ -59,7 +60,7 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 def network(classes: int = 10, **moments: list[float]) -> nn.Module:
     moments = moments or {"mean": [0.5] * 3, "std": [0.25] * 3}
-    return models.build("resnet20s", in_channels=3, num_classes=classes, image_size=32, **moments)
+    return networks.build("resnet20s", in_channels=3, num_classes=classes, image_size=32, **moments)
 
 
 def untrained(n: int, classes: int = 10) -> Problem:

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lthlib.core import machine as compute
+from lthlib import networks
+from lthlib.core import machine
 from lthlib.core.store import ROOT, seal, write_atomically
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.networks.predict import for_inference
 from lthlib.pruning import METHODS, Moment, find, masks
 from lthlib.pruning.structured import shrink
@@ -33,17 +34,17 @@ SHAPE = (3, 32, 32)
 TITLE = "ResNet-18, images of 32 x 32 pixels, 10 classes, 90 % sparsity"
 
 
-def networks() -> dict[str, tuple[nn.Module, masks.Masks]]:
+def compared() -> dict[str, tuple[nn.Module, masks.Masks]]:
     """Return the networks by name, with their masks; what they answer is of no consequence to their speed."""
-    dense = models.build("resnet18", in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    dense = networks.build("resnet18", in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
     full = masks.dense(dense)
     n_keep = masks.kept(masks.n_kept(full), ROUND)
 
     def found(name: str):
         moment = Moment(dense, full, n_keep, ROUND, 0, lambda: None, METHODS[name].options)
-        return find(name, moment)
+        return METHODS[name].run(moment)
 
-    masked = models.rebuild(dense, {})
+    masked = networks.rebuild(dense, {})
     mask = found("omp").masks
     masks.apply_(masked, mask)
     return {
@@ -51,7 +52,7 @@ def networks() -> dict[str, tuple[nn.Module, masks.Masks]]:
         "unstructured mask": (masked, mask),
         "channels removed, equal parameters": (shrink(dense, found("filter-l1").kept_channels), {}),
         "channels removed, equal MACs": (shrink(dense, found("filter-l1-macs").kept_channels), {}),
-        "small dense": (models.rebuild(dense, found("small-dense").channels), {}),
+        "small dense": (networks.rebuild(dense, found("small-dense").channels), {}),
     }
 
 
@@ -70,13 +71,13 @@ def medians(runs: dict[str, nn.Module], images: torch.Tensor, repeats: int) -> d
 
 def measure(batches: Sequence[int], threads: Sequence[int], repeats: int) -> list[dict[str, object]]:
     """Return one row for each network, batch and number of threads."""
-    made = networks()
+    made = compared()
     facts = {
         name: {
             "network": name,
-            "parameters": models.n_parameters(network) - sum(int((~m).sum()) for m in mask.values()),
+            "parameters": sum(p.numel() for p in network.parameters()) - sum(int((~m).sum()) for m in mask.values()),
             "macs": round(masks.sparse_macs(network, SHAPE, mask)),
-            "macs_dense_kernel": sum(models.macs(network, SHAPE).values()),
+            "macs_dense_kernel": sum(networks.macs(network, SHAPE).values()),
         }
         for name, (network, mask) in made.items()
     }
@@ -113,7 +114,7 @@ def main() -> None:
     rows = measure(options.batches, options.threads, options.repeats)
     report(rows)
     if options.record:
-        made = {k: v for k, v in compute.provenance("float32").items() if k != "threads"}
+        made = {k: v for k, v in machine.provenance("float32").items() if k != "threads"}
         content = {"title": TITLE, "repeats": options.repeats, "provenance": made, "rows": rows}
         write_atomically(LATENCY, seal(content))
         print(f"recorded in {LATENCY.relative_to(ROOT)}")

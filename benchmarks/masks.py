@@ -2,6 +2,8 @@
 
 * SNIP and GraSP against the bare forward and backward passes that their definitions need;
 * SynFlow's 100 rounds against one forward-backward pass of one image in its precision (float64) and in float32;
+* how far SynFlow's masks at 99 % move with the counts of its rounds: the published ones, of the nominal density,
+  rounded up, beside those of the density that the last count makes, rounded to the nearest;
 * 20 rounds of exact selection from 15 million scores: seconds a round, and bytes of extra memory per weight in a
   process of its own, beside torch's global pruning (concatenate, top-k).
 """
@@ -21,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lthlib.networks import models
-from lthlib.pruning import METHODS, Moment, find, masks
+from lthlib import networks
+from lthlib.pruning import METHODS, Moment, any_network, masks, synflow
 
 ROUND = 10  # 89.3 %
 N_SCORES, N_LAYERS = 15_000_000, 12
@@ -59,7 +61,7 @@ def finder(name: str, model: nn.Module) -> Callable[[], object]:
     n_keep = masks.kept(masks.n_kept(dense), ROUND)
     copies = iter([copy.deepcopy(model) for _ in range(8)])
     options = METHODS[name].options
-    return lambda: find(name, Moment(next(copies), dense, n_keep, ROUND, 0, batch, options))
+    return lambda: METHODS[name].run(Moment(next(copies), dense, n_keep, ROUND, 0, batch, options))
 
 
 def gradient_pass(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -89,7 +91,7 @@ def image_pass(model: nn.Module) -> None:
 
 
 def finding(arch: str, repeats: int) -> None:
-    model = models.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    model = networks.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
     train, single, double = (copy.deepcopy(model), copy.deepcopy(model).eval(), copy.deepcopy(model).eval().double())
     x, y = batch(128)
     for name, bare in (("snip", lambda: gradient_pass(train, x, y)), ("grasp", lambda: grasp_passes(train))):
@@ -106,6 +108,27 @@ def finding(arch: str, repeats: int) -> None:
         f"{arch:9} synflow  {took:7.2f} s = {took / min(passes64):.0f} float64 passes of one image, "
         f"{took / min(passes32):.0f} float32 passes"
     )
+
+
+def nearest_counts(n_weights: int, n_keep: int, density: float, rounds: int, kind: str) -> list[int]:
+    """Return counts as one would round them who has not read the published code."""
+    return [round(n_weights * (n_keep / n_weights) ** (k / rounds)) for k in range(1, rounds + 1)]
+
+
+def synflow_counts(arch: str = "resnet20s", sparsity: float = 0.99) -> None:
+    """Print the overlap of SynFlow's masks by two ways of rounding the same densities."""
+    found, published = [], synflow.schedule
+    for schedule in (published, nearest_counts):
+        synflow.schedule = schedule
+        model = networks.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+        found.append(any_network.prune(model, "synflow", sparsity=sparsity, batch=batch(1)))
+    synflow.schedule = published
+    n = sum(mask.numel() for mask in found[0].values())
+    kept = masks.n_kept(found[0])
+    counts = (make(n, kept, 1 - sparsity, 100, "exponential") for make in (published, nearest_counts))
+    other = sum(a != b for a, b in zip(*counts, strict=True))
+    overlap = masks.jaccard(*found)
+    print(f"{arch:9} synflow  at {sparsity:.0%}: {other} of 100 counts differ, Jaccard overlap {overlap:.2f}")
 
 
 def draw_scores() -> dict[str, torch.Tensor]:
@@ -160,6 +183,7 @@ def main() -> None:
     for name in SELECTIONS:
         command = [sys.executable, __file__, "--threads", str(given.threads), "--selection", name]
         subprocess.run(command, check=True)
+    synflow_counts()
     for arch in given.arch:
         finding(arch, given.repeats)
 

@@ -23,11 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
+from lthlib import networks
 from lthlib.core import machine as compute
 from lthlib.data import Images
 from lthlib.metrics import computed, sce, softmax
 from lthlib.metrics.calibration.errors import PUBLISHED_BINS
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.networks.predict import for_inference, predict
 from lthlib.training.loop import Recipe, train
 
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     learnt = images(2_000, 0)
-    model = models.build(
+    model = networks.build(
         options.arch, in_channels=3, num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0
     )
     train(model, learnt, Recipe(epochs=3, batch_size=100), seed=0)

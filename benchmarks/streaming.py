@@ -62,11 +62,11 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
     """Evaluate n images in this process."""
     import torch
 
-    from lthlib import data
+    from lthlib import data, networks
     from lthlib.core.store import Store
     from lthlib.data.corrupted import corrupted_parts
     from lthlib.metrics import computed
-    from lthlib.networks import models
+    from lthlib import networks
     from lthlib.networks.predict import predict
     from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
@@ -81,9 +81,9 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
         "mean": like.mean,
         "std": like.std,
     }
-    whole = models.all_groups(models.build("resnet50", **options))
+    whole = networks.all_groups(networks.build("resnet50", **options))
     narrow = {group: max(4, int(count * width)) for group, count in whole.items()}
-    model = models.build("resnet50", **options, channels=narrow)
+    model = networks.build("resnet50", **options, channels=narrow)
     subject.trained = SimpleNamespace(model=model.eval(), version="untrained")
     found = {"read on demand": isinstance(like.test.pixels, data.OnDemand), "before": peak()}
     labels = subject.labels("test", n).numpy()
@@ -100,11 +100,11 @@ def measure_cifar(n: int) -> None:
     """Measure both dimensions of an untrained ResNet-20 on n random images in this process, and say the peak."""
     import torch
 
-    from lthlib import data
+    from lthlib import data, networks
     from lthlib.core.store import Store
     from lthlib.metrics.calibration import measure as calibration
     from lthlib.metrics.generalization import measure as generalization
-    from lthlib.networks import models
+    from lthlib import networks
     from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
 
@@ -120,7 +120,7 @@ def measure_cifar(n: int) -> None:
         subject = Subject(Ticket(data="random32", arch="resnet20s"), Store(root))
         subject.data = like
         options = {"in_channels": 3, "num_classes": 10, "image_size": 32, "mean": half, "std": half}
-        model = models.build("resnet20s", **options).eval()
+        model = networks.build("resnet20s", **options).eval()
         subject.trained = SimpleNamespace(model=model, version="untrained", masks=None)
         dimensions = (("generalization", generalization, {"ood": ["gaussian"]}), ("calibration", calibration, {}))
         for name, dimension, more in dimensions:

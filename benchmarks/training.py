@@ -22,10 +22,11 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from lthlib import networks
 from lthlib.data import Images
-from lthlib.networks import models
 from lthlib.pruning import masks
-from lthlib.training.loop import Recipe, train
+from lthlib.training.loop import train
+from lthlib.training.recipe import Recipe
 
 ROUND = 7  # 79.0 %
 RECIPE = Recipe(epochs=1, batch_size=128, lr=0.01, warmup=0.0, augment="crop-flip")
@@ -54,7 +55,7 @@ class PilImages(Dataset):
 
 
 def network() -> nn.Module:
-    return models.build("resnet20s", in_channels=3, num_classes=10, image_size=32, mean=MEAN, std=STD)
+    return networks.build("resnet20s", in_channels=3, num_classes=10, image_size=32, mean=MEAN, std=STD)
 
 
 def some_masks(model: nn.Module) -> masks.Masks:

@@ -27,7 +27,7 @@ from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store, say, write_atomically
 from lthlib.data.corrupted import sample
 from lthlib.metrics import METRICS
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.checks import answers, check_classifier, check_deterministic
 from lthlib.networks.inputs import as_input
@@ -309,7 +309,7 @@ def _registered(arch: str, images: data.DataSet, normalise: str | None) -> parti
         )
     channels, size = images.channels, images.size
     fixed = {"in_channels": channels, "num_classes": len(images.classes), "image_size": size, "mean": mean, "std": std}
-    return partial(models.build, arch, **fixed)
+    return partial(networks.build, arch, **fixed)
 
 
 def normalisation(given: str | None, images: data.DataSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -3,7 +3,7 @@
 import pytest
 
 from lthlib.core.store import Store
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 TINY = Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32")
 

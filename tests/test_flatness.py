@@ -1014,7 +1014,7 @@ def test_rows_say_which_way_is_better_and_the_paper_asks_for_both_hessians():
 def test_networks_of_the_book_are_piecewise_linear_and_agree_with_curvlinops():
     from curvlinops import GGNLinearOperator
 
-    from lthlib.networks.models import build
+    from lthlib.networks import build
 
     model = build("resnet8", in_channels=1, num_classes=3, image_size=8, mean=[0.2], std=[0.3]).double().eval()
     generator = torch.Generator().manual_seed(5)

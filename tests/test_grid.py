@@ -14,7 +14,7 @@ from lthlib.pruning import METHODS
 from lthlib.results.evaluate import DIMENSIONS
 from lthlib.results.verdict import Thresholds
 from lthlib.tickets.study import study_from
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 GOOD = {
     "data": "mnist5k",

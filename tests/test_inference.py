@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.networks.fast import inference_copy
 
 
 def narrow(arch):
     given = {"in_channels": 3, "num_classes": 10, "image_size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    groups = models.all_groups(models.build(arch, **given))
-    return models.build(arch, channels={g: max(2, n // 8) for g, n in groups.items()}, **given)
+    groups = networks.all_groups(networks.build(arch, **given))
+    return networks.build(arch, channels={g: max(2, n // 8) for g, n in groups.items()}, **given)
 
 
 class Gated(nn.Module):

@@ -20,7 +20,7 @@ from lthlib.metrics.interpretability.lime import fidelity_stability
 from lthlib.metrics.interpretability.measure import concept_set, dissect, measure
 from lthlib.metrics.interpretability.regions import activation_regions
 from lthlib.metrics.interpretability.superpixels import segment
-from lthlib.networks.models import build
+from lthlib.networks import build
 from lthlib.results.collect import collect
 from lthlib.tickets.obtain import new_model
 from lthlib.tickets.study import Study

@@ -18,7 +18,7 @@ from lthlib.results import overlaps, verdict
 from lthlib.results.evaluate import Archive, collect
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import obtain
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 BOOK = Path(__file__).parents[1] / "book"
 STUDY = Study(

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
 from lthlib.data import corrupted
 from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.networks import predict as predictor
 from lthlib.networks.predict import for_inference, predict, scaled_to
 from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
-from lthlib.training.loop import Recipe, as_input
+from lthlib.training.loop import as_input
+from lthlib.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def empty_store(tmp_path):
 
 def network(arch):
     """With running statistics off their initial values, so that a wrong fold shows."""
-    model = models.build(arch, in_channels=3, num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0)
+    model = networks.build(arch, in_channels=3, num_classes=10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

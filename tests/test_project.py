@@ -108,7 +108,7 @@ def test_the_page_on_methods_asks_for_what_its_dimension_computes_anyway():
 
 
 def test_every_reference_of_a_registry_is_in_the_bibliography():
-    from lthlib.networks.models import ARCHITECTURES
+    from lthlib.networks import ARCHITECTURES
     from lthlib.pruning import METHODS
 
     keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "book/references.bib").read_text(), flags=re.M))

@@ -15,6 +15,7 @@ from lthlib import data
 from lthlib.book import reproducibility
 from lthlib.core.store import ROOT, seal
 from lthlib.pruning import METHODS
+from lthlib.pruning.masks import prunable
 from lthlib.pruning.snip import saliency
 from lthlib.results.evaluate import DIMENSIONS
 from lthlib.tickets import ticket as tickets
@@ -53,7 +54,7 @@ def test_masks_before_training_are_the_same_with_one_thread_and_with_two(name, t
 
 def test_a_method_sees_one_thread_whatever_the_job_has(tiny, store, monkeypatch):
     seen = []
-    monkeypatch.setattr(tickets, "find", lambda *_: seen.append(torch.get_num_threads()) or tickets.Found())
+    monkeypatch.setattr(tickets.Method, "run", lambda *_: seen.append(torch.get_num_threads()) or tickets.Found())
     found_with(2, Ticket(method="snip", round=4, **tiny), data.load("mnist5k", store, tiny["train_size"]))
     assert seen == [1]
 
@@ -65,7 +66,7 @@ def test_scores_of_grey_images_are_as_exact_as_single_precision_allows(store):
     scores = {}
     for kind in (torch.float32, torch.float64):
         model = new_model(Ticket(), images).to(kind).train()
-        scores[kind] = saliency(model, x.to(kind), y)
+        scores[kind] = saliency(model, prunable(model), x.to(kind), y)
     for layer, exact in scores[torch.float64].items():
         assert (scores[torch.float32][layer] - exact).abs().max() < 2e-3 * exact.abs().max()
 
@@ -76,7 +77,7 @@ from pathlib import Path
 from lthlib.results.evaluate import evaluate
 from lthlib.core.store import Store
 from lthlib.tickets.ticket import Ticket, obtain
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 root = Path(sys.argv[1])
 recipe = Recipe(epochs=2, batch_size=50, warmup=0.0)

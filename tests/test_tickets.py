@@ -12,7 +12,7 @@ from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store
 from lthlib.pruning import METHODS, masks
 from lthlib.tickets.ticket import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
-from lthlib.training.loop import Recipe
+from lthlib.training.recipe import Recipe
 
 
 def make(tiny, method="dense", round=0, **more):

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_pruners import images, narrow
+from test_pruners import images, n_parameters, narrow
 from torch import nn
 
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.pruning import structured
 
 peer = pytest.importorskip(
@@ -16,7 +16,7 @@ peer = pytest.importorskip(
 LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 
 
-@pytest.fixture(params=models.ARCHITECTURES)
+@pytest.fixture(params=networks.ARCHITECTURES)
 def model(request):
     return narrow(request.param).eval()
 
@@ -47,7 +47,7 @@ def ours(model, name):
 
 def test_the_same_channels_are_coupled(model):
     found = [members(group) for group in groups_of(model)]
-    for name in models.channel_groups(model):
+    for name in networks.channel_groups(model):
         assert found.count(ours(model, name)) == 1
     # What is left are the streams that padding joins to one another: for torch-pruning one group.
     joined = set().union(*(ours(model, name) for name in model.coupled_groups))
@@ -55,8 +55,8 @@ def test_the_same_channels_are_coupled(model):
 
 
 def test_the_same_network_is_left(model):
-    budget = round(0.7 * models.convolution_cost(model)({}))
-    kept = structured.select(structured.filter_l1(model), models.convolution_cost(model), budget)
+    budget = round(0.7 * networks.convolution_cost(model)({}))
+    kept = structured.select(structured.filter_l1(model), networks.convolution_cost(model), budget)
     theirs = copy.deepcopy(model)
     graph = traced(theirs)
     for name, channels in kept.items():
@@ -65,7 +65,7 @@ def test_the_same_network_is_left(model):
         if gone:
             graph.get_pruning_group(layer, peer.prune_conv_out_channels, idxs=gone).prune()
     small = structured.shrink(model, kept)
-    assert models.n_parameters(small) < models.n_parameters(model)
+    assert n_parameters(small) < n_parameters(model)
     torch.testing.assert_close(small.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     x = images(4, channels=3, size=16)
     with torch.no_grad():

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core.errors import UserError
-from lthlib.networks import models
 from lthlib.pruning import masks
-from lthlib.training.loop import Recipe, State, _Batches, as_input, mix, recipe_from, train
+from lthlib.training.loop import State, _Batches, as_input, mix, train
+from lthlib.training.recipe import Recipe, recipe_from
 
 RECIPE = Recipe(epochs=3, batch_size=50, precision="float32", augment="crop")
 
@@ -19,7 +19,7 @@ def images(store):
 
 
 def network(images, seed=0):
-    return models.build(
+    return networks.build(
         "resnet8", in_channels=1, num_classes=10, image_size=28, mean=images.mean, std=images.std, seed=seed
     )
 

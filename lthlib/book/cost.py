@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.book.grid import Grid, read_grid, study_name
 from lthlib.core import machine
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store, say, seal, write_atomically
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.pruning import METHODS
 from lthlib.results.recorded import recorded_json
 from lthlib.tickets.study import Study
@@ -90,13 +90,13 @@ def sizes(study: Study) -> Images:
 @functools.cache
 def macs(arch: str, images: Images) -> int:
     """Return the multiply-accumulates of one image's forward pass through the dense network."""
-    return sum(models.macs(_build(arch, images), images.shape).values())
+    return sum(networks.macs(_build(arch, images), images.shape).values())
 
 
 def _build(arch: str, images: Images) -> torch.nn.Module:
     channels, size, _ = images.shape
     mean, std = [0.5] * channels, [0.25] * channels
-    return models.build(
+    return networks.build(
         arch, in_channels=channels, num_classes=images.classes, image_size=size, mean=mean, std=std, seed=0
     )
 

@@ -20,7 +20,7 @@ from lthlib.core.store import MANIFEST, ROOT, Store, seal, unseal, write_atomica
 from lthlib.core.versions import code_version, digest, imported
 from lthlib.data.corruptions import CORRUPTIONS
 from lthlib.metrics import METRICS
-from lthlib.networks.models import ARCHITECTURES
+from lthlib.networks import ARCHITECTURES
 from lthlib.pruning import METHODS
 from lthlib.results.evaluate import DIMENSIONS, evaluation_key
 from lthlib.results.recorded import LATENCY, RESULTS, read_records

@@ -1,13 +1,13 @@
 """Controls: tickets that keep one property of an LTH ticket and lose another.
 
-* ``lth-shuffled`` keeps how many weights each layer has, and draws their places anew. Where it does as well
-  as LTH, the densities by layer are what the method found (Frankle et al. 2021; Su et al. 2020).
-* ``lth-reinit`` keeps the mask, and starts from initial weights of another seed. Where it does as well as
-  LTH, the weights of the rewind point were no winning ticket, the structure was.
+* ``lth-shuffled`` keeps how many weights each layer has, and draws their places anew. Where it does as well as LTH, the
+  densities by layer are what the method found (Frankle et al. 2021; Su et al. 2020).
+* ``lth-reinit`` keeps the mask, and starts from initial weights of another seed. Where it does as well as LTH, the
+  weights of the rewind point were no winning ticket, the structure was.
 """
 
-from lthlib.pruning import Found, Moment, method
 from lthlib.pruning import masks as masking
+from lthlib.pruning.registry import Found, Moment, method
 
 
 @method(
@@ -18,9 +18,9 @@ from lthlib.pruning import masks as masking
     reference="frankle2021pruning",
     family="control",
 )
-def find_shuffled(moment: Moment) -> Found:
+def shuffled(moment: Moment) -> Found:
     """Keep the layers' densities, draw the places."""
-    return Found(masking.shuffle_within_layers(moment.masks, moment.seed))
+    return Found(masks=masking.shuffle_within_layers(moment.masks, moment.seed))
 
 
 @method(
@@ -31,6 +31,6 @@ def find_shuffled(moment: Moment) -> Found:
     reference="frankle2019lottery",
     family="control",
 )
-def find_reinit(moment: Moment) -> Found:
+def reinitialised(moment: Moment) -> Found:
     """Keep the mask; the initial weights are drawn anew."""
-    return Found({name: mask.clone() for name, mask in moment.masks.items()})
+    return Found(masks={name: mask.clone() for name, mask in moment.masks.items()})

@@ -1,18 +1,15 @@
 """The lottery ticket hypothesis: iterative magnitude pruning with rewinding (LTH, IMP).
 
-Train, remove the smallest fifth of the remaining weights, set the others back to where they were at step k of
-the dense run, train again; n rounds give 1 - 0.8^n (Frankle and Carbin 2019; rewinding to k > 0: Frankle et
-al. 2020).
-Score: |w| at the end of the previous round's training, over all layers together, among the weights still
-kept.
+Train, remove the smallest fifth of the remaining weights, set the others back to where they were at step k of the dense
+run, train again; n rounds give 1 - 0.8^n (Frankle and Carbin 2019; rewinding to k > 0: Frankle et al. 2020).
+Score: |w| at the end of the previous round's training, over all layers together, among the weights still kept.
 
-Everything is rewound: weights, batch normalisation with its running statistics, the linear layer; optimizer
-and schedule start again at step k. Known slips: ranking the rewound weights; a threshold that removes one too
-many or all ties; letting pruned weights move, because the gradient was not masked or momentum went on.
+Everything is rewound: weights, batch normalisation with its running statistics, the linear layer; optimizer and
+schedule start again at step k. Known slips: ranking the rewound weights; a threshold that removes one too many or all
+ties; letting pruned weights move, because the gradient was not masked or momentum went on.
 """
 
-from lthlib.pruning import Found, Moment, method
-from lthlib.pruning import masks as masking
+from lthlib.pruning.registry import Found, Moment, method
 
 
 @method(
@@ -24,7 +21,6 @@ from lthlib.pruning import masks as masking
     family="magnitude",
     paper=True,
 )
-def find(moment: Moment) -> Found:
+def lth(moment: Moment) -> Found:
     """Keep the largest weights of the previous round's ticket, among those it kept."""
-    scores = {name: weight.detach().abs() for name, weight in masking.prunable(moment.model).items()}
-    return Found(masking.keep_top(scores, moment.n_keep, within=moment.masks))
+    return Found({name: weight.detach().abs() for name, weight in moment.weights.items()})

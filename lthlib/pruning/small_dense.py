@@ -1,9 +1,8 @@
 """Small dense: no weight is removed, the network is built narrower with the same depth.
 
-Every channel group is scaled by one multiplier, found so that the number of prunable weights is as near as
-possible to what the sparse networks keep. The claim that "sparse beats small dense at equal parameters" is
-tested against it. The paper set widths by hand for one sparsity; this is defined at every sparsity and for
-every architecture.
+Every channel group is scaled by one multiplier, found so that the number of prunable weights is as near as possible to
+what the sparse networks keep. The claim that "sparse beats small dense at equal parameters" is tested against it. The
+paper set widths by hand for one sparsity; this is defined at every sparsity and for every architecture.
 
 Whole channels come in steps, so the budget is met nearly, not exactly; the cost columns have the true count.
 """
@@ -17,8 +16,8 @@ from fractions import Fraction
 from torch import nn
 
 from lthlib.core.errors import UserError
-from lthlib.networks.models import all_groups, convolution_cost
-from lthlib.pruning import Found, Moment, method
+from lthlib.networks import all_groups, convolution_cost
+from lthlib.pruning.registry import Found, Moment, method
 
 
 def scale(groups: Mapping[str, int], multiplier: Fraction) -> dict[str, int]:
@@ -26,11 +25,11 @@ def scale(groups: Mapping[str, int], multiplier: Fraction) -> dict[str, int]:
     return {name: max(1, int(width * multiplier + Fraction(1, 2))) for name, width in groups.items()}
 
 
-def fit(model: nn.Module, n_keep: int) -> dict[str, int]:
+def fit_widths(model: nn.Module, n_keep: int) -> dict[str, int]:
     """Return the uniformly scaled widths with the number of convolution weights nearest to ``n_keep``.
 
-    Exact: widths change only at multipliers (j + 1/2) / width, and the count rises with the multiplier, so
-    the two neighbours of ``n_keep`` are found by bisection over these.
+    Exact: widths change only at multipliers (j + 1/2) / width, and the count rises with the multiplier, so the two
+    neighbours of ``n_keep`` are found by bisection over these.
 
     Raises:
         UserError: Where even one channel in each group has more weights.
@@ -51,6 +50,6 @@ def fit(model: nn.Module, n_keep: int) -> dict[str, int]:
 @method(
     "small-dense", title="Small dense", source="init", start="init", reference="liu2019rethinking", family="structured"
 )
-def find(moment: Moment) -> Found:
+def small_dense(moment: Moment) -> Found:
     """Scale the widths of the architecture to the budget."""
-    return Found(channels=fit(moment.model, moment.n_keep))
+    return Found(channels=fit_widths(moment.model, moment.n_keep))

@@ -1,42 +1,34 @@
 """SNIP: connection sensitivity on one batch at initialisation (Lee et al. 2019).
 
-Give each weight a gate c, so that the network computes with c * w. How much the loss reacts to the gate at c
-= 1 is dL/dc = w dL/dw; the score is its absolute value. One forward and one backward pass.
+Give each weight a gate c, so that the network computes with c * w. How much the loss reacts to the gate at c = 1 is
+dL/dc = w dL/dw; the score is its absolute value. One forward and one backward pass.
 
-What follows from the definition, and is tested: in a chain of ReLU layers without biases, each layer's sum of
-w dL/dw is the same number, <logits, dL/dlogits>; for a layer behind which a batch normalisation uses the
-batch's statistics it is 0.
+What follows from the definition, and is tested: in a chain of ReLU layers without biases, each layer's sum of w dL/dw
+is the same number, <logits, dL/dlogits>; for a layer behind which a batch normalisation uses the batch's statistics it
+is 0.
 
-Known pitfalls. The absolute value comes after the sum over the batch. BN in train or in eval mode is part of
-the
-definition: at 99 % the two masks hardly overlap; train mode is the published code's. That code trains from a
-second, separate draw of initial weights; here the weights that were scored are trained, as in the paper's
-text.
+Known pitfalls. The absolute value comes after the sum over the batch. BN in train or in eval mode is part of the
+definition: at 99 % the two masks hardly overlap; train mode is the published code's. That code trains from a second,
+separate draw of initial weights; here the weights that were scored are trained, as in the paper's text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
-from lthlib.core.errors import choose
-from lthlib.pruning import Found, Moment, Option, method
-from lthlib.pruning import masks as masking
+from lthlib.pruning.registry import Found, Moment, Option, method
 
-BN_MODES = ("train", "eval")
+BN_MODE = Option("train", choices=("train", "eval"))  # whose statistics: the batch's, or the running ones
 
 
-def set_bn_mode(model: nn.Module, bn_mode: str) -> None:
-    """Let batch normalisation use the batch ("train") or its running statistics ("eval")."""
-    choose(bn_mode, BN_MODES, "bn_mode")
-    model.train(bn_mode == "train")
-
-
-def saliency(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return w * dL/dw of every prunable weight, with its sign; L is the mean cross-entropy of the batch."""
-    weights = masking.prunable(model)
-    gradients = autograd.grad(F.cross_entropy(model(images), labels), list(weights.values()))
-    return {name: g.mul_(w.detach()) for (name, w), g in zip(weights.items(), gradients, strict=True)}
+def saliency(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return w * dL/dw of some weights of a network, with its sign; L is the mean cross-entropy of the batch."""
+    loss = F.cross_entropy(model(images), labels)
+    gradients = autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    return {name: g.mul(w.detach()) for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
 @method(
@@ -44,17 +36,16 @@ def saliency(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
     title="SNIP",
     source="init",
     start="init",
-    options={"batch": Option(128, least=1), "bn_mode": Option("train", choices=BN_MODES)},
+    options={"batch": Option(128, least=1), "bn_mode": BN_MODE},
     reference="lee2019snip",
     family="initialisation",
     paper=True,
 )
-def find(moment: Moment) -> Found:
+def snip(moment: Moment) -> Found:
     """Keep the gates that the loss of one batch reacts to most.
 
     Options: ``batch``, the number of training images; ``bn_mode``, "train" or "eval".
     """
-    set_bn_mode(moment.model, moment.options["bn_mode"])
-    images, labels = moment.batch(moment.options["batch"])
-    scores = {name: s.abs_() for name, s in saliency(moment.model, images, labels).items()}
-    return Found(masking.keep_top(scores, moment.n_keep))
+    model = moment.model.train(moment.options["bn_mode"] == "train")
+    scores = saliency(model, moment.weights, *moment.batch(moment.options["batch"]))
+    return Found({name: score.abs() for name, score in scores.items()})

@@ -1,40 +1,37 @@
 """Structured pruning: whole channels go, and the network that is left is dense and smaller.
 
-A channel of a residual stream is written by several layers and read by several; it can only go from all of
-them at once. The channel groups of `models` say which layers these are, as dependency graphs do for arbitrary
-networks (Fang et al. 2023). The score of a channel is the mean over the layers that write the group:
+A channel of a residual stream is written by several layers and read by several; it can only go from all of them at
+once. The channel groups of `networks` say which layers these are, as dependency graphs do for arbitrary networks (Fang
+et al. 2023). The score of a channel is the mean over the layers that write the group:
 
-* ``filter-l1`` (Li et al. 2017): the sum of |w| of the filter, divided by the layer's mean, so that layers
-  with many inputs do not win for being wide.
-* ``slimming`` (Liu et al. 2017): |gamma| of the batch normalisation, in a dense run of its own that has an L1
-  penalty on gamma (option ``bn_l1``). That run chooses the channels and nothing else: the smaller network starts
-  from the rewind point that all methods share, and is trained without the penalty, as published.
+* ``filter-l1`` (Li et al. 2017): the sum of |w| of the filter, divided by the layer's mean, so that layers with many
+  inputs do not win for being wide.
+* ``slimming`` (Liu et al. 2017): |gamma| of the batch normalisation, in a dense run of its own that has an L1 penalty
+  on gamma (option ``bn_l1``). That run chooses the channels and nothing else: the smaller network starts from the
+  rewind point that all methods share, and is trained without the penalty, as published.
 
-The rule: channels are ranked over all groups together and the lowest go, until the prunable weights are
-``n_keep`` or fewer; then those gone are put back, best first, where the budget allows. The best channel of a
-group never goes. ``filter-l1-macs`` and ``slimming-macs`` count in multiply-accumulates instead, and may keep as
-many as OMP's mask of the same round keeps. That is a larger share than it keeps of the weights: those of early
-layers are used at more positions, and more of them stay. Weights fall as the square of the channels.
+The rule: channels are ranked over all groups together and the lowest go, until the prunable weights are ``n_keep`` or
+fewer; then those gone are put back, best first, where the budget allows. The best channel of a group never goes.
+``filter-l1-macs`` and ``slimming-macs`` count in multiply-accumulates instead, and may keep as many as OMP's mask of
+the same round keeps. That is a larger share than it keeps of the weights: those of early layers are used at more
+positions, and more of them stay. Weights fall as the square of the channels.
 
-Known pitfalls: gamma = 0 with beta != 0 still passes a constant, so a channel is masked by both; networks
-with padding shortcuts keep their streams whole, which bounds the sparsity they can reach (the error says
-where).
+Known pitfall: networks with padding shortcuts keep their streams whole, which bounds the sparsity they can reach (the
+error says where).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError, choose
-from lthlib.networks.models import channel_groups, convolution_cost, macs, rebuild, spec_of
-from lthlib.pruning import Found, Moment, Option, method
+from lthlib.networks import channel_groups, convolution_cost, macs, rebuild, spec_of
 from lthlib.pruning import masks as masking
-from lthlib.pruning.magnitude import largest
-from lthlib.pruning.masks import Masks
+from lthlib.pruning.magnitude import magnitudes
+from lthlib.pruning.registry import Found, Moment, Option, method
 
 Channels = dict[str, Tensor]
 
@@ -81,27 +78,28 @@ def select(scores: Channels, cost: Callable[[Mapping[str, int]], int], budget: i
     for group, values in scores.items():
         if not values.isfinite().all():
             raise UserError(f"The channel scores of group {group!r} are not finite: look for infinite weights.")
-    order = _removal_order(scores)
     full = {group: len(values) for group, values in scores.items()}
-
-    def cost_without(removed: list[tuple[str, int]]) -> int:
-        sizes = dict(full)
-        for group, _ in removed:
-            sizes[group] -= 1
-        return cost(sizes)
-
-    if cost_without(order) > budget:
+    least = cost(dict.fromkeys(full, 1))
+    if least > budget:
         raise UserError(
-            f"With one channel in each of its {len(full)} prunable groups this network still costs "
-            f"{cost_without(order)}, more than the {budget} allowed: choose a lower sparsity."
+            f"With one channel in each of its {len(full)} prunable groups this network still costs {least}, more than "
+            f"the {budget} allowed: choose a lower sparsity."
         )
-    cut = bisect_left(range(len(order)), -budget, key=lambda n: -cost_without(order[:n]))
-    removed = _put_back(order[:cut], full, cost, budget)
-    gone = {group: [c for g, c in removed if g == group] for group in scores}
-    return {
-        group: torch.tensor(sorted(set(range(len(values))) - set(gone[group])), dtype=torch.int64)
-        for group, values in scores.items()
-    }
+    sizes, removed = dict(full), []
+    for group, channel in _removal_order(scores):
+        if cost(sizes) <= budget:
+            break
+        sizes[group] -= 1
+        removed.append((group, channel))
+    hopeless = set()  # a group whose next channel did not fit will not fit later, as costs only rise
+    gone = {group: set() for group in scores}
+    for group, channel in reversed(removed):
+        if group not in hopeless and cost(sizes | {group: sizes[group] + 1}) <= budget:
+            sizes[group] += 1
+        else:
+            hopeless.add(group)
+            gone[group].add(channel)
+    return {group: torch.tensor([c for c in range(n) if c not in gone[group]]) for group, n in full.items()}
 
 
 def _removal_order(scores: Channels) -> list[tuple[str, int]]:
@@ -114,30 +112,13 @@ def _removal_order(scores: Channels) -> list[tuple[str, int]]:
     return [(group, -c) for _, _, c, group in sorted(ranked)]
 
 
-def _put_back(
-    removed: list[tuple[str, int]], full: Mapping[str, int], cost: Callable[[Mapping[str, int]], int], budget: int
-) -> list[tuple[str, int]]:
-    sizes = dict(full)
-    for group, _ in removed:
-        sizes[group] -= 1
-    still = []
-    hopeless = set()  # a group whose next channel did not fit will not fit later, as costs only rise
-    for group, channel in reversed(removed):
-        if group not in hopeless and cost(sizes | {group: sizes[group] + 1}) <= budget:
-            sizes[group] += 1
-        else:
-            hopeless.add(group)
-            still.append((group, channel))
-    return still
-
-
 def shrink(model: nn.Module, kept_channels: Channels) -> nn.Module:
     """Return the network without the other channels: dense, smaller, with the weights of those kept.
 
-    In evaluation mode its outputs equal those of ``model`` after `zero_channels_`.
+    In evaluation mode its outputs equal those of ``model`` with the filters, gamma and beta of the others at zero.
 
     Args:
-        model: Made by `models.build`; left as it is.
+        model: Made by `networks.build`; left as it is.
         kept_channels: Sorted indices by group; groups left out are kept whole.
 
     Raises:
@@ -168,41 +149,6 @@ def _copy_kept_(layer: nn.Module, source: nn.Module, kept_channels: Channels) ->
     layer.load_state_dict(state)
 
 
-def zero_channels_(model: nn.Module, kept_channels: Channels) -> None:
-    """Mask the other channels in place: filters, gamma and beta, and the weights that read them become 0."""
-    _check_channels(model, kept_channels)
-    keep = _keep_vectors(model, kept_channels)
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                if layer.in_group in keep:
-                    layer.weight[:, ~keep[layer.in_group]] = 0
-                if layer.out_group in keep:
-                    layer.weight[~keep[layer.out_group]] = 0
-            elif isinstance(layer, nn.BatchNorm2d) and layer.out_group in keep:
-                layer.weight[~keep[layer.out_group]] = 0
-                layer.bias[~keep[layer.out_group]] = 0
-
-
-def channel_masks(model: nn.Module, kept_channels: Channels) -> Masks:
-    """Return masks of the weights that join two kept channels; they keep as many as `shrink` does."""
-    _check_channels(model, kept_channels)
-    keep = _keep_vectors(model, kept_channels)
-    masks = masking.dense(model)
-    for name, layer in model.named_modules():
-        mask = masks.get(f"{name}.weight")
-        if mask is not None and layer.in_group in keep:
-            mask[:, ~keep[layer.in_group]] = False
-        if mask is not None and layer.out_group in keep:
-            mask[~keep[layer.out_group]] = False
-    return masks
-
-
-def _keep_vectors(model: nn.Module, kept_channels: Channels) -> dict[str, Tensor]:
-    sizes = channel_groups(model)
-    return {g: torch.zeros(sizes[g], dtype=torch.bool).index_fill_(0, c, True) for g, c in kept_channels.items()}
-
-
 def _check_channels(model: nn.Module, kept_channels: Channels) -> None:
     sizes = channel_groups(model)
     for group, kept in kept_channels.items():
@@ -218,14 +164,15 @@ def _check_channels(model: nn.Module, kept_channels: Channels) -> None:
 def macs_budget(moment: Moment) -> tuple[Callable[[Mapping[str, int]], int], int]:
     """Return the cost of channel counts in multiply-accumulates of one image, and the cost allowed.
 
-    Allowed is what the one-shot magnitude mask of as many weights (`magnitude.largest`) keeps of them.
+    Allowed is what the one-shot magnitude mask of as many weights (`magnitude.omp`) keeps of them.
     """
     model = moment.model
     spec = spec_of(model)
     shape = (spec.in_channels, spec.image_size, spec.image_size)
     sizes = {name: layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "out_group")}
     uses = {name: total // sizes[name] for name, total in macs(model, shape).items()}
-    allowed = masking.sparse_macs(model, shape, largest(model, moment.n_keep))
+    mask = masking.keep_top(magnitudes(moment), moment.n_keep)
+    allowed = masking.sparse_macs(model, shape, mask)
     return convolution_cost(model, uses), round(allowed)
 
 

@@ -20,12 +20,13 @@ from lthlib import data
 from lthlib.core import machine
 from lthlib.core.store import Store, say
 from lthlib.core.versions import code_version, digest
-from lthlib.networks import models
-from lthlib.pruning import METHODS, Found, Moment, find, masks
+from lthlib import networks
+from lthlib.pruning import METHODS, Found, Moment, masks
 from lthlib.pruning.masks import Masks
 from lthlib.pruning.structured import shrink
 from lthlib.tickets.ticket import Ticket
-from lthlib.training.loop import State, as_input, mix, train
+from lthlib.networks.inputs import as_input
+from lthlib.training.loop import State, mix, train
 
 Progress = Callable[[Ticket, int], None]
 
@@ -81,7 +82,7 @@ def _folder(ticket: Ticket, images: data.DataSet, store: Store, progress: Progre
 def version_of(ticket: Ticket, images: data.DataSet) -> str:
     """Return a hash of the code and data that a ticket depends on, its sources included."""
     method = METHODS[ticket.method]
-    makers = {f.__module__ for f in (models.ARCHITECTURES[ticket.arch].build, method.find, method.during) if f}
+    makers = {f.__module__ for f in (networks.ARCHITECTURES[ticket.arch].build, method.find, method.during) if f}
     parts = [images.digest, code_version(__name__, *sorted(makers))]
     return digest(parts + ([version_of(ticket.source, images)] if ticket.source is not None else []))
 
@@ -90,7 +91,7 @@ def new_model(
     ticket: Ticket, images: data.DataSet, *, seed: int | None = None, channels: Mapping[str, int] | None = None
 ) -> nn.Module:
     """Build the ticket's network with the initial weights of its seed (or of another)."""
-    return models.build(
+    return networks.build(
         ticket.arch,
         in_channels=images.channels,
         num_classes=len(images.classes),
@@ -182,7 +183,7 @@ def _masks(ticket: Ticket, source: Trained | None, images: data.DataSet) -> Foun
         options={**method.options, **dict(ticket.options)},
     )
     with machine.one_thread():  # sums in parts would make the mask depend on how many threads there are
-        found = find(method.name, moment)
+        found = method.run(moment)
     if empty := [name for name, mask in (found.masks or {}).items() if not mask.any()]:
         say(
             f"note: {ticket.id} has no weight left in {', '.join(empty)} (layer collapse): it is trained all the "
@@ -276,7 +277,7 @@ def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.
         "sparsity": 1 - n_kept / n_parent,
         "n_parameters": sum(p.numel() for p in model.parameters()) - n_masked,
         "macs": round(masks.sparse_macs(model, images.shape, found or {})),
-        "macs_dense_kernel": sum(models.macs(model, images.shape).values()),
-        "macs_parent": sum(models.macs(parent, images.shape).values()),
+        "macs_dense_kernel": sum(networks.macs(model, images.shape).values()),
+        "macs_parent": sum(networks.macs(parent, images.shape).values()),
         "density_by_layer": {name: left[name] / n for name, n in full.items()},
     }

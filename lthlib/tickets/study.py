@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from lthlib.core.errors import UserError, check_plain, choose, shown
-from lthlib.networks.models import ARCHITECTURES
+from lthlib.networks import ARCHITECTURES
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import rounds_of
 from lthlib.tickets.ticket import Ticket
-from lthlib.training.loop import Recipe, recipe_from
+from lthlib.training.recipe import Recipe, recipe_from
 
 LAST_ROUND = 100  # leaves one weight of five thousand million
 

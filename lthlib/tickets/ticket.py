@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from lthlib import data
 from lthlib.core.errors import UserError, choose
-from lthlib.networks import models
+from lthlib import networks
 from lthlib.pruning import METHODS, masks
 from lthlib.training.loop import Recipe
 
@@ -23,7 +23,7 @@ class Ticket:
 
     Attributes:
         data: Name of a data set (`lthlib.data.load`).
-        arch: Name of an architecture (`lthlib.networks.models.ARCHITECTURES`).
+        arch: Name of an architecture (`lthlib.networks.networks.ARCHITECTURES`).
         method: Name of a sparsification method (`lthlib.pruning.METHODS`).
         round: n on the ladder of sparsities 1 - 0.8^n; 0 is dense.
         seed: Of the initial weights, the order of the images and whatever the method draws.
@@ -45,7 +45,7 @@ class Ticket:
 
     def __post_init__(self) -> None:
         data.check_name(self.data)  # the data may be elsewhere: recorded results need only its name
-        choose(self.arch, models.ARCHITECTURES, "architecture")
+        choose(self.arch, networks.ARCHITECTURES, "architecture")
         choose(self.method, METHODS, "method")
         for name in ("round", "seed", "rewind_epoch"):
             value = getattr(self, name)

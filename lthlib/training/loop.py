@@ -1,4 +1,4 @@
-"""The one training loop, and the recipe that parameterises it.
+"""The one training loop.
 
 The loop knows masks and a hook that may change them; it does not know which method asked. Its state (weights, BN
 statistics, momentum, step) can be saved and taken up again bit for bit: the order and the augmentation of the images
@@ -7,95 +7,21 @@ depend only on the seed and the epoch, so a run rewound to epoch k sees from the
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lthlib.core import machine as compute
-from lthlib.core.errors import UserError, choose
+from lthlib.core import machine
+from lthlib.core.errors import UserError
 from lthlib.data import Images, OnDemand
 from lthlib.networks.inputs import as_input
-from lthlib.pruning.masks import Masks, prunable
-
-AUGMENTATIONS = ("none", "crop", "crop-flip")
-SCHEDULES = ("cosine", "steps", "constant")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; every sparse network of a study shares its dense parent's recipe.
-
-    Attributes:
-        epochs: Passes over the training images.
-        batch_size: Images a step; what does not fill a last batch waits for the next epoch's shuffle.
-        lr: Peak learning rate.
-        momentum: Of SGD, without Nesterov's look-ahead.
-        weight_decay: L2 penalty on every parameter.
-        bn_l1: L1 penalty on the scales of batch normalisations, for methods that look at these.
-        schedule: ``"cosine"`` to zero, ``"steps"`` (x 0.1 at 1/2 and 3/4 of the run), or ``"constant"``.
-        warmup: Epochs over which the learning rate rises linearly from zero.
-        augment: ``"none"``, ``"crop"`` (pad by 1/8, crop at random), ``"crop-flip"`` (and mirror half of them).
-        precision: ``"auto"`` (bfloat16 autocast where the processor has it), ``"bfloat16"`` or ``"float32"``.
-    """
-
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    bn_l1: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 1.0
-    augment: str = "none"
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = type(field.default)
-            if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not kind:
-                raise UserError(f"Recipe {field.name} is {value!r}; it must be of type {kind.__name__}.")
-            elif kind is not str and not math.isfinite(value):
-                raise UserError(f"Recipe {field.name} is {value!r}; it must be finite.")
-        choose(self.schedule, SCHEDULES, "schedule")
-        choose(self.augment, AUGMENTATIONS, "augmentation")
-        choose(self.precision, compute.PRECISIONS, "precision")
-        for name, low in (
-            ("epochs", 1),
-            ("batch_size", 2),
-            ("lr", 0),
-            ("momentum", 0),
-            ("weight_decay", 0),
-            ("bn_l1", 0),
-            ("warmup", 0),
-        ):
-            if getattr(self, name) < low:
-                raise UserError(f"Recipe {name} is {getattr(self, name)}; it must be at least {low}.")
-
-    def steps_per_epoch(self, n_images: int) -> int:
-        """Return the number of full batches in n images."""
-        if n_images < self.batch_size:
-            raise UserError(f"batch_size {self.batch_size} exceeds the {n_images} training images: make it smaller.")
-        return n_images // self.batch_size
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of a step (counted from the start of training)."""
-        total, rise = self.epochs * steps_per_epoch, self.warmup * steps_per_epoch
-        if step < rise:
-            return self.lr * (step + 1) / rise
-        done = (step - rise) / max(1, total - rise)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
-        if self.schedule == "steps":
-            return self.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
-        return self.lr
+from lthlib.pruning.masks import Masks, weights_of
+from lthlib.pruning.registry import Dynamics
+from lthlib.training.recipe import Recipe
 
 
 @dataclass
@@ -128,16 +54,6 @@ class State:
         return cls(weights, momentum, epoch)
 
 
-class Dynamics(Protocol):
-    """What a method that changes the mask during training does after each backward pass."""
-
-    def update(self, step: int, model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> bool:
-        """Perhaps change masks, weights and momentum in place; return True to skip this step's SGD update.
-
-        Pruned weights are exactly zero, so ``parameter.grad`` is the dense gradient at the effective weights.
-        """
-
-
 def train(
     model: nn.Module,
     images: Images,
@@ -153,14 +69,14 @@ def train(
     """Train a network in place.
 
     Args:
-        model: The network; with ``masks``, its pruned weights must be zero already (`lthlib.pruning.masks.apply_`).
+        model: The network.
         images: Training images.
         recipe: How.
         seed: Of the order and augmentation of the images.
         state: Where to go on from; by default the network as it is, at epoch 0.
         until: Stop after this epoch; by default the recipe's last.
-        masks: Weights to keep. Gradients of the others are zeroed before each step, so that zero weights, with zero
-            momentum, stay exactly zero.
+        masks: Weights to keep. The others and their momentum are set to zero, and their gradients before each step, so
+            that they stay exactly zero.
         dynamics: A method's hook that changes masks on the way.
         progress: Called with the number of epochs done, after each.
 
@@ -170,7 +86,7 @@ def train(
     Raises:
         UserError: Where the loss stops being finite.
     """
-    device = compute.device()
+    device = machine.device()
     model.to(device=device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -179,12 +95,15 @@ def train(
     if state is not None:
         start = state.epoch
         _resume(model, optimizer, state)
-    if masks is not None:
-        _mask_momentum(model, optimizer, masks)
-    stream = _Batches(images, recipe, seed, device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=_is_low(recipe.precision))
-    history = []
     gates = _gates(model, masks)
+    for parameter, gate in gates:  # the state may be that of the dense run
+        for tensor in (parameter.data, optimizer.state.get(parameter, {}).get("momentum_buffer")):
+            if tensor is not None:
+                tensor.mul_(gate)
+    stream = _Batches(images, recipe, seed, device)
+    is_low = machine.resolve_precision(recipe.precision) == torch.bfloat16
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_low)
+    history = []
     scales = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and recipe.bn_l1 > 0]
     for epoch in range(start, recipe.epochs if until is None else until):
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -220,10 +139,6 @@ def train(
     return State.of(model, optimizer, recipe.epochs if until is None else until), history
 
 
-def _is_low(precision: str) -> bool:
-    return compute.resolve_precision(precision) == torch.bfloat16
-
-
 def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     model.load_state_dict(state.model)
     for name, parameter in model.named_parameters():
@@ -232,22 +147,9 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) ->
             optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(state.momentum[name])
 
 
-def _mask_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks) -> None:
-    for name, parameter in prunable(model).items():
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        keep = masks[name].to(parameter.device)
-        with torch.no_grad():
-            parameter.mul_(keep)
-            if buffer is not None:
-                buffer.mul_(keep)
-
-
 def _gates(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """Pair each masked parameter with its mask in the parameter's own type and memory layout."""
-    if masks is None:
-        return []
-    weights = prunable(model)
-    return [(weights[name], torch.empty_like(weights[name]).copy_(mask)) for name, mask in masks.items()]
+    return [(w, torch.empty_like(w).copy_(masks[name])) for name, w in weights_of(model, masks or {}).items()]
 
 
 class _Batches:
@@ -300,16 +202,5 @@ def mix(*numbers: int) -> int:
     >>> mix(0, 1) == mix(1, 0)
     False
     """
-    import hashlib
-
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def recipe_from(settings: dict[str, Any]) -> Recipe:
-    """Build a recipe from a mapping; an unknown key raises `UserError` with a suggestion."""
-    if not isinstance(settings, dict):
-        raise UserError(f"A recipe is a mapping of {', '.join(f.name for f in fields(Recipe))}; not {settings!r}.")
-    for name in settings:
-        choose(name, [field.name for field in fields(Recipe)], "recipe key")
-    return Recipe(**settings)

@@ -1,0 +1,188 @@
+"""Pruning any torch network: `prune`, `apply`, `scores` and `sparsity`, for networks that are nobody's ticket."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from lthlib.core import machine
+from lthlib.core.errors import UserError
+from lthlib.pruning import masks as masking
+from lthlib.pruning.masks import Masks
+from lthlib.pruning.registry import METHODS, SOURCES, Method, Moment
+
+Batch = tuple[Tensor, Tensor]
+
+
+def prune(
+    net: nn.Module,
+    method: str,
+    *,
+    sparsity: float,
+    batch: Batch | None = None,
+    prunable: str | Iterable[str] = "conv",
+    seed: int = 0,
+    **options,
+) -> Masks:
+    """Return the masks that a method finds for a network, which is left as it was.
+
+    Args:
+        net: Any network from images to logits. Its weights as they are now are looked at: initial ones for SNIP, GraSP
+            and SynFlow as published, trained ones for OMP.
+        method: A name in `METHODS` that needs no training: "rp", "rp-layerwise", "rp-erk", "omp", "snip", "grasp" or
+            "synflow".
+        sparsity: Fraction of the prunable weights to remove, in [0, 1); of N, N - round(sparsity N) stay, exactly.
+        batch: Images as the network takes them, and labels (N,). All of them are used: SNIP in one pass, GraSP sorted
+            by class and in two halves; SynFlow looks at the images' shape alone, the others at nothing.
+        prunable: "conv", "linear", "all", or the names of parameters; the rest stays dense.
+        seed: Of whatever is drawn (random scores, GraSP's linear layers, dropout).
+        **options: Of the method, see its page. GraSP: ``reinit_linear=False`` takes linear layers that are not
+            pruned as they are, ``with_linear=False`` leaves them out of gradient and Hessian as well.
+
+    Returns:
+        Name of the weight -> bool tensor on its device, True where it stays.
+
+    Raises:
+        UserError: For an unknown method or option, a method that has to train, a missing or unusable batch, a network
+            without prunable weights, or one that answers with something else than logits.
+    """
+    masking.check_sparsity(sparsity)
+    entry, moment = _moment(net, method, sparsity, batch, prunable, seed, options)
+    with torch.random.fork_rng(), machine.one_thread():
+        torch.manual_seed(seed)
+        return entry.run(moment).masks
+
+
+def scores(
+    net: nn.Module,
+    method: str,
+    *,
+    batch: Batch | None = None,
+    prunable: str | Iterable[str] = "conv",
+    seed: int = 0,
+    **options,
+) -> dict[str, Tensor]:
+    """Return the number by which a method ranks each prunable weight; the highest stay. Arguments as for `prune`.
+
+    OMP: |w|; SNIP: |w dL/dw|; GraSP: w * Hg; SynFlow: |w| dR/d|w| of its first round, in float64; random methods:
+    uniform numbers in [0, 1). Those of rp-layerwise and rp-erk are compared within each layer, all others over all.
+    """
+    entry, moment = _moment(net, method, 0.0, batch, prunable, seed, options)
+    with torch.random.fork_rng(), machine.one_thread():
+        torch.manual_seed(seed)
+        return {name: score.detach() for name, score in entry.run(moment).scores.items()}
+
+
+def apply(net: nn.Module, masks: Masks) -> ExitStack:
+    """Set the pruned weights of a network to zero, in place, and hold them there while it trains.
+
+    Their gradients are set to zero, so that optimizers leave them at zero, with weight decay too, if they are made
+    after this call (a momentum from before would move them). A copy of the network has to be given its masks again.
+
+    Returns:
+        What holds them; its ``close()`` lets them go.
+
+    Raises:
+        UserError: For a mask without parameter, of another shape, or not bool (names the layer).
+    """
+    masking.apply_(net, masks)
+    held = ExitStack()
+    for name, weight in masking.weights_of(net, masks).items():
+        keep = masks[name].clone()
+        hook = weight.register_hook(lambda gradient, keep=keep: gradient.masked_fill(~keep.to(gradient.device), 0.0))
+        held.callback(hook.remove)
+    return held
+
+
+def sparsity(net_or_masks: nn.Module | Mapping[str, Tensor], prunable: str | Iterable[str] = "conv") -> float:
+    """Return the fraction of weights removed: of masks, or the share of exact zeros in a network's prunable weights."""
+    if isinstance(net_or_masks, nn.Module):
+        net_or_masks = {name: weight.detach() for name, weight in masking.prunable(net_or_masks, prunable).items()}
+    kept = sum(int(tensor.count_nonzero()) for tensor in net_or_masks.values())
+    return 1 - kept / sum(tensor.numel() for tensor in net_or_masks.values())
+
+
+def _moment(
+    net: nn.Module,
+    method: str,
+    sparsity: float,
+    batch: Batch | None,
+    prunable: str | Iterable[str],
+    seed: int,
+    options: Mapping[str, object],
+) -> tuple[Method, Moment]:
+    """Return the method, and what it is given: a copy of the network, and the caller's batch whatever it asks for."""
+    entry = METHODS[method]
+    if reason := _needs_training(entry):
+        raise UserError(
+            f"{entry.title} {reason}: describe it as a ticket and obtain that, "
+            f'lthlib.tickets.ticket.obtain(Ticket(method="{method}", ...), store).'
+        )
+    for name in {"batch", "samples_per_class"} & set(options):
+        raise UserError(
+            f"All images of batch=(x, y) are used, so {name} cannot be chosen here: give as many as you want."
+        )
+    for name, weight in masking.prunable(net, prunable).items():
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(
+                f"{name!r} is computed from other parameters: make it permanent first, by torch.nn.utils.prune.remove "
+                "or torch.nn.utils.parametrize.remove_parametrizations."
+            )
+    try:
+        net = copy.deepcopy(net).requires_grad_(True)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{type(net).__name__} cannot be copied, and is not to be changed ({error}).") from error
+    if not {p.dtype for p in net.parameters()} <= {torch.float32, torch.float64}:
+        net.float()
+    net.register_forward_hook(_check_logits)
+    masks = masking.dense(net, prunable)
+    n = sum(mask.numel() for mask in masks.values())
+    weight = next(iter(masking.weights_of(net, masks).values()))
+
+    def given(n: int | None = None, *, per_class: int | None = None) -> Batch:
+        if batch is None:
+            raise UserError(f"{entry.title} needs batch=(images, labels)" + (", for their shape." if n == 1 else "."))
+        images, labels = batch
+        if len(images) != len(labels) or labels.dim() != 1 or labels.is_floating_point():
+            raise UserError(
+                f"batch has {len(images)} images and labels of shape {tuple(labels.shape)}, {labels.dtype}: give one "
+                "whole number per image."
+            )
+        return images.to(weight.device, weight.dtype), labels.to(weight.device)
+
+    return entry, Moment(
+        model=net,
+        masks=masks,
+        n_keep=n - round(sparsity * n),
+        round=0,
+        seed=seed,
+        batch=given,
+        options={**entry.options, **options},
+        density=1 - sparsity,
+    )
+
+
+def _needs_training(entry: Method) -> str:
+    """Say why a method cannot look at a network as it is, in words that follow its title; nothing if it can."""
+    if entry.during is not None:
+        return "moves its masks while the network trains"
+    if entry.family == "structured":
+        return "makes a smaller network of its own, not masks"
+    if entry.source == "previous":
+        return "trains the network again between its rounds"
+    if entry.source not in SOURCES:
+        return f"starts from the masks of {METHODS[entry.source].title}"
+    return "removes nothing" if entry.family == "dense" else ""
+
+
+def _check_logits(module: nn.Module, inputs: tuple, output: object) -> None:
+    if not torch.is_tensor(output) or output.dim() != 2 or len(output) != len(inputs[0]):
+        got = f"shape {tuple(output.shape)}" if torch.is_tensor(output) else f"a {type(output).__name__}"
+        raise UserError(
+            f"{type(module).__name__} answers with {got}; a method needs one row of logits an image, (N, classes): "
+            "wrap the network so that it returns these alone."
+        )
