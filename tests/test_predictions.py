@@ -7,6 +7,7 @@ import torch
 from lthlib import data
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
+from lthlib.data import folders
 from lthlib.data.corruptions import corrupt
 from lthlib.networks import models
 from lthlib.tickets import predictions
@@ -288,7 +289,7 @@ def test_a_set_too_large_to_hold_is_trained_on_and_evaluated_batch_by_batch(tmp_
     ticket = Ticket(**{**tiny, "data": "blobs", "train_size": None, "recipe": recipe})
     found = []
     for limit in (2**30, 0):
-        monkeypatch.setattr(data, "HELD_UP_TO", limit)
+        monkeypatch.setattr(folders, "HELD_UP_TO", limit)
         monkeypatch.setattr(predictions, "KEPT_UP_TO", limit)
         data.load.cache_clear()
         subject = Subject(ticket, Store(tmp_path / f"store-{limit}"), "float32")

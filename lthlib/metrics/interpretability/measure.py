@@ -24,7 +24,9 @@ from lthlib.core import machine as compute
 from lthlib.core.errors import UserError, choose, suggest
 from lthlib.core.versions import code_version
 from lthlib.data import data_folder
-from lthlib.data.concepts import ConceptSet, present, read_broden, scenes
+from lthlib.data.broden import read_broden
+from lthlib.data.concepts import ConceptSet, present
+from lthlib.data.scenes import scenes
 from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection
 from lthlib.metrics.interpretability.dissection import Floor, Tally, null_floor, tally, thresholds
