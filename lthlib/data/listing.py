@@ -130,8 +130,8 @@ def _as_names(found: dict[str, str], classes: Sequence[str], first: Sequence[str
     if not fit or 0 not in positions.values():
         file, word = max(found.items(), key=lambda item: positions[item[1]])
         raise UserError(
-            f"{path} gives {file} the class {word}{'' if 0 in positions.values() else ' and none the class 0'}; positions among {len(classes)} classes begin "
-            f"at 0 and end at {len(classes) - 1}."
+            f"{path} gives {file} the class {word}, and the least class is {min(positions.values())}; positions among "
+            f"{len(classes)} classes begin at 0 and end at {len(classes) - 1}."
         )
     return {file: classes[positions[word]] for file, word in found.items()}
 
