@@ -628,10 +628,6 @@ def test_cifar_c_blocks(cifar_c):
         (lambda f: np.save(f / "fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), {}, "shape"),
         (lambda f: np.save(f / "labels.npy", np.zeros(4, np.uint8)), {}, "4 rows where 20"),
         (lambda f: np.save(f / "labels.npy", np.zeros(20)), {}, "whole numbers"),
-        (lambda f: np.save(f / "labels.npy", np.arange(20)), {}, "labels from 0 to 19"),
-        (lambda f: np.save(f / "labels.npy", np.tile([0, -1, 1, 2], 5)), {}, "labels from -1"),
-        (lambda f: np.save(f / "labels.npy", np.arange(20) % 10), {}, "repeat the same labels"),
-        (lambda f: None, {"num_classes": 5}, "5 classes allow 0 to 4"),
         (lambda f: None, {"rows": 50_000}, "20 rows where 50,000"),
     ],
 )

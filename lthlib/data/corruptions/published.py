@@ -19,9 +19,7 @@ def has_official(folder: str | Path, name: str) -> bool:
     return (Path(folder) / f"{name}.npy").is_file() or (Path(folder) / name).is_dir()
 
 
-def load_official(
-    folder: str | Path, name: str, severity: int, *, rows: int = 50_000, num_classes: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
+def load_official(folder: str | Path, name: str, severity: int, *, rows: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
     """Read one severity from CIFAR-10-C or CIFAR-100-C; no other is read into memory.
 
     Args:
@@ -30,35 +28,26 @@ def load_official(
         name: A name in `CORRUPTIONS`.
         severity: 1 to 5.
         rows: Rows of each file: 5 times the number of test images.
-        num_classes: 100 for CIFAR-100-C.
 
     Returns:
-        Images, uint8 (rows / 5, H, W, C), and labels, int64 (rows / 5,).
+        Images, uint8 (rows / 5, H, W, C), and their labels, int64 (rows / 5,).
 
     Raises:
-        UserError: For a missing or unreadable file, another number of rows, images of another kind, labels
-            out of range or not repeated.
+        UserError: For a missing or unreadable file, another number of rows, images or labels of another kind.
     """
     choose(name, CORRUPTIONS, "corruption")
     choose(severity, SEVERITIES, "severity")
-    labels_path, images_path = Path(folder) / "labels.npy", Path(folder) / f"{name}.npy"
-    labels, images = _map_array(labels_path, rows), _map_array(images_path, rows)
-    if rows % len(SEVERITIES) or labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"{labels_path} must hold 5 x n whole numbers, not {labels.dtype} {labels.shape}.")
-    blocks = np.array(labels, np.int64).reshape(len(SEVERITIES), -1)
-    if blocks.min() < 0 or blocks.max() >= num_classes:
-        raise UserError(
-            f"{labels_path} has labels from {blocks.min()} to {blocks.max()}; {num_classes} classes allow 0 to "
-            f"{num_classes - 1}."
-        )
-    if (blocks != blocks[0]).any():
-        raise UserError(f"{labels_path} must repeat the same labels for each of the 5 severities; it does not.")
-    images = np.array(images[(severity - 1) * blocks.shape[1] : severity * blocks.shape[1]])
+    n = rows // len(SEVERITIES)
+    paths = Path(folder) / f"{name}.npy", Path(folder) / "labels.npy"
+    images, labels = (_map_array(path, rows)[(severity - 1) * n : severity * n] for path in paths)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(f"{paths[1]} must hold 5 x n whole numbers, not {labels.dtype} {labels.shape}.")
+    images = np.array(images)
     try:
         check_images(images)
     except UserError as error:
-        raise UserError(f"{images_path}: {error} Fetch the published file again.") from None
-    return images, blocks[0]
+        raise UserError(f"{paths[0]}: {error} Fetch the published file again.") from None
+    return images, np.array(labels, np.int64)
 
 
 def _map_array(path: Path, rows: int) -> np.ndarray:
@@ -68,11 +57,10 @@ def _map_array(path: Path, rows: int) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a readable .npy file ({error}). Fetch it again.") from error
-    found = len(array) if array.ndim else 0
-    if found != rows:
+    if array.shape[:1] != (rows,):
         raise UserError(
-            f"{path} has {found} rows where {rows:,} are expected (5 severities of {rows / 5:,g} images). Put the "
-            "whole published file there, or move the folder away to generate."
+            f"{path} has {array.shape[0] if array.ndim else 0} rows where {rows:,} are expected (5 severities of "
+            f"{rows / 5:,g} images). Put the whole published file there, or move the folder away to generate."
         )
     return array
 
