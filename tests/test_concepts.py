@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lthlib.core.errors import UserError
-from lthlib.data.concepts import COLOURS, GREYS, PARTS, SHAPES, TEXTURES, read_broden, scenes
+from lthlib.data.broden import read_broden
+from lthlib.data.scenes import COLOURS, GREYS, PARTS, SHAPES, TEXTURES, scenes
 
 SIZES = {"ih": 8, "iw": 8, "sh": 4, "sw": 4}
 COLUMNS = ["image", "split", *SIZES, "colour", "object", "scene"]
@@ -148,7 +149,7 @@ def test_broden_missing_table_column_folder_and_category_are_told(broden, tmp_pa
     with pytest.raises(UserError, match="Did you mean 'colour'"):
         read_broden(broden, categories=["color"])
     with pytest.raises(UserError, match=r"index\.csv"):
-        read_broden(tmp_path)
+        read_broden(broden / "images")
     with pytest.raises(UserError, match="neither a folder nor a zip"):
         read_broden(tmp_path / "nothing")
     (broden / "c_scene.csv").unlink()

@@ -15,26 +15,27 @@ from skimage.filters import gaussian
 from sklearn.datasets import load_sample_images
 
 from lthlib.core.errors import UserError
-from lthlib.data import corruptions
 from lthlib.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     Draws,
     common,
     corrupt,
-    corrupt_stream,
-    gaussian_channel,
+    corruption,
+    extra,
     has_official,
-    impulse_channel,
     load_official,
-    shot_channel,
-    speckle_channel,
+    noise,
+    registry,
     stream_official,
+    weather,
 )
+from lthlib.data.corruptions.extra import speckle_channel
+from lthlib.data.corruptions.noise import gaussian_channel, impulse_channel, shot_channel
 
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 TABLES = ("cifar", "imagenet")
-SLACK = corruptions.LEVEL_SLACK
+SLACK = registry.LEVEL_SLACK
 EVERY = [(severity, table) for table in TABLES for severity in SEVERITIES]
 
 
@@ -82,7 +83,7 @@ def test_names_are_the_published_ones_in_order():
 
 
 def test_a_new_corruption_is_one_function_with_one_row(photos):
-    @corruptions.corruption("Negative", "digital", cifar=(1,) * 5, imagenet=(1,) * 5)
+    @corruption("Negative", "digital", cifar=(1,) * 5, imagenet=(1,) * 5)
     def negative(x, c, draws):
         return 255 - x
 
@@ -103,10 +104,8 @@ def test_image_depends_on_its_pixels_index_and_seed_alone(name, photos, monkeypa
     others = photos[::-1].copy()
     others[4] = photos[4]
     assert (corrupt(others, name, 3, seed=5)[4] == whole[4]).all()
-    monkeypatch.setattr(corruptions, "CHUNK_BYTES", 5 * photos[0].size)
+    monkeypatch.setattr(registry, "CHUNK_BYTES", 5 * photos[0].size)
     assert (corrupt(photos, name, 3, seed=5) == whole).all()
-    parts = list(corrupt_stream((photos[:1], photos[1:8], photos[8:]), name, 3, seed=5))
-    assert (np.concatenate(parts) == whole).all()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -155,7 +154,7 @@ def test_gray_is_what_equal_channels_give(name):
         one, three = (np.sqrt(np.square(y - gray.astype(float)).mean()) for y in (one, three))
         assert one == pytest.approx(three, rel=0.05)
     elif name in ("frost", "spatter"):  # tinted: compare luminance
-        assert np.abs(three @ np.array(corruptions.LUMA) - one[..., 0]).max() < 3
+        assert np.abs(three @ np.array(registry.LUMA) - one[..., 0]).max() < 3
     else:
         limit = 12 if name == "jpeg_compression" else 1  # the chroma planes of JPEG round too
         assert np.abs(three.astype(int) - one).max() <= limit
@@ -230,7 +229,7 @@ def test_drawn_bytes_follow_the_channel(name, value):
 @pytest.mark.parametrize(("severity", "table"), EVERY)
 def test_alias_table_is_the_channel(name, severity, table):
     constant = CORRUPTIONS[name].constant(severity, table)
-    entry = corruptions._alias_table(CHANNELS[name], constant).reshape(256, 256)
+    entry = noise._alias_table(CHANNELS[name], constant).reshape(256, 256)
     keep, column = (entry >> 8) / 2.0**24, np.arange(256)
     matrix = np.zeros((256, 256))
     np.add.at(matrix, (column[:, None], column[None, :] ^ (entry & 255)), (1 - keep) / 256)
@@ -531,7 +530,7 @@ def test_spatter_matches_plain_code(severity, table, photos):
 
 def test_spatter_without_a_drop_leaves_the_image():
     black = np.zeros((1, 8, 8, 3), np.uint8)
-    dry = corruptions.spatter(black, (0.1, 0.01, 0.7, 0.7, 0.5, 0), Draws((1,), 0, 1))
+    dry = extra.spatter(black, (0.1, 0.01, 0.7, 0.7, 0.5, 0), Draws((1,), 0, 1))
     assert (dry == 0).all()
 
 
@@ -541,12 +540,12 @@ def test_frost_mixes_the_stated_shares():
         black, gray = (corrupt(np.full((30, 32, 32, 3), v, np.uint8), "frost", severity) for v in (0, 100))
         free = (gray < 255) & (black < 255)
         assert np.abs(gray.astype(float) - black - 100 * share)[free].max() <= 1
-        assert black.mean() == pytest.approx(frost_share * np.mean([c for c, _ in corruptions.FROST_LOOKS]), rel=0.1)
+        assert black.mean() == pytest.approx(frost_share * np.mean([c for c, _ in weather.FROST_LOOKS]), rel=0.1)
 
 
 def test_frost_textures_look_as_stated():
-    textures = corruptions.frost_textures().astype(float)
-    for texture, (colour, std) in zip(textures, corruptions.FROST_LOOKS, strict=True):
+    textures = weather.frost_textures().astype(float)
+    for texture, (colour, std) in zip(textures, weather.FROST_LOOKS, strict=True):
         np.testing.assert_allclose(texture.mean(axis=(0, 1)), colour, atol=4)
         assert texture.mean(axis=2).std() == pytest.approx(std, rel=0.1)
         inside = np.abs(np.diff(texture, axis=0)).mean()
@@ -629,10 +628,6 @@ def test_cifar_c_blocks(cifar_c):
         (lambda f: np.save(f / "fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), {}, "shape"),
         (lambda f: np.save(f / "labels.npy", np.zeros(4, np.uint8)), {}, "4 rows where 20"),
         (lambda f: np.save(f / "labels.npy", np.zeros(20)), {}, "whole numbers"),
-        (lambda f: np.save(f / "labels.npy", np.arange(20)), {}, "labels from 0 to 19"),
-        (lambda f: np.save(f / "labels.npy", np.tile([0, -1, 1, 2], 5)), {}, "labels from -1"),
-        (lambda f: np.save(f / "labels.npy", np.arange(20) % 10), {}, "repeat the same labels"),
-        (lambda f: None, {"num_classes": 5}, "5 classes allow 0 to 4"),
         (lambda f: None, {"rows": 50_000}, "20 rows where 50,000"),
     ],
 )
@@ -657,7 +652,7 @@ def imagenet_c(tmp_path):
 
 def test_imagenet_c_stream(imagenet_c):
     assert has_official(imagenet_c, "fog")
-    batches = list(stream_official(imagenet_c, "fog", 3, num_classes=2, rows=6, batch_size=4))
+    batches = list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6, batch_size=4))
     assert [len(images) for images, _ in batches] == [4, 2]
     images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -670,20 +665,19 @@ def test_imagenet_c_stream(imagenet_c):
     ("kwargs", "words"),
     [
         ({"severity": 4}, "is missing"),
-        ({"num_classes": 1000}, "2 class folders where 1000"),
-        ({"classes": ["n01", "n03"]}, "differ in n02, n03"),
-        ({"rows": 50_000}, "6 JPEG files where 50,000"),
+        ({"classes": ["n01", "n03", "n04"]}, "2 class folders where 3 are expected; .* n02, n03"),
+        ({"rows": 50_000}, "6 images where 50,000"),
     ],
 )
 def test_wrong_imagenet_c_is_refused_before_the_first_batch(imagenet_c, kwargs, words):
     with pytest.raises(UserError, match=words):
-        stream_official(imagenet_c, "fog", **{"severity": 3, "num_classes": 2, "rows": 6, **kwargs})
+        stream_official(imagenet_c, "fog", **{"severity": 3, "classes": ["n01", "n02"], "rows": 6, **kwargs})
 
 
 def test_broken_and_odd_images_are_named(imagenet_c):
     Image.new("RGB", (25, 24)).save(imagenet_c / "fog" / "3" / "n02" / "ILSVRC_0.JPEG")
-    with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG has the shape"):
-        list(stream_official(imagenet_c, "fog", 3, num_classes=2, rows=6))
+    with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG is 25 x 24"):
+        list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6))
     (imagenet_c / "fog" / "3" / "n02" / "ILSVRC_0.JPEG").write_bytes(b"\xff\xd8not a picture")
-    with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG cannot be read"):
-        list(stream_official(imagenet_c, "fog", 3, num_classes=2, rows=6))
+    with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG is not a readable image"):
+        list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6))

@@ -11,6 +11,7 @@ from PIL import Image
 from lthlib import data
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
+from lthlib.data import folders
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_set_too_large_to_hold_is_read_on_demand_and_is_the_same(folder, empty
         shutil.rmtree(folder / "pets")
     held = data.load("pets@8", Store(folder.parent / "held"))
     data.load.cache_clear()
-    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    monkeypatch.setattr(folders, "HELD_UP_TO", 0)
     found = data.load("pets@8", empty_store)
     pixels = found.test.pixels
     assert isinstance(pixels, data.OnDemand)
@@ -133,7 +134,7 @@ def test_reading_on_demand_is_one_batch_ahead():
 
 def test_what_is_read_on_demand_changes_with_its_files(folder, empty_store, monkeypatch):
     split(folder / "pets")
-    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    monkeypatch.setattr(folders, "HELD_UP_TO", 0)
     first = data.load("pets", empty_store).digest
     data.load.cache_clear()
     assert data.load("pets", empty_store).digest == first
@@ -297,12 +298,12 @@ def test_any_folder_of_images_can_be_an_ood_set(folder, empty_store, monkeypatch
     assert np.array_equal(found[..., 0].numpy(), arrays)
     every_other = data.ood_images("loose", like, 3, empty_store)
     assert torch.equal(every_other, found[::2])
-    monkeypatch.setattr(data, "HELD_UP_TO", 0)
+    monkeypatch.setattr(folders, "HELD_UP_TO", 0)
     again = data.ood_images("loose", like, 100, empty_store)
     assert isinstance(again, data.OnDemand)
     assert torch.equal(again[:], found)
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match="'empty' has no images"):
+    with pytest.raises(UserError, match="empty has no images"):
         data.ood_images("empty", like, 10, empty_store)
 
 
@@ -354,7 +355,7 @@ def test_a_set_with_colour_in_one_part_alone_has_it_in_both(folder, empty_store,
     for file in (folder / "pets" / "test").rglob("*.png"):
         Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
     for held in (2**30, 0):  # in memory, and read on demand
-        monkeypatch.setattr(data, "HELD_UP_TO", held)
+        monkeypatch.setattr(folders, "HELD_UP_TO", held)
         data.load.cache_clear()
         found = data.load("pets", Store(empty_store.root / str(held)))
         assert found.test.pixels[:].shape == (8, 8, 8, 3)

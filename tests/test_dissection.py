@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from lthlib.core.errors import UserError
-from lthlib.data.concepts import ConceptSet, scenes
+from lthlib.data.concepts import ConceptSet
+from lthlib.data.scenes import scenes
 from lthlib.metrics.interpretability import composition, dissection
 from lthlib.metrics.interpretability.activations import Stream, activations
 from lthlib.metrics.interpretability.composition import Formula

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lthlib.core.errors import UserError
-from lthlib.data.concepts import scenes
+from lthlib.data.scenes import scenes
 from lthlib.figures import interpretability as drawing
 from lthlib.metrics.interpretability import composition, dissection, lime, portrait
 from lthlib.metrics.interpretability import measure as interpretability

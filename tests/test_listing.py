@@ -169,7 +169,7 @@ def other_names(root):
         (no_list, r"no class folders.*val\.txt.*LOC_val_solution\.csv.*ILSVRC2012_devkit_t12\.tar\.gz"),
         (lacks_an_image, r"val\.txt does not list val/ILSVRC2012_val_00000001\.JPEG \(1 images of 6\)"),
         (foreign_class, "'n02110985', of which there are no training images. Did you mean 'n02110958'"),
-        (far_position, r"Line 2 of .*val\.txt has the class 3; positions among 3 classes end at 2"),
+        (far_position, r"00000002\.JPEG the class 3, .*; positions among 3 classes begin at 0 and end at 2"),
         (no_class, r"Line 2 of .*val\.txt is 'ILSVRC2012_val_00000002'"),
         (no_text, r"val\.txt is not a text file"),
         (short_truth, "val_00000004.JPEG has no line in .*ground_truth.txt, which lists .*1 to .*3"),

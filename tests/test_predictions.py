@@ -7,7 +7,7 @@ import torch
 from lthlib import data, networks
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
-from lthlib.data import corrupted
+from lthlib.data import corrupted, folders
 from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
 from lthlib import networks
@@ -298,7 +298,7 @@ def test_a_set_too_large_to_hold_is_trained_on_and_evaluated_batch_by_batch(tmp_
     ticket = Ticket(**{**tiny, "data": "blobs", "train_size": None, "recipe": recipe})
     found = []
     for limit in (2**30, 0):
-        monkeypatch.setattr(data, "HELD_UP_TO", limit)
+        monkeypatch.setattr(folders, "HELD_UP_TO", limit)
         monkeypatch.setattr(corrupted, "KEPT_UP_TO", limit)
         data.load.cache_clear()
         subject = Subject(ticket, Store(tmp_path / f"store-{limit}"), "float32")

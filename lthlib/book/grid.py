@@ -124,6 +124,8 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
         grid = grid_from(path.stem, content)
         for study in grid.studies if not recorded else ():
             data.source(study.data)
+        for name in grid.dimensions.get("generalization", {}).get("ood", ()):
+            (data.check_name if recorded else data.check_ood)(name)
         return grid
     except UserError as error:
         raise UserError(f"In {path}: {error}") from error

@@ -154,7 +154,7 @@ def _official(
     """Pick the positions out of the published files, and see that these belong to the data set."""
     expected = like.test.labels.numpy()
     if (folder / f"{name}.npy").is_file():
-        pixels, labels = load_official(folder, name, severity, rows=5 * len(expected), num_classes=len(like.classes))
+        pixels, labels = load_official(folder, name, severity, rows=5 * len(expected))
         batches = iter([(pixels[positions], labels)])
     else:
         expected = expected[positions]

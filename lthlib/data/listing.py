@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
+import shlex
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from lthlib.core.errors import UserError, suggest
@@ -13,6 +15,7 @@ from lthlib.core.errors import UserError, suggest
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, SYNSETS = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 KAGGLE = "LOC_val_solution.csv"
+MEANINGS = ("# names", "# positions")
 
 Read = Callable[[str], bytes | None]
 
@@ -24,68 +27,119 @@ def listed_classes(
 
     The first of these that lies beside the part's folder decides:
 
-    * ``<part>.txt``: a line for each image, its file name and its class, as a name or as a position (from 0) among the
-      sorted classes;
+    * ``<part>.txt``: a line for each image, its file name and its class, all as names or all as positions (from 0)
+      among the classes. Where both readings are possible and differ, a first line ``# names`` or ``# positions`` says
+      which is meant;
     * ``LOC_val_solution.csv``, as Kaggle distributes ImageNet;
     * ``ILSVRC2012_devkit_t12.tar.gz`` or the folder unpacked from it, as image-net.org distributes it. An image's line
       there is the number in its name, so that images may be missing.
 
     Args:
-        read: Returns the content of a file beside the part's folder, or None where there is none.
-        part: Name of the part's folder.
-        files: The images, with or without folders before the name.
-        classes: Those of the training images, sorted; None where there are none.
-        where: The folder around the part's, for messages.
+        read: Returns the content of a file, or None where there is none of that name.
+        part: The part's folder, with folders before its name.
+        files: The images, with folders before the name.
+        classes: Those of the training images, in the order of the labels; None where there are none.
+        where: What holds the files, for messages.
 
     Raises:
-        UserError: Where no list is found, or one that is damaged, lacks an image, or names another class.
+        UserError: Where no list is found, or one that is damaged or ambiguous, lacks an image, or names another class.
     """
-    for name in (f"{part}.txt", KAGGLE):
-        content = read(name)
+    top = part[: -len(PurePosixPath(part).name)]
+    for path in (f"{part}.txt", top + KAGGLE):
+        content = read(path)
         if content is not None:
-            found = _from_lines(_text(content, f"{where}/{name}"), classes or (), f"{where}/{name}")
-            return _of_each(files, found, classes, f"{where}/{name}")
-    truth = _devkit(read, TRUTH, where)
+            lines, path = lines_of(content, f"{where}/{path}"), f"{where}/{path}"
+            found = dict(_entries(lines, files, path, first_word=path.endswith(KAGGLE)))
+            if path.endswith(".txt"):
+                found = _as_names(found, classes or (), lines[:1], path)
+            return _of_each(files, found, classes, path)
+    truth = _devkit(read, top, TRUTH, where)
     if truth is None:
         raise UserError(
-            f"{where}/{part} has images but no class folders. Put the list of their classes into {where}: {part}.txt "
-            f"(a line for each image: file name and class), {KAGGLE}, or {DEVKIT}.tar.gz; or sort the images into "
-            "folders named after the classes."
+            f"{where}/{part} has images but no class folders. Put the list of their classes beside it: "
+            f"{PurePosixPath(part).name}.txt (a line for each image: file name and class), {KAGGLE}, or "
+            f"{DEVKIT}.tar.gz; or sort the images into folders named after the classes."
         )
-    found = _from_devkit(_text(truth, TRUTH), _devkit(read, SYNSETS, where), files, f"{where}/{DEVKIT}")
-    return _of_each(files, found, classes, f"{where}/{DEVKIT}")
+    path = f"{where}/{top}{DEVKIT}"
+    found = _from_devkit(lines_of(truth, TRUTH), _devkit(read, top, SYNSETS, where), files, path)
+    return _of_each(files, found, classes, path)
 
 
-def _text(content: bytes, path: str) -> list[str]:
+def lines_of(content: bytes, path: str) -> list[str]:
+    """Return the lines of a text file, whatever they end in."""
     try:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file ({error}). Fetch it again.") from error
+        raise UserError(f"{path} is not a text file in UTF-8 ({error}). Save or fetch it again.") from error
 
 
-def _from_lines(lines: Sequence[str], classes: Sequence[str], path: str) -> dict[str, str]:
-    """Read ``file class ...`` or ``file,class ...`` a line, to {file name without suffix: class}."""
-    found, known = {}, frozenset(classes)
+def _entries(lines: Sequence[str], files: Sequence[str], path: str, first_word: bool) -> Iterator[tuple[str, str]]:
+    """Yield (file, class as it is written) of each line ``file class`` or ``file,class`` about one of the files."""
+    known: dict[str, set[str]] = {}
+    for file in files:
+        place = PurePosixPath(file)
+        for name in {file, place.name, place.stem, f"{place.parent.name}/{place.name}", f"./{place.name}"}:
+            known.setdefault(name, set()).add(file)
+    seen: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        words = re.split(r"[,\s]+", line.strip())
-        if words == [""] or words[0] == "ImageId":
+        if not line.strip() or line.startswith("#"):
             continue
-        if len(words) < 2 or not words[1]:
+        name, word = _split(line, known)
+        if not word:
             raise UserError(f"Line {number} of {path} is {line[:80]!r}; a file name and its class are needed.")
-        named = words[1] in known or not words[1].isdecimal() or not classes
-        if not named and int(words[1]) >= len(classes):
-            raise UserError(
-                f"Line {number} of {path} has the class {words[1]}; positions among {len(classes)} classes end at "
-                f"{len(classes) - 1}."
-            )
-        found[_stem(words[0])] = words[1] if named else classes[int(words[1])]
-    return found
+        word = word.split()[0] if first_word else word
+        meant = known.get(name, ())
+        if len(meant) > 1:
+            raise UserError(f"Line {number} of {path} may mean {' and '.join(sorted(meant))}: write the whole name.")
+        for file in meant:
+            if seen.setdefault(file, word) != word:
+                raise UserError(f"{path} lists {file} twice, as {seen[file]!r} and in line {number} as {word!r}.")
+            yield file, word
 
 
-def _devkit(read: Read, name: str, where: str) -> bytes | None:
+def _split(line: str, known: dict[str, set[str]]) -> tuple[str, str]:
+    """Split a line into file name and class, at a comma, a tab or blanks; either may be quoted or have blanks in it."""
+    delimiter = next((mark for mark in ",\t" if mark in line), None)
+    if delimiter:
+        words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+        return words[0], words[1]
+    try:
+        words = shlex.split(line) if '"' in line else line.split()
+    except ValueError:  # a quote that is not closed
+        words = line.split()
+    ends = [end for end in range(1, len(words)) if " ".join(words[:end]) in known]
+    end = ends[-1] if ends else 1
+    return " ".join(words[:end]), " ".join(words[end:])
+
+
+def _as_names(found: dict[str, str], classes: Sequence[str], first: Sequence[str], path: str) -> dict[str, str]:
+    """Read the classes of a list as names, or as positions among the classes."""
+    if not classes:
+        return found
+    words, said = set(found.values()), first[0].strip().lower() if first else ""
+    are_names, are_numbers = words <= set(classes), all(word.isdecimal() for word in words)
+    positions = {word: int(word) for word in words} if are_numbers else {}
+    fit = are_numbers and max(positions.values(), default=0) < len(classes)
+    if said == MEANINGS[0] or not are_numbers or (are_names and not fit):
+        return found
+    if are_names and said != MEANINGS[1] and any(classes[position] != word for word, position in positions.items()):
+        raise UserError(
+            f"The classes in {path} may be names of class folders or positions among these, and the two differ: begin "
+            f"it with a line {MEANINGS[0]!r} or {MEANINGS[1]!r}."
+        )
+    if not fit or 0 not in positions.values():
+        file, word = max(found.items(), key=lambda item: positions[item[1]])
+        raise UserError(
+            f"{path} gives {file} the class {word}, and the least class is {min(positions.values())}; positions among "
+            f"{len(classes)} classes begin at 0 and end at {len(classes) - 1}."
+        )
+    return {file: classes[positions[word]] for file, word in found.items()}
+
+
+def _devkit(read: Read, top: str, name: str, where: str) -> bytes | None:
     """Return a file of the development kit, packed or unpacked."""
-    content = read(f"{DEVKIT}/{name}")
-    packed = None if content is not None else read(f"{DEVKIT}.tar.gz")
+    content = read(f"{top}{DEVKIT}/{name}")
+    packed = None if content is not None else read(f"{top}{DEVKIT}.tar.gz")
     if packed is None:
         return content
     try:
@@ -93,7 +147,7 @@ def _devkit(read: Read, name: str, where: str) -> bytes | None:
             return archive.extractfile(f"{DEVKIT}/{name}").read()
     except (tarfile.TarError, OSError, EOFError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{where}/{DEVKIT}.tar.gz is damaged or lacks {DEVKIT}/{name} ({error}). Fetch it again."
+            f"{where}/{top}{DEVKIT}.tar.gz is damaged or lacks {DEVKIT}/{name} ({error}). Fetch it again."
         ) from error
 
 
@@ -101,7 +155,7 @@ def _from_devkit(lines: Sequence[str], synsets: bytes | None, files: Sequence[st
     """Look up each image's line by the number in its name, and the WordNet name of the class number in that line."""
     names, found = _wordnet_names(synsets, where), {}
     for file in files:
-        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", _stem(file))
+        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(file).stem)
         if number is None or not 1 <= int(number[1]) <= len(lines):
             raise UserError(
                 f"{file} has no line in {where}/{TRUTH}, which lists ILSVRC2012_val_00000001 to "
@@ -112,7 +166,7 @@ def _from_devkit(lines: Sequence[str], synsets: bytes | None, files: Sequence[st
             raise UserError(
                 f"Line {int(number[1])} of {where}/{TRUTH} is {word[:80]!r}, which is no class number of {SYNSETS}."
             )
-        found[_stem(file)] = names[word]
+        found[file] = names[word]
     return found
 
 
@@ -128,22 +182,14 @@ def _wordnet_names(synsets: bytes | None, where: str) -> dict[str, str]:
         raise UserError(f"{where}/{SYNSETS} is missing or damaged ({error}). Fetch it again.") from error
 
 
-def _of_each(
-    files: Sequence[str], found: Mapping[str, str], classes: Sequence[str] | None, path: str
-) -> dict[str, str]:
-    missing = [file for file in files if _stem(file) not in found]
+def _of_each(files: Sequence[str], found: dict[str, str], classes: Sequence[str] | None, path: str) -> dict[str, str]:
+    missing = [file for file in files if file not in found]
     if missing:
         raise UserError(f"{path} does not list {missing[0]} ({len(missing):,} images of {len(files):,}).")
-    result = {file: found[_stem(file)] for file in files}
-    known = frozenset(result.values() if classes is None else classes)
-    for file, name in result.items():
-        if name not in known:
+    for file in files if classes is not None else ():
+        if found[file] not in classes:
             raise UserError(
-                f"{path} says that {file} is of class {name!r}, of which there are no training images."
-                f"{suggest(name, classes)}"
+                f"{path} says that {file} is of class {found[file]!r}, of which there are no training images."
+                f"{suggest(found[file], classes)}"
             )
-    return result
-
-
-def _stem(file: str) -> str:
-    return PurePosixPath(file).stem
+    return found

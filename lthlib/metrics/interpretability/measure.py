@@ -25,8 +25,10 @@ from lthlib.core import machine
 from lthlib.core.errors import UserError, choose, suggest
 from lthlib.core.versions import code_version
 from lthlib.data import data_folder
-from lthlib.data.concepts import ConceptSet, read_broden, scenes
+from lthlib.data.broden import read_broden
+from lthlib.data.concepts import ConceptSet
 from lthlib.data.corrupted import sample
+from lthlib.data.scenes import scenes
 from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps

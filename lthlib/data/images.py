@@ -1,0 +1,102 @@
+"""Labelled images: uint8 pixels in memory, or read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lthlib.core.errors import UserError
+
+
+class OnDemand:
+    """The pixels of many images, read when they are asked for, so that memory does not grow with their number.
+
+    It stands where a uint8 tensor (N, H, W, C) stands for smaller sets: ``pixels[index]`` and ``pixels.split(count)``
+    give tensors.
+
+    Args:
+        read: ``read(positions) -> uint8 (m, H, W, C)`` for an array of m positions; kept as an attribute.
+        positions: Those of the N images.
+        image_shape: (H, W, C).
+    """
+
+    def __init__(
+        self, read: Callable[[np.ndarray], np.ndarray], positions: np.ndarray, image_shape: tuple[int, int, int]
+    ):
+        self.read, self._positions, self.shape = read, positions, (len(positions), *image_shape)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int | slice | torch.Tensor) -> torch.Tensor:
+        """Read the images at an index along the first axis."""
+        positions = self._positions[_numpy_index(index)]
+        images = torch.from_numpy(self.read(np.atleast_1d(positions)))
+        return images if np.ndim(positions) else images[0]
+
+    def at(self, index: slice | torch.Tensor) -> OnDemand:
+        """Return the images at an index along the first axis, unread."""
+        return OnDemand(self.read, self._positions[_numpy_index(index)], self.shape[1:])
+
+    def split(self, count: int) -> Iterator[torch.Tensor]:
+        """Read the images in batches; the next is on its way while one is used."""
+        starts, threads = range(0, len(self), count), torch.get_num_threads()
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as reader:
+            ahead = [reader.submit(self.__getitem__, slice(start, start + count)) for start in starts[:1]]
+            for start in starts:
+                batch = ahead.pop().result()
+                if start + count < len(self):
+                    ahead.append(reader.submit(self.__getitem__, slice(start + count, start + 2 * count)))
+                yield batch
+
+
+Pixels = torch.Tensor | OnDemand
+
+
+def _numpy_index(index: int | slice | torch.Tensor) -> int | slice | np.ndarray:
+    return index if isinstance(index, slice) else np.asarray(index)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images.
+
+    Attributes:
+        pixels: uint8 (N, H, W, C), C 1 or 3: a tensor, or `OnDemand` where there is too much to hold in memory.
+        labels: int64 tensor (N,).
+    """
+
+    pixels: Pixels
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: torch.Tensor) -> Images:
+        """Return the images at the given positions."""
+        on_demand = isinstance(self.pixels, OnDemand)
+        return Images(self.pixels.at(index) if on_demand else self.pixels[index], self.labels[index])
+
+
+def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split positions into ``n_first`` with every class in proportion, and the rest; both sorted.
+
+    Raises:
+        UserError: Where a class is too small to be on both sides.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if n_first == len(labels):
+        return np.arange(len(labels)), np.arange(0)
+    try:
+        first, rest = train_test_split(np.arange(len(labels)), train_size=n_first, stratify=labels, random_state=seed)
+    except ValueError:
+        raise UserError(
+            f"{len(labels)} images of {len(np.unique(labels))} classes, {np.bincount(labels).min()} of the smallest, "
+            f"cannot be split into {n_first} and the rest with every class on both sides: add images."
+        ) from None
+    return np.sort(first), np.sort(rest)
