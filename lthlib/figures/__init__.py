@@ -175,6 +175,27 @@ def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
     return figure
 
 
+def power_curves(table: pd.DataFrame) -> Figure:
+    """Draw how often a metric is called kept, against images, a line for each number of seeds.
+
+    Args:
+        table: As `lthlib.results.simulation.power` returns it. On the left networks equal to their parent, which are
+            to be called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
+    titles = {0.0: ("equal to its parent", 80), 2.0: ("worse by twice the tolerance", 5)}
+    for axis, (loss, (title, wanted)) in zip(axes, titles.items(), strict=True):
+        part = table[table["loss"] == loss]
+        for colour, (seeds, line) in zip(shades(part["seeds"].nunique()), part.groupby("seeds"), strict=True):
+            name = f"{seeds} seed{'s' * (seeds > 1)}"
+            axis.plot(line["images"], 100 * line["kept"], "o-", ms=4, color=colour, label=name)
+        axis.axhline(wanted, color="black", ls=":", lw=1)
+        axis.set(xscale="log", xlabel="images", title=f"A network {title}", ylim=(-3, 103))
+    axes[0].set_ylabel("called kept [%]")
+    axes[1].legend(frameon=False)
+    return figure
+
+
 def radar(table: pd.DataFrame) -> Figure:
     """Draw the scorecard of `lthlib.results.verdict.scorecard`: an axis a metric, the best at the rim."""
     angles = np.linspace(0, 2 * np.pi, len(table.columns), endpoint=False)
