@@ -11,7 +11,17 @@ from lthlib.metrics.calibration.measure import ece, sce
 from lthlib.metrics.resampling import kept, resampled_auroc, resampled_mean, resamples
 from lthlib.results.noninferiority import moderated
 from lthlib.results.simulation import outcomes, simulate
-from lthlib.results.verdict import Thresholds, ends, judge, lth_pass, reach, scorecard, summarise, what_would_decide
+from lthlib.results.verdict import (
+    Thresholds,
+    ends,
+    judge,
+    lth_pass,
+    reach,
+    scorecard,
+    summarise,
+    thresholds_from,
+    what_would_decide,
+)
 
 VOTES = [metric.name for metric in METRICS.values() if metric.in_verdict]
 
@@ -287,10 +297,12 @@ def test_no_rows_no_dense_run_and_bad_thresholds_are_refused():
     for bad in ({"tolerance": -1}, {"alpha": 0}, {"alpha": 0.7}, {"relative_tolerance": True}):
         with pytest.raises(UserError, match=next(iter(bad))):
             Thresholds(**bad)
+    with pytest.raises(UserError, match="must be a mapping"):
+        thresholds_from([0.01])
     with pytest.raises(UserError, match="k is gone"):
-        Thresholds.of({"k": 2})
+        thresholds_from({"k": 2})
     with pytest.raises(UserError, match="tolerance"):
-        Thresholds.of({"tolerence": 0.02})
+        thresholds_from({"tolerence": 0.02})
 
 
 def test_what_is_not_known_is_not_shown():

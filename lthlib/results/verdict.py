@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lthlib.core.errors import UserError, choose
+from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
 from lthlib.results.noninferiority import CASE, KEPT, LOST, NOT_SHOWN, TICKET, decided, pooled, with_images
 
@@ -55,21 +55,23 @@ class Thresholds:
         if self.alpha == 0:
             raise UserError("Threshold alpha is 0; no measurement shows anything with certainty: 0.05, for instance.")
 
-    @classmethod
-    def of(cls, given: Mapping[str, float]) -> Thresholds:
-        """Return the thresholds that a grid or a page names.
 
-        Raises:
-            UserError: For an unknown one, or ``k`` of an older grid.
-        """
-        if "k" in given:
-            raise UserError(
-                "The threshold k is gone: what two standard errors forgave now counts as not shown. Leave it out, or "
-                "name alpha, the probability of a wrong verdict (0.05 by default)."
-            )
-        for name in given:
-            choose(name, vars(cls()), "threshold")
-        return cls(**given)
+def thresholds_from(given: object) -> Thresholds:
+    """Return thresholds from plain values, the defaults in the place of those not given.
+
+    Raises:
+        UserError: For an unknown one, a value that cannot be, or ``k`` of an older grid.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"thresholds is {shown(given)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
+    if "k" in given:
+        raise UserError(
+            "The threshold k is gone: what two standard errors forgave now counts as not shown. Leave it out, or "
+            "name alpha, the probability of a wrong verdict (0.05 by default)."
+        )
+    for name in given:
+        choose(name, vars(Thresholds()), "threshold")
+    return Thresholds(**given)
 
 
 def judge(
