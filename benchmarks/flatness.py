@@ -37,7 +37,6 @@ from lthlib.data import Images
 from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace
 from lthlib.metrics.flatness.frozen import Frozen
 from lthlib.metrics.flatness.spectrum import Extremes, WeightHessian, top_eigenvalue
-from lthlib import networks
 from lthlib.pruning import masks
 from lthlib.training.loop import as_input, train
 from lthlib.training.recipe import Recipe

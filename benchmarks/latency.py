@@ -23,9 +23,8 @@ from torch import nn
 from lthlib import networks
 from lthlib.core import machine
 from lthlib.core.store import ROOT, seal, write_atomically
-from lthlib import networks
 from lthlib.networks.predict import for_inference
-from lthlib.pruning import METHODS, Moment, find, masks
+from lthlib.pruning import METHODS, Moment, masks
 from lthlib.pruning.structured import shrink
 from lthlib.results.evaluate import LATENCY
 

@@ -28,7 +28,6 @@ from lthlib.core import machine as compute
 from lthlib.data import Images
 from lthlib.metrics import computed, sce, softmax
 from lthlib.metrics.calibration.errors import PUBLISHED_BINS
-from lthlib import networks
 from lthlib.networks.predict import for_inference, predict
 from lthlib.training.loop import Recipe, train
 

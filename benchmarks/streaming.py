@@ -66,7 +66,6 @@ def measure(n: int, width: float, corruption: str) -> dict[str, float]:
     from lthlib.core.store import Store
     from lthlib.data.corrupted import corrupted_parts
     from lthlib.metrics import computed
-    from lthlib import networks
     from lthlib.networks.predict import predict
     from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
@@ -104,7 +103,6 @@ def measure_cifar(n: int) -> None:
     from lthlib.core.store import Store
     from lthlib.metrics.calibration import measure as calibration
     from lthlib.metrics.generalization import measure as generalization
-    from lthlib import networks
     from lthlib.tickets.subject import Subject
     from lthlib.tickets.ticket import Ticket
 

@@ -20,14 +20,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.book.grid import Grid, read_grid
 from lthlib.core import machine
 from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store, say, write_atomically
 from lthlib.data.corrupted import sample
 from lthlib.metrics import METRICS
-from lthlib import networks
 from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.checks import answers, check_classifier, check_deterministic
 from lthlib.networks.inputs import as_input

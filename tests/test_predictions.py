@@ -10,7 +10,6 @@ from lthlib.core.store import Store
 from lthlib.data import corrupted, folders
 from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import corrupt
-from lthlib import networks
 from lthlib.networks import predict as predictor
 from lthlib.networks.predict import for_inference, predict, scaled_to
 from lthlib.tickets.subject import Subject

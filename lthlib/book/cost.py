@@ -20,7 +20,6 @@ from lthlib.book.grid import Grid, read_grid, study_name
 from lthlib.core import machine
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store, say, seal, write_atomically
-from lthlib import networks
 from lthlib.pruning import METHODS
 from lthlib.results.recorded import recorded_json
 from lthlib.tickets.study import Study

@@ -16,16 +16,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core import machine
 from lthlib.core.store import Store, say
 from lthlib.core.versions import code_version, digest
-from lthlib import networks
+from lthlib.networks.inputs import as_input
 from lthlib.pruning import METHODS, Found, Moment, masks
 from lthlib.pruning.masks import Masks
 from lthlib.pruning.structured import shrink
 from lthlib.tickets.ticket import Ticket
-from lthlib.networks.inputs import as_input
 from lthlib.training.loop import State, mix, train
 
 Progress = Callable[[Ticket, int], None]

@@ -7,9 +7,8 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from lthlib import data
+from lthlib import data, networks
 from lthlib.core.errors import UserError, choose
-from lthlib import networks
 from lthlib.pruning import METHODS, masks
 from lthlib.training.loop import Recipe
 
