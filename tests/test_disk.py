@@ -25,7 +25,17 @@ GRID = {
     "method_pages": [],
     "dimensions": {"calibration": {"n_test": 50, "n_corrupted": 5, "n_bootstrap": 5}},
 }
-COMMAND = [sys.executable, "workflow/report.py", "workflow/grids/disk.yml", "--cores", "1", "--", "--until", "rows"]
+COMMAND = [
+    sys.executable,
+    "workflow/report.py",
+    "workflow/grids/disk.yml",
+    "--cores",
+    "1",
+    "--",
+    "--until",
+    "tickets",
+    "chains",
+]
 ROWS = "book/_generated/disk/rows.csv"
 
 

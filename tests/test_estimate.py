@@ -14,7 +14,7 @@ from lthlib.book import cost as estimate
 from lthlib.book.grid import grid_from, read_grid
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store
-from lthlib.tickets import ticket as tickets
+from lthlib.tickets import obtain as tickets
 from lthlib.tickets.study import study_from
 
 STUDY = {
@@ -47,9 +47,9 @@ def test_every_training_is_counted_once_with_its_epochs_and_images(tmp_path, mon
     # dense; the rewind point (1 epoch); a chain of three rewound tickets; rp from the rewind point; snip; reinit.
     assert really == {2: 1 + 2 + 2, 1: 1 + 3 + 2}
     assert collections.Counter(epochs for _, epochs in estimate.trained(study)) == really
-    lines = estimate.cost(grid_from("tiny", {**STUDY, "dimensions": ["calibration"]}))
-    assert sum(line.images for line in lines) == seen["images"]
-    assert sum(line.networks for line in lines) == really.total() - 1  # a rewind point is no network of its own
+    (line,) = estimate.table(grid_from("tiny", {**STUDY, "dimensions": ["calibration"]}), 1.0)
+    assert line["images"] == seen["images"]
+    assert line["networks"] == really.total() - 1  # a rewind point is no network of its own
 
 
 def test_a_control_brings_the_tickets_it_stands_on_even_where_the_grid_does_not_name_them():
@@ -113,7 +113,7 @@ def test_the_papers_grid_is_the_papers():
 def test_unknown_data_and_a_senseless_throughput_are_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("LTHLIB_DATA", str(tmp_path))
     with pytest.raises(UserError, match="What training on nowhere"):
-        estimate.cost(grid_from("x", {**STUDY, "data": "nowhere", "dimensions": ["calibration"]}))
+        estimate.table(grid_from("x", {**STUDY, "data": "nowhere", "dimensions": ["calibration"]}), 1.0)
     with pytest.raises(UserError, match="throughput is -1"):
         estimate.estimate(str(ROOT / "workflow/grids/quick.yml"), throughput=-1.0)
 

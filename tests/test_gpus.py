@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lthlib.book.zygote import ROOT, VARIABLE, zygote
 from lthlib.core import gpus
+from lthlib.core.store import ROOT
 
 JOB = """
 import sys, time
@@ -52,7 +52,7 @@ def environment(tmp_path, devices):
 
 
 def start(folder, environment, name, seconds):
-    command = [sys.executable, "-m", "lthlib.book.fork", str(folder / "job.py"), str(folder), name, str(seconds)]
+    command = [sys.executable, str(folder / "job.py"), str(folder), name, str(seconds)]
     return subprocess.Popen(command, env=environment)
 
 
@@ -64,16 +64,9 @@ def wait_for(path):
     return path.read_text()
 
 
-@pytest.mark.parametrize("how", ["forked", "plain"])
-def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, devices, how):
-    if how == "forked" and sys.platform != "linux":
-        pytest.skip("processes are forked on Linux only")
-    with zygote(["torch"]) as address:
-        environment = environment | ({VARIABLE: address} if how == "forked" else {})
-        if how == "plain":
-            environment.pop(VARIABLE, None)
-        jobs = [start(tmp_path, environment, str(n), 0.3) for n in range(6)]
-        assert [job.wait(timeout=60) for job in jobs] == [0] * 6
+def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, devices):
+    jobs = [start(tmp_path, environment, str(n), 0.3) for n in range(6)]
+    assert [job.wait(timeout=60) for job in jobs] == [0] * 6
     held = collections.defaultdict(list)
     for n in range(6):
         device, began, ended = (tmp_path / f"{n}.ended").read_text().split()
@@ -86,7 +79,6 @@ def test_jobs_never_share_a_gpu_and_use_them_all(tmp_path, environment, devices,
 
 def test_a_killed_job_frees_its_gpu(tmp_path, environment, devices):
     environment[gpus.VARIABLE] = devices[0]
-    environment.pop(VARIABLE, None)
     killed = start(tmp_path, environment, "killed", 60)
     assert wait_for(tmp_path / "killed.begun") == devices[0]
     other = start(tmp_path, environment, "other", 0)

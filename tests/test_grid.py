@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lthlib.book.front import _contents, jobs, needs, pages
+from lthlib.book.front import _contents
 from lthlib.book.grid import KEYS, grid_from, read_grid
+from lthlib.book.plan import jobs, needs, pages
 from lthlib.core.errors import UserError, shown
 from lthlib.pruning import METHODS
 from lthlib.results.evaluate import DIMENSIONS

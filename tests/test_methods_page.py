@@ -8,16 +8,18 @@ import pandas as pd
 import pytest
 
 from lthlib.book import methods_page
-from lthlib.book.front import COMPARISON, _methods, pages
+from lthlib.book.front import _methods
 from lthlib.book.grid import ON_METHODS, grid_from
 from lthlib.book.pages import Page
+from lthlib.book.plan import COMPARISON, pages
 from lthlib.core.errors import UserError
 from lthlib.figures import methods as drawing
 from lthlib.pruning import METHODS, masks
 from lthlib.results import overlaps, verdict
-from lthlib.results.evaluate import Archive, collect
+from lthlib.results.collect import collect
+from lthlib.results.recorded import write_records
+from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import Study
-from lthlib.tickets.ticket import obtain
 from lthlib.training.recipe import Recipe
 
 BOOK = Path(__file__).parents[1] / "book"
@@ -62,7 +64,7 @@ def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
     from lthlib.core.store import Store
 
     found = overlaps.compare(STUDY, store)
-    Archive.write(tmp_path / "results" / "some", {}, {overlaps.FILE: found[list(overlaps.COLUMNS)]})
+    write_records(tmp_path / "results" / "some", {}, {overlaps.FILE: found[list(overlaps.COLUMNS)]})
     Archive.read(tmp_path / "results")
     nothing = Store(tmp_path / "empty")
     again = overlaps.compare(STUDY, nothing, recorded=tmp_path / "results", compute_missing=False)

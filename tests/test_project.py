@@ -10,9 +10,8 @@ import nbformat
 import pytest
 import yaml
 
-from lthlib.book.front import TOPICS
 from lthlib.book.pages import STUDY
-from lthlib.book.runner import parameters_of
+from lthlib.book.plan import TOPICS
 from lthlib.metrics import METRICS
 from lthlib.results.evaluate import DIMENSIONS
 
@@ -64,6 +63,14 @@ def test_the_lock_is_hashed_and_names_no_index():
     assert "https://" not in text
 
 
+def parameters_of(notebook):
+    """Name -> default of the parameters cell."""
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    lines = ast.parse(cell.source).body
+    names = [(line.targets[0] if isinstance(line, ast.Assign) else line.target).id for line in lines]
+    return dict(zip(names, (ast.literal_eval(line.value) for line in lines), strict=True))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_it_is_stripped(self, path):
@@ -86,7 +93,7 @@ class TestNotebook:
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_a_templates_defaults_are_those_of_the_default_grid(name):
     template = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-    declared = {key: parameter.default for key, parameter in parameters_of(template).items()}
+    declared = parameters_of(template)
     grid = yaml.safe_load((ROOT / "workflow/grids/quick.yml").read_text())
     assert declared["measure"] == (grid["dimensions"][name] or {})
     for field in ("data", "arch", "rounds", "seeds", "recipe", "rewind_epoch", "options"):
@@ -103,8 +110,8 @@ def test_the_page_on_methods_asks_for_what_its_dimension_computes_anyway():
         return parameters_of(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
 
     mine = declared("methods")
-    theirs = declared(mine["dimension"].default)
-    assert {name: mine[name].default for name in theirs} == {name: p.default for name, p in theirs.items()}
+    theirs = declared(mine["dimension"])
+    assert {name: mine[name] for name in theirs} == theirs
 
 
 def test_every_reference_of_a_registry_is_in_the_bibliography():

@@ -18,8 +18,9 @@ from lthlib.pruning import METHODS
 from lthlib.pruning.masks import prunable
 from lthlib.pruning.snip import saliency
 from lthlib.results.evaluate import DIMENSIONS
-from lthlib.tickets import ticket as tickets
-from lthlib.tickets.ticket import Ticket, new_model, training_batch
+from lthlib.tickets import obtain as tickets
+from lthlib.tickets.obtain import new_model, training_batch
+from lthlib.tickets.ticket import Ticket
 
 BEFORE_TRAINING = [name for name, method in METHODS.items() if method.source == "init" and name != "dense"]
 
@@ -36,7 +37,7 @@ def threads(n):
 
 def found_with(n, ticket, images):
     with threads(n):
-        found = tickets._find(ticket, METHODS[ticket.method], None, images)
+        found = tickets._masks(ticket, None, images)
         assert torch.get_num_threads() == n
     return found
 
@@ -76,7 +77,8 @@ import sys, shutil, torch
 from pathlib import Path
 from lthlib.results.evaluate import evaluate
 from lthlib.core.store import Store
-from lthlib.tickets.ticket import Ticket, obtain
+from lthlib.tickets.obtain import obtain
+from lthlib.tickets.ticket import Ticket
 from lthlib.training.recipe import Recipe
 
 root = Path(sys.argv[1])
@@ -164,7 +166,7 @@ def test_the_tables_of_agreement_say_how_many_and_how_far():
 
 def test_the_chapter_says_how_to_record_what_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(reproducibility, "RERUNS", tmp_path / "reruns.json")
-    assert "workflow/reruns.py --record" in reproducibility.chapter_tables()["reruns.md"]
+    assert "benchmarks/reruns.py --record" in reproducibility.chapter_tables()["reruns.md"]
     record = {"every": {"tickets": [], "job": [], "page": []}, "changes": [{"change": "all"}], "provenance": PROVENANCE}
     (tmp_path / "reruns.json").write_text(seal(record))
     assert "| all | 0 | 0 | 0 | – |" in reproducibility.chapter_tables()["reruns.md"]

@@ -1,7 +1,6 @@
 import dataclasses
 import importlib
 import itertools
-import json
 import re
 
 import pytest
@@ -11,7 +10,8 @@ from lthlib import data
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store
 from lthlib.pruning import METHODS, masks
-from lthlib.tickets.ticket import Ticket, _rewind_point, new_model, obtain, ticket_from, training_batch
+from lthlib.tickets.obtain import _rewind_point, new_model, obtain, training_batch
+from lthlib.tickets.ticket import Ticket
 from lthlib.training.recipe import Recipe
 
 
@@ -39,7 +39,6 @@ def test_the_identity_knows_what_matters_and_ignores_what_does_not():
         Ticket(method="rigl", round=2, options=(("alpha", METHODS["rigl"].options["alpha"]),)).id
         == Ticket(method="rigl", round=2).id
     )
-    assert ticket_from(json.loads(json.dumps(dataclasses.asdict(base)))) == base
 
 
 def test_lth_is_nested_counted_and_rewound(tiny, store):

@@ -21,7 +21,7 @@ STUDY = {
 }
 CALLER = """
 import json, sys
-from lthlib.tickets import ticket as tickets
+from lthlib.tickets import obtain as tickets
 from lthlib.core.store import Store
 from lthlib.tickets.study import study_from
 
