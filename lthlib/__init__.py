@@ -2,6 +2,34 @@
 
 The rooms, in the order in which they may import one another:
 core -> data, networks -> pruning -> training -> tickets -> metrics -> results -> figures -> book
+
+The names below are what a notebook needs; they are imported when they are first used.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "prune": "lthlib.pruning.any_network",
+    "apply": "lthlib.pruning.any_network",
+    "scores": "lthlib.pruning.any_network",
+    "sparsity": "lthlib.pruning.any_network",
+    "train": "lthlib.training.loop",
+    "Recipe": "lthlib.training.recipe",
+    "METHODS": "lthlib.pruning",
+    "METRICS": "lthlib.metrics",
+    "Ticket": "lthlib.tickets.ticket",
+    "obtain": "lthlib.tickets.obtain",
+    "evaluate": "lthlib.results.evaluate",
+    "Store": "lthlib.core.store",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of `_PLACES`, or a room, when it is first asked for."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    if name in ("metrics", "figures", "data", "networks", "pruning"):
+        return importlib.import_module(f"lthlib.{name}")
+    raise AttributeError(f"lthlib has no {name!r}; at its top are {', '.join(_PLACES)}.")

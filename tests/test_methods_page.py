@@ -17,7 +17,7 @@ from lthlib.figures import methods as drawing
 from lthlib.pruning import METHODS, masks
 from lthlib.results import overlaps, verdict
 from lthlib.results.collect import collect
-from lthlib.results.recorded import write_records
+from lthlib.results.recorded import read_records, write_records
 from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import Study
 from lthlib.training.recipe import Recipe
@@ -65,7 +65,7 @@ def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
 
     found = overlaps.compare(STUDY, store)
     write_records(tmp_path / "results" / "some", {}, {overlaps.FILE: found[list(overlaps.COLUMNS)]})
-    Archive.read(tmp_path / "results")
+    read_records(tmp_path / "results")
     nothing = Store(tmp_path / "empty")
     again = overlaps.compare(STUDY, nothing, recorded=tmp_path / "results", compute_missing=False)
     pd.testing.assert_frame_equal(again, found, check_exact=True)
@@ -75,7 +75,7 @@ def test_recorded_overlaps_answer_without_any_mask(page, store, tmp_path):
         overlaps.compare(STUDY, nothing, recorded=tmp_path / "other", compute_missing=False)
     (tmp_path / "results/some" / overlaps.FILE).write_text("first,second,jaccard,chance\n")
     with pytest.raises(UserError, match="damaged"):
-        Archive.read(tmp_path / "results")
+        read_records(tmp_path / "results")
 
 
 def test_densities_are_those_of_the_masks(page, store):
