@@ -209,13 +209,13 @@ def test_every_study_has_a_page_on_its_methods_and_on_each_of_them():
     assert [plan.method for plan in mine] == 2 * [COMPARISON, "lth", "snip"]
     for plan in mine:
         assert plan.template == "notebooks/methods.ipynb"
-        assert plan.shown == ["dense", "lth", "snip"]  # a method is seen beside the others
+        assert plan.parameters["method"] == ["lth", "snip"]  # a method is seen beside the others
         assert plan.parameters["about"] == (None if plan.method == COMPARISON else plan.method)
         assert plan.parameters["dimension"] == "calibration"  # what the grid computes anyway
         assert plan.parameters["measure"] == {"n_bins": 10}
         assert plan.parameters["options"] == {"snip": {"batch": 64}}
     others = [plan for plan in pages(grid) if plan.topic == "calibration" and plan.method == "lth"]
-    assert others[0].shown == ["dense", "lth"]
+    assert others[0].parameters["method"] == ["lth"]
     assert others[0].parameters["options"] == {}
     said = _methods(pages(grid))
     assert said.count("(/_generated/test/mnist5k-resnet8/methods/lth.ipynb)") == 1

@@ -55,7 +55,9 @@ def test_masks_before_training_are_the_same_with_one_thread_and_with_two(name, t
 
 def test_a_method_sees_one_thread_whatever_the_job_has(tiny, store, monkeypatch):
     seen = []
-    monkeypatch.setattr(tickets.Method, "run", lambda *_: seen.append(torch.get_num_threads()) or tickets.Found())
+    monkeypatch.setattr(
+        type(METHODS["snip"]), "run", lambda *_: seen.append(torch.get_num_threads()) or tickets.Found()
+    )
     found_with(2, Ticket(method="snip", round=4, **tiny), data.load("mnist5k", store, tiny["train_size"]))
     assert seen == [1]
 

@@ -157,7 +157,7 @@ def test_a_check_sets_aside_what_is_damaged_and_that_alone(tmp_path, damage, cap
     for key in ("k/a", "k/b", "k/c/d"):
         path = store.get(key, "1", writer("hello world"))
     DAMAGES[damage](path / "value.txt")
-    assert store.check(["k/a", "k/b", "k/c/d", "k/absent"]) == {"k/c/d", "k/absent"}
+    assert store.lost(["k/a", "k/b", "k/c/d", "k/absent"]) == {"k/c/d", "k/absent"}
     assert not path.exists()
     assert capsys.readouterr().err.count("damaged") >= 1
     assert sorted(store.list()) == ["k/a", "k/b"]
@@ -190,7 +190,7 @@ def test_another_artifact_in_its_place_is_seen(tmp_path, capsys):
     (tmp_path / "other").rename(two)
     fresh = Store(tmp_path)
     assert not fresh.has("k/one", "1")
-    assert fresh.check(["k/one", "k/two"]) == {"k/one", "k/two"}
+    assert fresh.lost(["k/one", "k/two"]) == {"k/one", "k/two"}
     assert "what lies there is k/two" in capsys.readouterr().err
     assert (fresh.get("k/one", "1", writer("one")) / "value.txt").read_text() == "one"
 
@@ -200,9 +200,9 @@ def test_a_file_too_many_is_seen_unless_it_is_hidden(tmp_path, capsys):
     store = Store(tmp_path)
     path = store.get("k/a", "1", writer("one"))
     (path / ".nfs0001").write_text("a network file system keeps what someone still reads")
-    assert store.check(["k/a"]) == set()
+    assert store.lost(["k/a"]) == set()
     (path / "masks.safetensors").write_text("another's")
-    assert store.check(["k/a"]) == {"k/a"}
+    assert store.lost(["k/a"]) == {"k/a"}
     assert "masks.safetensors does not belong there" in capsys.readouterr().err
     assert len(store.set_aside()) == 1
 

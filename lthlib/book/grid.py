@@ -191,7 +191,7 @@ def _title(value: object) -> str:
 
 
 def _dimensions(value: object) -> dict[str, dict[str, object]]:
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         value = dict.fromkeys(value)
     if not isinstance(value, dict) or not value:
         raise UserError(

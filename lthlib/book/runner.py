@@ -27,6 +27,7 @@ import papermill
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib_inline.config import InlineBackend
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.engines import Engine, papermill_engines
@@ -114,6 +115,7 @@ class _InProcess(Engine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
         shell = _Shell(user_ns={"__name__": "__main__"})
+        InlineBackend.clear_instance()  # one that served another shell would not tell this one how to draw
         shell.enable_matplotlib("inline")
         for index, cell in enumerate(nb_man.nb.cells):
             nb_man.cell_start(cell, index)

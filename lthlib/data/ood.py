@@ -75,7 +75,7 @@ def ood_version(name: str) -> str:
     """Return what identifies an out-of-distribution set's images: the code that makes them, the files they are in."""
     check_ood(name)
     if name in OOD:
-        return code_version(ood_images, OOD[name])
+        return f"{name}-{code_version(ood_images, OOD[name])}"
     files = None if name in DATASETS else Files(in_data_folder(name.split("@")[0]))
     return code_version(ood_images) + ("" if files is None else f"-{files.stamp}")
 
