@@ -177,7 +177,9 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
     for stub in GENERATED.rglob(f"*{STUB}"):
         stub.unlink()
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
-    in_forks(((logs[page], _maker(page, of[page])) for page in _warmed(todo)), workers)
+    if todo:
+        from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports: the forks have it at once
+    in_forks(((logs[page], _maker(page, of[page])) for page in todo), workers)
     found = []
     for page in plans:
         reason = ""
@@ -192,16 +194,6 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
 
 def _maker(page: PagePlan, of: str) -> Callable[[], None]:
     return lambda: execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
-
-
-def _warmed(plans: Iterable[PagePlan]) -> Iterator[PagePlan]:
-    """Yield pages; what all of them import is imported, once there is one."""
-    for n, page in enumerate(plans):
-        if n == 0:
-            import seaborn  # noqa: F401
-
-            from lthlib.book import methods_page  # noqa: F401
-        yield page
 
 
 def job_log(grid: Grid, job: Job) -> Path:

@@ -51,7 +51,7 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
     Args:
         template: The notebook to execute; it is not changed.
         output: The page; replaced at the end, in one step.
-        parameters: Values for the template's parameters; `lthlib.book.page.load` checks them.
+        parameters: Values for the template's parameters; `lthlib.book.pages.load` checks them.
         title: The page's heading in place of the template's own.
         of: Fingerprint of what the page is made from, kept in its metadata.
 
