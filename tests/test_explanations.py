@@ -585,7 +585,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(UserError, match="The reference rows have the shape"):
         lime.explain(model, image, blocks(), references=[0, 1])
     with pytest.raises(
-        UserError, match="returns the shape .6144,. for 8 images; it must return one row of logits an image"
+        UserError, match=r"returns the shape \(6144,\) for 8 images; it must return one row of logits an image"
     ):
         lime.explain(nn.Flatten(0), image, blocks())
     nn.init.constant_(model.head.bias, float("nan"))
