@@ -266,7 +266,7 @@ def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_goo
         assert result.returncode == 1
         named = re.findall(r"(\S+), cell (\d+) .*ArithmeticError: made to fail.*: (\S+)$", result.stderr, flags=re.M)
         assert {file for _, _, file in named} == {
-            str(path) for path in generated.glob("tiny/*/calibration/*.failed.ipynb")
+            str(path.relative_to(checkout)) for path in generated.glob("tiny/*/calibration/*.failed.ipynb")
         }
         assert {(Path(name).name, int(cell)) for name, cell, _ in named} == {
             ("calibration.ipynb", 1 + broken["cells"].index(code))

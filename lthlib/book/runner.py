@@ -34,7 +34,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from lthlib.core.errors import UserError
-from lthlib.core.store import write_atomically
+from lthlib.core.store import ROOT, write_atomically
 
 ENGINE = "in-process"
 OF = "lthlib_of"  # in a page's metadata: the fingerprint of what it was made from
@@ -78,12 +78,12 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         cell = error.source.strip().splitlines()
         said = f"{error.ename}: {error.evalue}".rstrip(". ")
         number = error.cell_index + (0 if parameters else 1)  # in the template, which has no injected cell
-        where = f"{template}, cell {number}" + (f" ({cell[0]})" if cell else "")
-        raise PageError(f"{where}: {said}. The notebook up to there: {failed}") from None
+        where = f"{_shown(template)}, cell {number}" + (f" ({cell[0]})" if cell else "")
+        raise PageError(f"{where}: {said}. The notebook up to there: {_shown(failed)}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if not any("image/png" in output.get("data", {}) for cell in page.cells for output in cell.get("outputs", [])):
-        raise PageError(f"{template} drew no figure, and figures are what a page is for.")
+        raise PageError(f"{_shown(template)} drew no figure, and figures are what a page is for.")
     _furnish(page, title)
     page.metadata[OF] = of
     failed.unlink(missing_ok=True)
@@ -96,6 +96,11 @@ def made_from(page: Path) -> str:
         return json.loads(page.read_bytes())["metadata"][OF]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as messages name it: relative to the checkout where it lies there."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _furnish(page: NotebookNode, title: str | None) -> None:
