@@ -210,7 +210,7 @@ def finish(options: argparse.Namespace, status: int, began: float) -> int:
     told = BOOK_LOG.read_text(errors="replace") if BOOK_LOG.exists() and BOOK_LOG.stat().st_mtime >= began else ""
     say(told.strip() or LOG.read_text()[-3000:])
     say(f"\nwhat succeeded is kept. The workflow's log: {LOG}")
-    if book.exists() and book.stat().st_mtime >= began:
+    if "missing: " in told:  # said once the book is built
         say(f"book, with what is missing marked: {book}")
     return 1
 
