@@ -79,7 +79,7 @@ def clear_stale(grid: Grid, store: Store) -> None:
         recorded_json(file)
     store.tidy()
     keys = {job: artifacts(grid, job) for job in jobs(grid)}
-    lost = store.lost([key for key in store.list() if _is_of(grid, key)])
+    lost = store.lost(_keys_of(grid, store))
     for key in [key for key in lost if key.startswith("predictions/")]:
         for evaluation in [k for of in keys.values() for k in of if k.split("/")[1] == key.split("/")[1]]:
             if evaluation.startswith("evaluations/"):
@@ -93,13 +93,16 @@ def clear_stale(grid: Grid, store: Store) -> None:
         BOOK.unlink(missing_ok=True)
 
 
-def _is_of(grid: Grid, key: str) -> bool:
-    """Say whether an artifact of the store belongs to the tickets or the data sets of a grid."""
-    name = f"{key.split('/')[1]}-"
-    mine = [ticket.id for study in grid.studies for ticket in study.tickets()]
-    shared = [f"{study.data.replace('@', '+').lower()}-" for study in grid.studies]
-    is_ticket = key.split("/")[0] in ("tickets", "evaluations", "predictions", "rewind-points")
-    return name.startswith(tuple(mine if is_ticket else shared))
+def _keys_of(grid: Grid, store: Store) -> list[str]:
+    """Return the keys of the store's artifacts that belong to the tickets or the data sets of a grid."""
+    mine = tuple(ticket.id for study in grid.studies for ticket in study.tickets())
+    shared = tuple(f"{study.data.replace('@', '+').lower()}-" for study in grid.studies)
+    found = []
+    for key in store.list():
+        is_ticket = key.split("/")[0] in ("tickets", "evaluations", "predictions", "rewind-points")
+        if f"{key.split('/')[1]}-".startswith(mine if is_ticket else shared):
+            found.append(key)
+    return found
 
 
 def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:

@@ -56,14 +56,19 @@ def _room(module: str) -> str:
 
 def imported(code: str) -> list[str]:
     """Return the modules of this package that some code imports, at its head or later."""
-    names = []
+    return [inner if inner in _TEXTS else outer for outer, inner in _imports(code) if {inner, outer} & _TEXTS.keys()]
+
+
+@functools.cache
+def _imports(code: str) -> list[tuple[str, str]]:
+    """Return pairs of a module and of what is imported from it, which may be a module, too."""
+    pairs = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            for inner in (f"{node.module}.{alias.name}" for alias in node.names):
-                names.append(inner if inner in _TEXTS else node.module)
+            pairs += [(node.module, f"{node.module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    return [name for name in names if name in _TEXTS]
+            pairs += [(alias.name, alias.name) for alias in node.names]
+    return pairs
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -71,6 +76,7 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
+@functools.cache
 def _stripped(code: str) -> str:
     """Return code without comments, docstrings and layout."""
     tree = ast.parse(code)
