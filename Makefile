@@ -28,7 +28,7 @@ record: $(ENV)/ready
 	@$(RUN) -m lthlib record $(GRID)
 
 test: $(ENV)/ready
-	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff check --no-cache .
 	@$(RUN) -m ruff format --check .
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile tests
 

@@ -26,7 +26,7 @@ from lthlib.core.store import ROOT, seal, write_atomically
 from lthlib.networks.predict import for_inference
 from lthlib.pruning import METHODS, Moment, masks
 from lthlib.pruning.structured import shrink
-from lthlib.results.evaluate import LATENCY
+from lthlib.results.recorded import LATENCY
 
 ROUND = 10  # 89.3 %
 SHAPE = (3, 32, 32)

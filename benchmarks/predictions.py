@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from lthlib import networks
-from lthlib.core import machine as compute
+from lthlib.core import machine
 from lthlib.data import Images
 from lthlib.metrics import computed, sce, softmax
 from lthlib.metrics.calibration.errors import PUBLISHED_BINS
@@ -112,7 +112,7 @@ def main() -> None:
     train(model, learnt, Recipe(epochs=3, batch_size=100), seed=0)
     model.eval()
     part = images(options.images, 1)
-    default = str(compute.resolve_precision("auto")).removeprefix("torch.")
+    default = str(machine.resolve_precision("auto")).removeprefix("torch.")
     ways: dict[str, Callable[[], dict]] = {
         "published loop": lambda: published(model, part),
         "ours, float32": lambda: ours(model, part, "float32"),
@@ -127,7 +127,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - began)
     base, reference = min(times["published loop"]), found["published loop"]
     reference["sce"] = sce(softmax(reference["logits"]), part.labels)
-    print(f"{options.arch}, {options.images:,} images, {torch.get_num_threads()} threads, {compute.processor()}")
+    print(f"{options.arch}, {options.images:,} images, {torch.get_num_threads()} threads, {machine.processor()}")
     print("(ECE in the published code's 14 bins)\n")
     print(f"{'':<28}{'seconds':>8}{'ratio':>7}{'changed':>9}{'accuracy':>10}{'ECE':>9}{'SCE':>9}{'NLL':>9}")
     for name, numbers in found.items():
