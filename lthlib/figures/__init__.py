@@ -1,7 +1,8 @@
 """Rows and arrays -> figures, in the paper's conventions.
 
-Dense is a black dashed line with the spread of its seeds; a method is solid where it wins, dashed where it has
-degraded, dotted where it has collapsed; sparsity is in percent on the ladder 1 - 0.8^n; each metric carries ↑ or ↓.
+Dense is a black dashed line with the spread of its seeds; a method is solid where it keeps what dense has, dashed where
+it has lost it, dash-dotted where neither is shown, dotted where it has collapsed; sparsity is in percent on the ladder
+1 - 0.8^n; each metric carries ↑ or ↓.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib_inline.config import InlineBackend
 
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS, masks
-from lthlib.results.verdict import COLLAPSED, DEGRADED, WINNING
+from lthlib.results.verdict import COLLAPSED, KEPT, LOST, NOT_SHOWN
 
-STYLES = {WINNING: "-", DEGRADED: "--", COLLAPSED: ":"}
+STYLES = {KEPT: "-", LOST: "--", NOT_SHOWN: "-.", COLLAPSED: ":"}
+FILLS = {KEPT: "full", LOST: "none", NOT_SHOWN: "bottom", COLLAPSED: "none"}  # of marks: half shown, half filled
+MARKS = {KEPT: "✓", LOST: "↘", NOT_SHOWN: "?", COLLAPSED: "✗", "": ""}
 WIDTH = 10.0  # inches; the book's column
 MANY = 12  # cases of one metric that a table or a set of panels still shows legibly
 
@@ -75,14 +79,14 @@ def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None
     """Draw metric against sparsity, one panel a metric and shift.
 
     Args:
-        judged: As `lthlib.results.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.judge` returns it.
         panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction, of
             metrics with at most `MANY` such pairs.
         columns: Panels side by side.
     """
     if panels is None:
         groups = judged[judged["metric"].isin(readable(judged))].groupby(["metric", "shift"], sort=False)
-        panels = [key for key, g in groups if (g["region"] != "").all() and g["severity"].nunique() == 1]
+        panels = [key for key, g in groups if (g["outcome"] != "").all() and g["severity"].nunique() == 1]
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained")
@@ -112,10 +116,10 @@ def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
         x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
         axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
         for i in range(1, len(x)):  # a segment has the style of the point it leads to
-            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["region"].iloc[i]], color=colour[method], lw=1.6)
-        won = (line["region"] == WINNING).to_numpy()
-        axis.plot(x[won], y[won], "o", color=colour[method], ms=4)
-        axis.plot(x[~won], y[~won], "o", color=colour[method], ms=4, mfc="white")
+            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["outcome"].iloc[i]], color=colour[method], lw=1.6)
+        for outcome, fill in FILLS.items():
+            there = (line["outcome"] == outcome).to_numpy()
+            axis.plot(x[there], y[there], "o", color=colour[method], ms=5, fillstyle=fill, markerfacecoloralt="white")
     sparsity_axis(axis, sorted(set(part["round"])))
     axis.set_ylabel(label(metric))
 
@@ -128,24 +132,28 @@ def sparsity_axis(axis: Axes, rounds: Sequence[int]) -> None:
 
 
 def legend(methods: Sequence[str]) -> list[Line2D]:
-    """Return the legend's entries: dense, the methods, the regions."""
+    """Return the legend's entries: dense, the methods, the outcomes."""
     colour = colours()
     return [
         Line2D([], [], color="black", ls="--", label="dense"),
         *[Line2D([], [], color=colour[m], marker="o", ms=4, label=METHODS[m].title) for m in methods],
-        *[Line2D([], [], color="grey", ls=style, label=region) for region, style in STYLES.items()],
+        *[
+            Line2D([], [], color="grey", ls=STYLES[o], marker="o", ms=5, fillstyle=FILLS[o], mfcalt="white", label=o)
+            for o in STYLES
+        ],
     ]
 
 
-def reach_map(table: pd.DataFrame) -> Figure:
-    """Draw how far each method keeps each metric or dimension: the highest sparsity won without a break.
+def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
+    """Draw how far each method keeps each metric or dimension, and what ended it: a loss, or that no more is shown.
 
     Args:
         table: As `lthlib.results.verdict.reach` returns it.
+        ends: As `lthlib.results.verdict.ends` returns it. Cells that end in "not shown" are hatched.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
-    text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}")
+    text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}") + " " + ends.map(MARKS.__getitem__)
     sns.heatmap(
         100 * table.fillna(0.0),
         annot=text,
@@ -159,9 +167,32 @@ def reach_map(table: pd.DataFrame) -> Figure:
         xticklabels=titles,
         yticklabels=[METHODS[m].title for m in table.index],
     )
+    for row, column in np.argwhere((ends == NOT_SHOWN).to_numpy()):
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", ec="white", lw=0, alpha=0.5))
     for text in axis.get_xticklabels():
         text.set(rotation=25, ha="right", rotation_mode="anchor")
     axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def power_curves(table: pd.DataFrame) -> Figure:
+    """Draw how often a metric is called kept, against images, a line for each number of seeds.
+
+    Args:
+        table: As `lthlib.results.simulation.power` returns it. On the left networks equal to their parent, which are
+            to be called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
+    titles = {0.0: ("equal to its parent", 80), 2.0: ("worse by twice the tolerance", 5)}
+    for axis, (loss, (title, wanted)) in zip(axes, titles.items(), strict=True):
+        part = table[table["loss"] == loss]
+        for colour, (seeds, line) in zip(shades(part["seeds"].nunique()), part.groupby("seeds"), strict=True):
+            name = f"{seeds} seed{'s' * (seeds > 1)}"
+            axis.plot(line["images"], 100 * line["kept"], "o-", ms=4, color=colour, label=name)
+        axis.axhline(wanted, color="black", ls=":", lw=1)
+        axis.set(xscale="log", xlabel="images", title=f"A network {title}", ylim=(-3, 103))
+    axes[0].set_ylabel("called kept [%]")
+    axes[1].legend(frameon=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Who wins: regions of each metric, LTH-PASS across metrics, and the normalised scorecard.
+"""Who keeps what: a test of non-inferiority for each metric, LTH-PASS across metrics, and the normalised scorecard.
 
 The paper draws winning and degraded regions and calls a sparse network that is no worse than its dense parent in
 everything an LTH-PASS, but publishes no thresholds. Those here are ours; each is a parameter with its reason.
@@ -7,7 +7,7 @@ everything an LTH-PASS, but publishes no thresholds. Those here are ours; each i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,19 @@ import pandas as pd
 
 from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
+from lthlib.results.noninferiority import CASE, KEPT, LOST, NOT_SHOWN, TICKET, decided, pooled, with_images
 
-WINNING, DEGRADED, COLLAPSED = "winning", "degraded", "collapsed"
-KEYS = ["dataset", "arch", "method", "round", "dimension", "metric", "shift", "severity"]
+COLLAPSED = "collapsed"
+KEYS = [*TICKET, "dimension", *CASE]
+MOST_TIMES = 100  # as many images or seeds as were measured: more is no advice
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a sparse network counts as no worse than its dense parent.
+    """When a sparse network counts as no worse than its dense parent, and when that counts as shown.
 
     A metric's shortfall is how much worse the sparse mean over seeds is than the dense mean, in the metric's own
-    direction. It is forgiven up to the larger of two allowances.
+    direction. A tolerance of 0 asks for proof that there is none at all.
 
     Attributes:
         tolerance: For metrics that are fractions (accuracy, ROC-AUC, ECE, ...): an absolute shortfall of one
@@ -33,89 +35,157 @@ class Thresholds:
             classes (SCE), which is so much smaller than its counterpart without classes.
         relative_tolerance: For metrics with another unit (nats, curvatures, ...): a shortfall of five percent of the
             dense mean, since no absolute number would suit every unit.
-        k: Standard errors of the difference of the two means that are put down to chance: two, about 95 % with many
-            seeds, 82 % with two of each. It matters only with two seeds at least.
+        alpha: The probability, at most, of calling a metric kept whose true shortfall is above the tolerance, and of
+            calling any metric of a ticket lost where none is: one in twenty, by convention.
         collapse: A ticket has collapsed when its test accuracy has lost more than this share of the dense network's
             distance to guessing; half-way, it is another classifier, and its other numbers say nothing of pruning.
     """
 
     tolerance: float = 0.01
     relative_tolerance: float = 0.05
-    k: float = 2.0
+    alpha: float = 0.05
     collapse: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("tolerance", "relative_tolerance", "k", "collapse"):
+        for name, below in (("tolerance", math.inf), ("relative_tolerance", 1), ("alpha", 0.5), ("collapse", math.inf)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise UserError(f"Threshold {name} is {value!r}; it must be a number from 0 on.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+                limit = "" if below == math.inf else f" to below {below:g}"
+                raise UserError(f"Threshold {name} is {value!r}; it must be a number from 0{limit or ' on'}.")
+        if self.alpha == 0:
+            raise UserError("Threshold alpha is 0; no measurement shows anything with certainty: 0.05, for instance.")
 
 
 def thresholds_from(given: object) -> Thresholds:
     """Return thresholds from plain values, the defaults in the place of those not given.
 
     Raises:
-        UserError: For an unknown one, or a value that cannot be.
+        UserError: For an unknown one, a value that cannot be, or ``k`` of an older grid.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"thresholds is {shown(given)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
+    if "k" in given:
+        raise UserError(
+            "The threshold k is gone: what two standard errors forgave now counts as not shown. Leave it out, or "
+            "name alpha, the probability of a wrong verdict (0.05 by default)."
+        )
     for name in given:
         choose(name, vars(Thresholds()), "threshold")
     return Thresholds(**given)
 
 
-def regions(rows: pd.DataFrame, n_classes: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
+def judge(
+    rows: pd.DataFrame,
+    replicates: Mapping[str, Mapping[str, np.ndarray]],
+    n_classes: int,
+    thresholds: Thresholds | None = None,
+) -> pd.DataFrame:
     """Judge every method x round x metric against the dense runs.
+
+    A metric is *kept* when the interval of its shortfall lies below the tolerance, *lost* when it lies above, *not
+    shown* when it does neither. The interval is one-sided at ``alpha`` on either side. "Kept" needs no correction for
+    the number of metrics: whoever claims that *all* are kept is wrong only if a given one is wrongly called so, with
+    probability ``alpha`` at most (an intersection-union test; Berger, 1982). "Lost" does, since the more one looks the
+    more one finds: its p-values are corrected over the metrics of a ticket that have a vote (Holm, 1979). Metrics
+    without a vote are judged one at a time.
 
     Args:
         rows: The table of `lthlib.results.evaluate.Results`: a line a number, dense tickets (round 0) among them.
+        replicates: By ticket, arrays among which are those of `lthlib.metrics.resampling.kept`. Without them only the
+            trainings are known to differ, and the verdict is about these images.
         n_classes: Number of classes, for the accuracy of guessing.
         thresholds: The allowances; the defaults of `Thresholds`.
 
     Returns:
         One line for each method, round, metric, shift and severity, dense excluded: ``mean``, ``low`` and ``high`` over
-        seeds (`spread`), ``dense``, ``dense_low``, ``dense_high``, ``shortfall`` (positive: worse than dense),
-        ``allowed``, ``region`` and ``sparsity``. Metrics without direction have an empty region.
+        seeds (`spread`), ``dense``, ``dense_low``, ``dense_high``, ``sparsity``; ``shortfall`` (positive: worse than
+        dense) with its bounds ``least`` and ``most``, ``allowed``, and the ``outcome``; what it is about (``scope``);
+        the standard errors over trainings and images (``seeds_error``, ``images_error``); ``images_needed`` and
+        ``seeds_needed`` to decide what is not shown, each with the other as it is (infinite: that alone cannot);
+        ``power``, the probability that a network equal to its parent is shown to keep the metric; and ``older``, what
+        the rule of earlier editions (forgive two standard errors over seeds) would have said. Metrics without
+        direction have an empty outcome.
     """
     thresholds = thresholds or Thresholds()
+    if rows.empty:
+        raise UserError("There are no rows to judge.")
     summary = summarise(rows)
-    dense = summary[summary["method"] == "dense"].set_index([k for k in KEYS if k not in ("method", "round")])
-    if dense.empty:
-        raise UserError("There is no dense run among the rows; regions compare with it.")
-    sparse = summary[summary["method"] != "dense"].reset_index(drop=True)
-    parent = dense.loc[list(map(tuple, sparse[dense.index.names].to_numpy(dtype=object)))] if len(sparse) else dense
-    lines = (
-        sparse.assign(
-            dense=parent["mean"].to_numpy(), dense_low=parent["low"].to_numpy(), dense_high=parent["high"].to_numpy()
-        )
-        if len(sparse)
-        else sparse.assign(dense=[], dense_low=[], dense_high=[])
-    )
-    better = lines["metric"].map(lambda name: METRICS[name].higher_is_better)
-    sign = better.map({True: 1.0, False: -1.0, None: np.nan}).astype(float)
-    lines["shortfall"] = sign * (lines["dense"] - lines["mean"])
-    fraction = lines["metric"].map(lambda name: METRICS[name].unit == "fraction").astype(bool)
-    over_classes = lines["metric"].map(lambda name: METRICS[name].over_classes).astype(bool)
-    absolute = thresholds.tolerance * np.where(over_classes, 2 / n_classes, 1.0)
-    allowance = np.where(fraction, absolute, thresholds.relative_tolerance * lines["dense"].abs())
-    error = np.hypot(lines["error"], parent["error"].to_numpy() if len(sparse) else [])
-    lines["allowed"] = np.maximum(allowance, thresholds.k * error)
-    lines["region"] = np.where(lines["shortfall"] <= lines["allowed"], WINNING, DEGRADED)
-    lines["region"] = lines["region"].where(sign.notna(), "")
+    _check_dense(summary)
     gone = _collapsed(summary, n_classes, thresholds.collapse)
-    fallen = pd.MultiIndex.from_frame(lines[["dataset", "arch", "method", "round"]]).isin(gone)
-    lines["region"] = lines["region"].mask(fallen & sign.notna().to_numpy(), COLLAPSED)
+    standing = ~pd.MultiIndex.from_frame(summary[TICKET]).isin(gone)
+    lines = _beside_dense(pooled(summary, standing), n_classes, thresholds)
+    lines = with_images(lines, rows, replicates)
+    lines = decided(lines, thresholds.alpha)
+    fallen = pd.MultiIndex.from_frame(lines[TICKET]).isin(gone)
+    contest = lines["sign"].notna()
+    for column in ("outcome", "older"):
+        lines[column] = lines[column].where(contest, "").mask(fallen & contest, COLLAPSED)
+    return lines.drop(columns=["sign", "weight", "bias", "step", "variance", "dense_variance", "pooled_df", "dense_df"])
+
+
+def _check_dense(summary: pd.DataFrame) -> None:
+    dense = summary[summary["method"] == "dense"]
+    lacking = {*zip(summary["dataset"], summary["arch"], strict=True)} - {
+        *zip(dense["dataset"], dense["arch"], strict=True)
+    }
+    if lacking:
+        raise UserError(
+            f"There is no dense run of {' '.join(min(lacking))} among the rows; a verdict compares with it."
+        )
+
+
+def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds) -> pd.DataFrame:
+    """Set every sparse line beside its dense parent's (NaN where only the sparse network was measured)."""
+    beside = ["dataset", "arch", "dimension", *CASE]
+    names = {"mean": "dense", "low": "dense_low", "high": "dense_high", "error": "dense_error", "seeds": "dense_seeds"}
+    names |= {"variance": "dense_variance", "pooled_df": "dense_df"}
+    dense = summary.loc[summary["method"] == "dense", [*beside, *names]].rename(columns=names)
+    lines = summary[summary["method"] != "dense"].merge(dense, on=beside, how="left")
+    entries = [METRICS[name] for name in lines["metric"]]
+    lines["sign"] = np.array([{True: 1, False: -1, None: np.nan}[m.higher_is_better] for m in entries], float)
+    fraction = np.array([m.unit == "fraction" for m in entries], bool)
+    over_classes = np.array([m.over_classes for m in entries], bool)
+    absolute = thresholds.tolerance * np.where(over_classes, 2 / n_classes, 1.0)
+    lines["shortfall"] = lines["sign"] * (lines["dense"] - lines["mean"])
+    lines["allowed"] = np.where(fraction, absolute, thresholds.relative_tolerance * lines["dense"].abs())
+    # A relative allowance is as uncertain as the dense mean, which therefore has this weight in shortfall - allowed.
+    share = np.where(fraction, 0.0, thresholds.relative_tolerance)
+    lines["weight"] = 1 - lines["sign"] * share * np.sign(lines["dense"])
+    forgiven = np.maximum(lines["allowed"], 2 * np.hypot(lines["error"], lines["dense_error"]))
+    lines["older"] = np.where(lines["shortfall"] <= forgiven, "winning", "degraded")
     return lines
 
 
+def what_would_decide(line: Mapping[str, object]) -> str:
+    """Say of a line of `judge` that is not shown how many images or seeds would decide it, at the present spread."""
+    if line["outcome"] != NOT_SHOWN:
+        return ""
+    if math.isnan(line["dense"]):
+        return "the dense parent's number, which is missing"
+    if not line["scope"]:
+        return "a second seed, or a measurement that keeps what resampled images say (measure again)"
+    counts = {name: (line[f"{name}_needed"], line[name]) for name in ("images", "seeds")}
+    enough = [f"{n:,.0f} {name} ({now:,.0f} now)" for name, (n, now) in counts.items() if n < MOST_TIMES * now]
+    if enough:
+        return " or ".join(enough)
+    if line["times_needed"] >= MOST_TIMES:
+        return f"nothing within {MOST_TIMES} times what was measured: the shortfall is too near the tolerance"
+    return " and ".join(
+        f"{math.ceil(line['times_needed'] * now):,} {name} ({now:,.0f} now)"
+        for name, (needed, now) in counts.items()
+        if needed > 0
+    )
+
+
 def _collapsed(summary: pd.DataFrame, n_classes: int, share: float) -> list[tuple]:
+    """Name the tickets that have collapsed; where accuracy was not measured, none is known to have."""
     accuracy = summary[(summary["metric"] == "test_accuracy") & (summary["shift"] == "none")]
-    accuracy = accuracy.groupby(["dataset", "arch", "method", "round"])["mean"].first()
-    dense = accuracy.xs("dense", level="method").droplevel("round")
+    accuracy = accuracy.groupby(TICKET)["mean"].first()
+    dense = {key[:2]: value for key, value in accuracy.items() if key[2] == "dense"}
     return [
         key
         for key, value in accuracy.items()
-        if key[2] != "dense" and dense[key[:2]] - value > share * (dense[key[:2]] - 1 / n_classes)
+        if key[2] != "dense" and key[:2] in dense and dense[key[:2]] - value > share * (dense[key[:2]] - 1 / n_classes)
     ]
 
 
@@ -151,58 +221,74 @@ def spread(summary: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 
 def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.DataFrame:
-    """Say which tickets win everything: LTH-PASS is winning in every metric of the paper that is present.
+    """Say which tickets win everything: LTH-PASS is every metric of the paper kept that was measured in the study.
 
     Args:
-        judged: As `regions` returns it.
+        judged: As `judge` returns it.
         metrics: Which metrics count; by default those with ``in_verdict``.
 
     Returns:
-        One line a method and round: ``sparsity``, ``passed``, ``won`` and ``of`` (how many), ``lost`` (names).
+        One line a method and round: ``sparsity``, ``passed``, the ``outcome`` of all together (lost where any is; kept
+        where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
     wanted = set(metrics) if metrics is not None else {m.name for m in METRICS.values() if m.in_verdict}
-    counted = judged[judged["metric"].isin(wanted) & (judged["region"] != "")].copy()
-    counted = counted.drop_duplicates(["dataset", "arch", "method", "round", "metric", "shift", "severity"])
-    counted["win"] = counted["region"] == WINNING
+    counted = judged[judged["metric"].isin(wanted) & (judged["outcome"] != "")]
+    counted = counted.drop_duplicates([*TICKET, *CASE])
+    asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
     lines = []
-    for key, group in counted.groupby(["dataset", "arch", "method", "round"], sort=False):
-        lost = list(dict.fromkeys(group.loc[~group["win"], "metric"]))
-        lines.append(
-            (*key, group["sparsity"].iloc[0], bool(group["win"].all()), int(group["win"].sum()), len(group), lost)
+    for key, group in counted.groupby(TICKET, sort=False):
+        outcomes, of = group["outcome"], int(asked[key[:2]])
+        lost, still = (
+            list(dict.fromkeys(group.loc[outcomes.isin(which), "metric"])) for which in ([LOST, COLLAPSED], [NOT_SHOWN])
         )
-    return pd.DataFrame(
-        lines, columns=["dataset", "arch", "method", "round", "sparsity", "passed", "won", "of", "lost"]
-    )
+        n_kept = int((outcomes == KEPT).sum())
+        gone = COLLAPSED if (outcomes == COLLAPSED).any() else LOST if lost else ""
+        outcome = gone or (KEPT if n_kept == of else NOT_SHOWN)
+        lines.append((*key, group["sparsity"].iloc[0], outcome == KEPT, outcome, n_kept, of, lost, still))
+    return pd.DataFrame(lines, columns=[*TICKET, "sparsity", "passed", "outcome", "kept", "of", "lost", "open"])
 
 
 def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
-    """Return the highest sparsity up to which each method wins without a break, by metric or dimension.
+    """Return the highest sparsity up to which each method is shown to keep, without a break, by metric or dimension.
 
     Args:
-        judged: As `regions` returns it; only metrics in the verdict count.
-        by: ``"metric"`` or ``"dimension"`` (all of its metrics must win).
+        judged: As `judge` returns it; only metrics in the verdict count.
+        by: ``"metric"`` or ``"dimension"`` (all of its metrics must be kept).
 
     Returns:
-        Table methods x metrics (or dimensions) of sparsities; NaN where not even the lowest sparsity wins.
+        Table methods x metrics (or dimensions) of sparsities; NaN where not even the lowest sparsity is.
     """
+    table: dict[str, dict[str, float]] = {}
+    for (method, column), lines in _ladders(judged, by):
+        kept = lines[(lines["outcome"] == KEPT).cumprod().astype(bool)]
+        table.setdefault(method, {})[column] = kept["sparsity"].iloc[-1] if len(kept) else math.nan
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def ends(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
+    """Return the outcome that ends each `reach`, in the same table; "" where it goes to the last round."""
+    table: dict[str, dict[str, str]] = {}
+    for (method, column), lines in _ladders(judged, by):
+        table.setdefault(method, {})[column] = next((o for o in lines["outcome"] if o != KEPT), "")
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def _ladders(judged: pd.DataFrame, by: str) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+    """Yield the sparsity and the worst outcome of each round, by method and metric or dimension."""
     counted = judged[judged["metric"].map(lambda name: METRICS[name].in_verdict)]
     if by == "dimension":
         counted = counted.assign(dimension=counted["metric"].map(lambda name: METRICS[name].dimension))
-    won = counted.assign(win=counted["region"] == WINNING).groupby(["method", by, "round"], sort=False)
-    table: dict[str, dict[str, float]] = {}
-    for (method, column), group in won.agg(win=("win", "all"), sparsity=("sparsity", "mean")).groupby(
-        level=[0, 1], sort=False
-    ):
-        group = group.sort_index(level="round")
-        unbroken = group[group["win"].cumprod().astype(bool)]
-        table.setdefault(method, {})[column] = unbroken["sparsity"].iloc[-1] if len(unbroken) else math.nan
-    return pd.DataFrame.from_dict(table, orient="index")
+    worst = [KEPT, NOT_SHOWN, LOST, COLLAPSED]
+    ranked = counted.assign(rank=counted["outcome"].map(worst.index)).groupby(["method", by, "round"], sort=False)
+    rounds = ranked.agg(rank=("rank", "max"), sparsity=("sparsity", "mean"))
+    for key, lines in rounds.groupby(level=[0, 1], sort=False):
+        yield key, lines.sort_index(level="round").assign(outcome=lambda found: found["rank"].map(worst.__getitem__))
 
 
 def standing_round(judged: pd.DataFrame) -> int:
     """Return the highest round at which at least half of the methods have not collapsed, else the lowest."""
-    each = judged[judged["region"] != ""].drop_duplicates(["method", "round"])
-    share = (each["region"] != COLLAPSED).groupby(each["round"]).mean()
+    each = judged[judged["outcome"] != ""].drop_duplicates(["method", "round"])
+    share = (each["outcome"] != COLLAPSED).groupby(each["round"]).mean()
     standing = share[share >= 0.5]
     return int(standing.index.max() if len(standing) else share.index.min())
 

@@ -1,0 +1,95 @@
+"""What an evaluation keeps so that a verdict can say how far its numbers are known: replicates on resampled images.
+
+Every network that is measured on an image set is measured on the same resamples of it. Differences of two networks'
+replicates are therefore paired, whatever the metric is: a mean, an ECE, an area under a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+
+from lthlib.core.errors import UserError
+
+REPLICATES = 200  # a standard deviation of as many is off by 5 %
+PREFIX = "replicates/"
+
+
+@lru_cache(maxsize=32)
+def resamples(n: int, images: str = "test", replicates: int = REPLICATES) -> np.ndarray:
+    """Return how often each of n images is drawn in each resample, (replicates, n), the same for every network.
+
+    The bootstrap is balanced (Davison, Hinkley and Schechtman, 1986): all resamples together hold each image equally
+    often. So the replicates of a mean have that mean as their own, exactly, and where those of another statistic do
+    not, the difference is its bias and no accident of the draw.
+
+    Args:
+        n: Number of images, or of other cases that are drawn as a whole.
+        images: Names the set; two sets of one size are drawn independently of each other.
+        replicates: Number of resamples.
+    """
+    if n < 1 or replicates < 2:
+        raise UserError(f"{n} images in {replicates} resamples: at least one image and two resamples are needed.")
+    rng = np.random.default_rng([n, replicates, *images.encode()])
+    drawn = rng.permutation(np.tile(np.arange(n), replicates)).reshape(replicates, n)
+    counts = np.zeros((replicates, n), np.float32)
+    np.add.at(counts, (np.arange(replicates)[:, None], drawn), 1)
+    counts.flags.writeable = False
+    return counts
+
+
+def resampled_mean(terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the mean over each resample of terms with one entry an image, (n,) or (n, k) -> (B,) or (B, k)."""
+    return counts.astype(np.float64) @ np.asarray(terms, np.float64) / counts.shape[1]
+
+
+def resampled_auroc(known: np.ndarray, foreign: np.ndarray, of_known: np.ndarray, of_foreign: np.ndarray) -> np.ndarray:
+    """Return the area under the ROC curve of each resample, (B,): P(foreign > known) + P(equal) / 2.
+
+    Args:
+        known: Scores of in-distribution images, (n,), higher = more foreign.
+        foreign: Scores of foreign images, (m,).
+        of_known: Resamples of the known images, (B, n).
+        of_foreign: Resamples of the foreign ones, (B, m).
+    """
+    _, place = np.unique(np.concatenate([known, foreign]), return_inverse=True)
+    levels = place.max() + 1
+    found = []
+    for mine, others in zip(of_known, of_foreign, strict=True):
+        negative = np.bincount(place[: len(known)], mine, levels)
+        positive = np.bincount(place[len(known) :], others, levels)
+        found.append((positive * (np.cumsum(negative) - negative / 2)).sum())
+    return np.array(found) / (len(known) * len(foreign))
+
+
+def kept(
+    metric: str,
+    value: float,
+    replicates: np.ndarray,
+    n: int,
+    *,
+    shift: str = "none",
+    severity: float = 0,
+    step: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Return what an evaluation keeps of a metric's replicates, under the name by which a verdict finds it.
+
+    Args:
+        metric: Its name in `lthlib.metrics.METRICS`.
+        value: What it is on the images as they are.
+        replicates: What it is on each resample, (B,).
+        n: Number of images (or other cases) that were resampled.
+        shift: As in the row of the value.
+        severity: As in the row of the value.
+        step: The least by which the answer for one image can change the metric, 1/n for an accuracy; 0 where there is
+            no such least. Where all answers agree, the replicates do, too; this says how little that shows.
+    """
+    held = np.concatenate([[n, step], np.asarray(replicates, np.float64) - value])
+    return {f"{PREFIX}{metric}|{shift}|{severity:g}": held.astype(np.float32)}
+
+
+def held(arrays: Mapping[str, np.ndarray], metric: str, shift: str, severity: float) -> np.ndarray | None:
+    """Return what `kept` kept of a metric: n, step, and each replicate less the value; None where there is nothing."""
+    return arrays.get(f"{PREFIX}{metric}|{shift}|{severity:g}")

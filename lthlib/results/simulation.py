@@ -1,0 +1,120 @@
+"""Made-up studies whose truth is known: what the verdict says of them, how often it errs, what it takes to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lthlib.metrics import METRICS
+from lthlib.metrics.resampling import kept, resampled_mean, resamples
+from lthlib.results import verdict
+
+CLASSES = 10
+BASE = 0.5  # every metric's value for a dense network
+
+
+def tolerated(metric: str, thresholds: verdict.Thresholds) -> float:
+    """Return the shortfall that is tolerated of a metric whose dense value is `BASE`."""
+    entry = METRICS[metric]
+    if entry.unit != "fraction":
+        return thresholds.relative_tolerance * BASE
+    return thresholds.tolerance * (2 / CLASSES if entry.over_classes else 1)
+
+
+def simulate(
+    studies: int,
+    images: int,
+    seeds: int,
+    *,
+    loss: float = 0.0,
+    metrics: Sequence[str] = ("test_accuracy",),
+    rounds: int = 1,
+    trainings: float = 0.3,
+    shared: float = 20.0,
+    own: float = 10.0,
+    unlike: float = 0.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Judge made-up studies, all at once; a study is a data set of its own.
+
+    An image's term is the mean over images, plus what the training does to it, plus what the image does to every
+    network, plus what it does to this one, all normal; sizes are standard deviations in units of the tolerance. The
+    defaults are about those of accuracies of 96 % that two trainings take 0.3 points apart.
+
+    Args:
+        studies: How many.
+        images: Images of each.
+        seeds: Trainings of the dense network and of each sparse one.
+        loss: True shortfall of the sparse networks in each metric, in units of the tolerance; 0: as the dense.
+        metrics: Names in `METRICS`.
+        rounds: Sparse tickets of a study, which tell of each other's spread.
+        trainings: Spread over trainings.
+        shared: Of an image's effect on all networks.
+        own: Of its effect on one network.
+        unlike: Standard deviation, over tickets, of the logarithm of their spread over trainings.
+        seed: Of the draws.
+
+    Returns:
+        As `lthlib.results.verdict.judge` returns it.
+    """
+    rng, counts, limits = np.random.default_rng(seed), resamples(images), verdict.Thresholds()
+    lines, replicates = [], {}
+    tolerances = np.array([tolerated(metric, limits) for metric in metrics])
+    signs = np.array([1 if METRICS[metric].higher_is_better else -1 for metric in metrics])
+    lost = loss * (np.arange(rounds + 1) > 0)[:, None, None]
+    for study in range(studies):
+        shape = rounds + 1, seeds, len(metrics)
+        spread = trainings * np.exp(unlike * rng.standard_normal((rounds + 1, 1, 1)))
+        terms = spread * rng.standard_normal(shape) - lost + own * rng.standard_normal((images, *shape))
+        terms += shared * rng.standard_normal((images, 1, 1, len(metrics)))
+        values = BASE + tolerances * signs * terms.mean(0)
+        again = resampled_mean(terms.reshape(images, -1), counts).reshape(-1, *shape)
+        again = BASE + tolerances * signs * again
+        for n, k in np.ndindex(shape[:2]):
+            ticket, method = f"{study}-{n}-{k}", "lth" if n else "dense"
+            replicates[ticket] = {}
+            for j, metric in enumerate(metrics):
+                replicates[ticket] |= kept(metric, values[n, k, j], again[:, n, k, j], images)
+                which = f"made up {study}", "none", method, n, 1 - 0.8**n, k, METRICS[metric].dimension
+                lines.append((*which, metric, "none", 0, images, values[n, k, j], ticket))
+    columns = [
+        "dataset",
+        "arch",
+        "method",
+        "round",
+        "sparsity",
+        "seed",
+        "dimension",
+        *verdict.CASE,
+        "n",
+        "value",
+        "ticket",
+    ]
+    return verdict.judge(pd.DataFrame(lines, columns=columns), replicates, CLASSES, limits)
+
+
+def outcomes(judged: pd.DataFrame) -> dict[str, float]:
+    """Return the share of lines that are kept, lost and not shown, and of scorecards with a loss (``any lost``)."""
+    shares = {
+        name: float((judged["outcome"] == name).mean()) for name in (verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN)
+    }
+    any_lost = judged.groupby(verdict.TICKET, sort=False)["outcome"].agg(lambda found: (found == verdict.LOST).any())
+    return {**shares, "any lost": float(any_lost.mean())}
+
+
+def power(
+    images: Sequence[int] = (100, 300, 1000, 3000), seeds: Sequence[int] = (1, 2, 3, 5, 10), studies: int = 100
+) -> pd.DataFrame:
+    """Simulate how often a network is shown to keep a metric: equal to its parent, or worse by twice the tolerance.
+
+    Returns:
+        A line for each number of images, of seeds and each true ``loss``, with the shares of `outcomes`.
+    """
+    lines = []
+    for n in images:
+        for k in seeds:
+            for loss in (0.0, 2.0):
+                lines.append({"images": n, "seeds": k, "loss": loss, **outcomes(simulate(studies, n, k, loss=loss))})
+    return pd.DataFrame(lines)
