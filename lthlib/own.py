@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,25 @@ def sparsity(used: Used, dense: Used, kind: str = "all") -> float:
     return 1 - left / (sum(weight.numel() for of, weight in dense.values() if of in PRUNABLE[kind]) or math.nan)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a dense network and pruned ones were found to be.
+
+    Attributes:
+        rows: The tidy table.
+        arrays: Small arrays by the id of the network.
+        n_classes: Number of classes.
+    """
+
+    rows: pd.DataFrame
+    arrays: Mapping[str, Mapping[str, np.ndarray]]
+    n_classes: int
+
+    def judged(self, thresholds: verdict.Thresholds | None = None) -> pd.DataFrame:
+        """Return what `lthlib.results.verdict.judge` says."""
+        return verdict.judge(self.rows, self.arrays, self.n_classes, thresholds)
+
+
 def compare(
     dense: nn.Module,
     pruned: Mapping[str, nn.Module],
@@ -156,7 +176,7 @@ def compare(
     precision: str = "auto",
     train_size: int | None = None,
     prunable: str | None = None,
-) -> pd.DataFrame:
+) -> Comparison:
     """Measure a dense network and pruned ones, and leave them as they are: mode, device and gradients.
 
     Args:
@@ -171,8 +191,7 @@ def compare(
         prunable: A name in `PRUNABLE`; by default ``"conv"``, and what else is pruned in one of the networks.
 
     Returns:
-        A tidy table as `lthlib.results.verdict.regions` takes it; the pruned networks' rounds are their order by
-        sparsity.
+        What was found; the pruned networks' rounds are their order by sparsity.
 
     Raises:
         UserError: For networks whose answers cannot be trusted (see `lthlib.networks.checks`), naming which.
@@ -193,12 +212,15 @@ def compare(
         label = Label(images, name, rank, digest(networks[name], few), train_size=train_size)
         subjects.append(OwnSubject(label, networks[name], networks[DENSE] if rank else None, store, precision))
     check_classifier(subjects[0].logits("test", len(like.test)), like.test.labels.numpy(), like.classes)
-    parts = []
+    parts, kept = [], {subject.ticket.id: {} for subject in subjects}
     for dimension, parameters in dimensions.items():
-        settings = DIMENSIONS[dimension].parameters(parameters)
-        found = [(s.ticket, sparsities[s.ticket.method], measured(s, dimension, settings)[0]) for s in subjects]
+        settings, found = DIMENSIONS[dimension].parameters(parameters), []
+        for subject in subjects:
+            values, arrays = measured(subject, dimension, settings)
+            found.append((subject.ticket, sparsities[subject.ticket.method], values))
+            kept[subject.ticket.id].update(arrays)
         parts.append(table_of(found, dimension))
-    return pd.concat(parts, ignore_index=True)
+    return Comparison(pd.concat(parts, ignore_index=True), kept, len(like.classes))
 
 
 def _examined(name: str, model: nn.Module, images: data.DataSet, few: Tensor) -> nn.Module:
@@ -248,7 +270,7 @@ def check(
         normalise: What the grid's architecture does with pixels first, see `normalisation`.
 
     Returns:
-        0 if every pruned network is an LTH-PASS, else 2.
+        0 if every pruned network keeps every metric, 2 if one loses some, 3 if one is not shown to keep all.
     """
     found, judged = compare_files(read_grid(grid), dense, pruned, network, prunable, normalise)
     if rows is not None:
@@ -259,7 +281,8 @@ def check(
 
 def _status(judged: pd.DataFrame) -> int:
     """Return the exit status that a verdict is worth."""
-    return 0 if verdict.lth_pass(judged)["passed"].all() else 2
+    outcomes = set(verdict.lth_pass(judged)["outcome"])
+    return 2 if outcomes & {verdict.LOST, verdict.COLLAPSED} else 3 if verdict.NOT_SHOWN in outcomes else 0
 
 
 def compare_files(
@@ -273,7 +296,7 @@ def compare_files(
     """Compare networks from files by a grid's images, measurements and thresholds.
 
     Returns:
-        The tidy rows, and what `lthlib.results.verdict.regions` says of them.
+        The tidy rows, and what `lthlib.results.verdict.judge` says of them.
     """
     if len(plan.studies) > 1:
         raise UserError(f"{plan.name} has {len(plan.studies)} studies; a grid with one data set and arch is needed.")
@@ -284,7 +307,7 @@ def compare_files(
     build = builder(network) if network else _registered(study.arch, images, normalise)
     parent = load_network(dense, build)
     networks = {_name(path, pruned): load_network(path, build) for path in pruned}
-    rows = compare(
+    found = compare(
         parent,
         networks,
         study.data,
@@ -294,7 +317,7 @@ def compare_files(
         train_size=study.train_size,
         prunable=prunable,
     )
-    return rows, verdict.regions(rows, len(images.classes), verdict.Thresholds(**plan.thresholds))
+    return found.rows, found.judged(verdict.thresholds_from(plan.thresholds))
 
 
 def _registered(arch: str, images: data.DataSet, normalise: str | None) -> partial:
@@ -337,15 +360,25 @@ def _name(path: Path, others: list[Path]) -> str:
 def summary(judged: pd.DataFrame, name: str) -> str:
     """Return what is to be said of one pruned network, as text: every metric with a vote, and the verdict."""
     mine = judged[judged["method"] == name]
-    votes = mine[mine["metric"].map(lambda metric: METRICS[metric].in_verdict) & (mine["region"] != "")]
+    votes = mine[mine["metric"].map(lambda metric: METRICS[metric].in_verdict) & (mine["outcome"] != "")]
     lines = [f"{name}: {100 * mine['sparsity'].iloc[0]:.1f} % of the prunable weights are zero or gone", ""]
-    lines.append(f"{'':<44}{'dense':>12}{'pruned':>12}{'worse by':>12}{'allowed':>12}")
-    for line in votes.itertuples():
-        metric = METRICS[line.metric]
-        title = metric.title + ("" if line.shift == "none" else f" ({line.shift})")
-        numbers = "".join(f"{value:>12.4g}" for value in (line.dense, line.mean, line.shortfall, line.allowed))
-        lines.append(f"{metric.arrow} {title[:41]:<42}{numbers}  {line.region}")
+    lines.append(f"{'':<44}{'dense':>10}{'pruned':>10}{'worse by':>10}{'at most':>10}{'tolerated':>11}")
+    open_ = []
+    for line in votes.to_dict("records"):
+        metric = METRICS[line["metric"]]
+        title = metric.title + ("" if line["shift"] == "none" else f" ({line['shift']})")
+        numbers = "".join(f"{line[key]:>10.4g}" for key in ("dense", "mean", "shortfall", "most"))
+        lines.append(f"{metric.arrow} {title[:41]:<42}{numbers}{line['allowed']:>11.4g}  {line['outcome']}")
+        if line["outcome"] == verdict.NOT_SHOWN:
+            open_.append(f"  {title}: {verdict.what_would_decide(line)}")
+    if open_:
+        lines += ["", "What would decide what is not shown:", *open_]
     (passed,) = verdict.lth_pass(mine).itertuples()
     lost = ", ".join(METRICS[metric].title for metric in passed.lost)
-    said = "LTH-PASS: it keeps everything that was measured." if passed.passed else f"It does not keep: {lost}."
-    return "\n".join([*lines, "", f"{passed.won} of {passed.of} won. {said}"])
+    said = {
+        verdict.KEPT: "LTH-PASS: it keeps everything that was measured.",
+        verdict.NOT_SHOWN: "It loses nothing for certain, and is not shown to keep the rest.",
+    }.get(passed.outcome, f"It does not keep: {lost}.")
+    scope = next(iter(votes["scope"][votes["scope"] != ""]), "")
+    about = f"This is about {scope}." if scope else ""
+    return "\n".join([*lines, "", f"{passed.kept} of {passed.of} kept. {said} {about}".rstrip()])

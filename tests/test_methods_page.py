@@ -37,7 +37,7 @@ STUDY = Study(
 @pytest.fixture(scope="module")
 def page(store):
     results = collect(STUDY, "calibration", store, parameters={"n_test": 100, "n_corrupted": 1, "n_bootstrap": 2})
-    judged = verdict.regions(results.rows, 10)
+    judged = verdict.judge(results.rows, results.arrays, 10)
     return Page(STUDY, results, judged, verdict.Thresholds(), store, None, True)
 
 

@@ -115,7 +115,7 @@ def test_the_other_dimensions_measure_a_network_from_outside(files, plan, networ
         "interpretability": {"n_images": 2, "n_masks": 20, "n_concept_images": 20, "draws": 19},
     }
     size = dense.ticket.train_size
-    rows = own.compare(dense.model, {"mine": sparse.model}, images, store, few, train_size=size)
+    rows = own.compare(dense.model, {"mine": sparse.model}, images, store, few, train_size=size).rows
     values = rows.set_index(["method", "metric"])["value"]
     assert values["dense", "loss_barrier"] == 0.0
     ticket = collect(
@@ -180,7 +180,7 @@ def test_a_network_of_any_class_is_measured_and_left_as_it_was(other, store):
     dense, pruned = copy.deepcopy(other).train(), copy.deepcopy(other)
     pruned.conv.weight.data[:2] = 0
     dense.fc.weight.grad = torch.ones_like(dense.fc.weight)
-    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW)
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW).rows
     assert set(rows.loc[rows["method"] == "half", "sparsity"]) == {0.5}
     assert dense.training
     assert not pruned.training
@@ -212,7 +212,7 @@ def test_networks_that_differ_in_a_plain_attribute_are_told_apart(other, store):
         own.OwnSubject(own.Label("mnist5k", "m", 0, "x"), m, None, store).family for m in (dense, pruned, dense)
     ]
     assert families[0] == families[2] != families[1]
-    found = values(own.compare(dense, {"masked": pruned}, "mnist5k", store, FEW))
+    found = values(own.compare(dense, {"masked": pruned}, "mnist5k", store, FEW).rows)
     test = data.load("mnist5k", store).test
     test = test.subset(sample(test.labels, 200))
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_linear_layers_are_pruned_too(store):
     pruned = copy.deepcopy(dense)
     layers = [(layer, "weight") for layer in (pruned.a, pruned.b, pruned.fc)]
     prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
-    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW)
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW).rows
     assert rows.loc[rows["method"] == "half", "sparsity"].iloc[0] == pytest.approx(0.5)
     assert prune.is_pruned(pruned)  # as found
     with pytest.raises(UserError, match="Allowed: conv, linear, all"):

@@ -6,10 +6,9 @@ import pytest
 from scipy.stats import binom
 
 from lthlib.core.errors import UserError
-from lthlib.metrics import METRICS
-from lthlib.metrics.calibration.measure import ece, sce
+from lthlib.metrics import METRICS, Value, ece, sce
 from lthlib.metrics.resampling import kept, resampled_auroc, resampled_mean, resamples
-from lthlib.results.noninferiority import moderated
+from lthlib.results.noninferiority import BOTH, IMAGES, TRAININGS, moderated
 from lthlib.results.simulation import outcomes, simulate
 from lthlib.results.verdict import (
     Thresholds,
@@ -57,7 +56,7 @@ def known(table, error=1e-4, n=100, step=0.0):
     for line in table.itertuples():
         deviations = error * rng.standard_normal(200)
         found.setdefault(line.ticket, {}).update(
-            kept(line.metric, line.value, line.value + deviations - deviations.mean(), n, step=step)
+            kept(Value(line.metric, line.value, n), line.value + deviations - deviations.mean(), step)
         )
     return found
 
@@ -195,13 +194,13 @@ def test_the_example_of_the_chapter_by_hand():
     counts = resamples(8, replicates=4000)
     table = rows(("dense", 0, "test_accuracy", [7 / 8]), ("lth", 1, "test_accuracy", [6 / 8]))
     replicates = {
-        f"{name}0": kept("test_accuracy", a.mean(), resampled_mean(a, counts), 8)
+        f"{name}0": kept(Value("test_accuracy", a.mean(), 8), resampled_mean(a, counts))
         for name, a in (("dense0", dense), ("lth1", sparse))
     }
     (line,) = judge(table, replicates, 10).to_dict("records")
     assert line["images_error"] == pytest.approx(math.sqrt(23 / 64 / 8), rel=0.03)
     assert line["most"] == pytest.approx(1 / 8 + 1.895 * line["images_error"], rel=0.01)  # t(0.95, 7)
-    assert (line["outcome"], line["scope"]) == ("not shown", "images, of these networks")
+    assert (line["outcome"], line["scope"]) == ("not shown", IMAGES)
 
 
 def test_images_that_both_sides_share_are_not_noise():
@@ -209,10 +208,12 @@ def test_images_that_both_sides_share_are_not_noise():
     rng, counts = np.random.default_rng(0), resamples(400)
     shared = rng.random(400)
     table = rows(("dense", 0, "test_accuracy", [0.5, 0.5]), ("lth", 1, "test_accuracy", [0.5, 0.5]))
-    again = {ticket: kept("test_accuracy", 0.5, resampled_mean(shared, counts), 400) for ticket in table["ticket"]}
+    again = {
+        ticket: kept(Value("test_accuracy", 0.5, 400), resampled_mean(shared, counts)) for ticket in table["ticket"]
+    }
     (line,) = judge(table, again, 10).to_dict("records")
     assert line["images_error"] == pytest.approx(0, abs=1e-6)
-    assert line["scope"] == "trainings and images"
+    assert line["scope"] == BOTH
 
 
 def test_resamples_are_balanced_shared_and_those_of_the_set():
@@ -314,7 +315,7 @@ def test_what_is_not_known_is_not_shown():
     assert line["outcome"] == "not shown"
     two = rows(("dense", 0, "test_accuracy", [0.9, 0.9001]), ("lth", 1, "test_accuracy", [0.9, 0.9001]))
     (line,) = judge(two, {}, 10).to_dict("records")
-    assert (line["outcome"], line["scope"]) == ("kept", "trainings, on these images")
+    assert (line["outcome"], line["scope"]) == ("kept", TRAININGS)
     alone = judge(rows(*PAIR, ("lth", 1, "nll", [0.1])), {}, 10).set_index("metric").loc["nll"]
     assert alone["outcome"] == "not shown"
     assert "missing" in what_would_decide(alone)

@@ -99,14 +99,19 @@ def _answer(grid: Grid, study: Study, found: dict[str, list[Evaluation]], undone
     if set(rows["method"]) <= {"dense"}:  # of an unfinished grid
         return "\n\n".join(parts)
     n_classes = next(iter(found.values()))[0].provenance["n_classes"]
-    judged = verdict.regions(rows, n_classes, verdict.thresholds_from(grid.thresholds))
+    replicates: dict[str, dict] = {}
+    for some in found.values():
+        for e in some:
+            replicates.setdefault(e.ticket.id, {}).update(e.arrays)
+    judged = verdict.judge(rows, replicates, n_classes, verdict.thresholds_from(grid.thresholds))
     passes, name = verdict.lth_pass(judged), f"{grid.name}-{study_name(study)}"
     caption = (
-        "How far each method keeps each metric: the highest sparsity (in percent) up to which it wins without a "
-        "break; – where it loses at once."
+        "How far each method is shown to keep each metric: the highest sparsity (in percent) without a break, – for "
+        "none; and what ends it: ↘ a loss, ? that no more is shown (hatched), ✗ collapse, nothing at the last round."
     )
-    parts += [_passes(passes), _picture(figures.reach_map(verdict.reach(judged)), f"answer-{name}.svg", caption)]
-    parts += [_dimension_table(verdict.reach(judged, by="dimension"), passes)]
+    picture = figures.reach_map(verdict.reach(judged), verdict.ends(judged))
+    parts += [_passes(passes), _picture(picture, f"answer-{name}.svg", caption)]
+    parts += [_dimension_table(judged, passes)]
     parts += [_scorecard(rows, judged, f"scorecard-{name}.svg")]
     parts += [f"{rows['ticket'].nunique()} tickets, seeds {', '.join(map(str, study.seeds))}."]
     return "\n\n".join(parts)
@@ -133,23 +138,32 @@ def _scorecard(rows: pd.DataFrame, judged: pd.DataFrame, name: str) -> str:
 
 
 def _passes(passes: pd.DataFrame) -> str:
+    """Say which sparse networks are an LTH-PASS, and of how many it is not known."""
+    count = passes["outcome"].value_counts()
+    lost = count.get(verdict.LOST, 0) + count.get(verdict.COLLAPSED, 0)
+    tally = (
+        f"Of {len(passes)} sparse networks {count.get(verdict.KEPT, 0)} are shown to keep every metric, {lost} lose at "
+        f"least one for certain, of {count.get(verdict.NOT_SHOWN, 0)} it is not shown."
+    )
     won = passes[passes["passed"]].sort_values("round").groupby("method", sort=False).tail(1)
     if won.empty:
-        return "No sparse network measured here wins everything: there is no **LTH-PASS** among them."
+        return f"There is no **LTH-PASS** here. {tally}"
     best = [f"{METHODS[m].title} ({100 * s:.1f} %)" for m, s in zip(won["method"], won["sparsity"], strict=True)]
-    return (
-        f"**LTH-PASS**, no worse than dense in every metric measured: {', '.join(best)}; in brackets the highest such "
-        "sparsity."
-    )
+    return f"**LTH-PASS**: {', '.join(best)}; in brackets the highest such sparsity. {tally}"
 
 
-def _dimension_table(reached: pd.DataFrame, passes: pd.DataFrame) -> str:
+def _dimension_table(judged: pd.DataFrame, passes: pd.DataFrame) -> str:
+    """Return the reach in each dimension and in all together, each with what ends it."""
+    reached, ends = verdict.reach(judged, by="dimension"), verdict.ends(judged, by="dimension")
     lines = []
     for method, line in reached.iterrows():
         mine = passes[passes["method"] == method].sort_values("round")
-        all_of = mine[mine["passed"].cumprod().astype(bool)]["sparsity"]
-        cells = [*line, all_of.iloc[-1] if len(all_of) else float("nan")]
-        lines.append([METHODS[method].title, *["–" if v != v else f"{100 * v:.1f} %" for v in cells]])
+        kept = mine[mine["passed"].cumprod().astype(bool)]
+        every = kept["sparsity"].iloc[-1] if len(kept) else float("nan")
+        end = next((outcome for outcome in mine["outcome"] if outcome != verdict.KEPT), "")
+        cells = zip([*line, every], [*ends.loc[method], end], strict=True)
+        shown = [("–" if v != v else f"{100 * v:.1f} %") + f" {figures.MARKS[e]}" for v, e in cells]
+        lines.append([METHODS[method].title, *shown])
     return markdown_table(["method", *[DIMENSIONS[name].title for name in reached], "everything"], lines)
 
 

@@ -1,6 +1,6 @@
 """Figures of what corruption does to a metric: maps, changes by corruption, curves over severity.
 
-``judged`` is a table as `lthlib.results.verdict.regions` returns it, ``metric`` a name that starts with ``corrupted_``.
+``judged`` is a table as `lthlib.results.verdict.judge` returns it, ``metric`` a name that starts with ``corrupted_``.
 Where there are several methods they are compared at ``round``; of one method every round is drawn.
 """
 

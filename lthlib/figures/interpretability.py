@@ -32,7 +32,7 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
     """Draw metrics against sparsity over their floors: random weights, and what the mask seed alone moves.
 
     Args:
-        judged: As `lthlib.results.verdict.regions` returns it.
+        judged: As `lthlib.results.verdict.judge` returns it.
         rows: The rows behind it, the floors among them.
         metrics: Which, in this order; those that nothing defined are left out.
     """

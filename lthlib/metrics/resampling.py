@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from lthlib.core.errors import UserError
+from lthlib.metrics.registry import Value
 
 REPLICATES = 200  # a standard deviation of as many is off by 5 %
 PREFIX = "replicates/"
@@ -41,8 +42,13 @@ def resamples(n: int, images: str = "test", replicates: int = REPLICATES) -> np.
 
 
 def resampled_mean(terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the mean over each resample of terms with one entry an image, (n,) or (n, k) -> (B,) or (B, k)."""
-    return counts.astype(np.float64) @ np.asarray(terms, np.float64) / counts.shape[1]
+    """Return the mean over each resample of terms with one entry an image, (n,) or (n, k) -> (B,) or (B, k).
+
+    Images whose term is NaN, because nothing is defined for them, are left out.
+    """
+    terms, counts = np.asarray(terms, np.float64), counts.astype(np.float64)
+    defined = ~np.isnan(terms)
+    return counts @ np.where(defined, terms, 0.0) / (counts @ defined.astype(np.float64))
 
 
 def resampled_auroc(known: np.ndarray, foreign: np.ndarray, of_known: np.ndarray, of_foreign: np.ndarray) -> np.ndarray:
@@ -64,30 +70,32 @@ def resampled_auroc(known: np.ndarray, foreign: np.ndarray, of_known: np.ndarray
     return np.array(found) / (len(known) * len(foreign))
 
 
-def kept(
-    metric: str,
-    value: float,
-    replicates: np.ndarray,
-    n: int,
-    *,
-    shift: str = "none",
-    severity: float = 0,
-    step: float = 0.0,
-) -> dict[str, np.ndarray]:
+def kept(value: Value, replicates: np.ndarray, step: float = 0.0) -> dict[str, np.ndarray]:
     """Return what an evaluation keeps of a metric's replicates, under the name by which a verdict finds it.
 
     Args:
-        metric: Its name in `lthlib.metrics.METRICS`.
-        value: What it is on the images as they are.
+        value: What the metric is on the images as they are; ``n`` of them were resampled.
         replicates: What it is on each resample, (B,).
-        n: Number of images (or other cases) that were resampled.
-        shift: As in the row of the value.
-        severity: As in the row of the value.
         step: The least by which the answer for one image can change the metric, 1/n for an accuracy; 0 where there is
             no such least. Where all answers agree, the replicates do, too; this says how little that shows.
     """
-    held = np.concatenate([[n, step], np.asarray(replicates, np.float64) - value])
-    return {f"{PREFIX}{metric}|{shift}|{severity:g}": held.astype(np.float32)}
+    apart = np.concatenate([[value.n, step], np.asarray(replicates, np.float64) - value.value]).astype(np.float32)
+    apart[2:] = _rounded(apart[2:])
+    return {f"{PREFIX}{value.metric}|{value.shift}|{value.severity:g}": apart}
+
+
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    """Round float32 to 11 significant bits: noise in the others would only keep files from being compressed."""
+    return ((numbers.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+def kept_accuracy(
+    logits: np.ndarray, labels: np.ndarray, metric: str = "test_accuracy", shift: str = "none", severity: float = 0
+) -> dict[str, np.ndarray]:
+    """Return what is kept of an accuracy on test images, see `kept`."""
+    right, n = np.asarray(logits).argmax(1) == np.asarray(labels), len(labels)
+    value = Value(metric, float(right.mean()), n, shift, severity)
+    return kept(value, resampled_mean(right, resamples(n)), 1 / n)
 
 
 def held(arrays: Mapping[str, np.ndarray], metric: str, shift: str, severity: float) -> np.ndarray | None:

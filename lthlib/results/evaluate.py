@@ -16,6 +16,7 @@ from lthlib.core.errors import Registry, UserError, choose, shown
 from lthlib.core.store import Store
 from lthlib.core.versions import code_version, digest
 from lthlib.metrics import METRICS, Value
+from lthlib.metrics.resampling import kept_accuracy
 from lthlib.tickets.obtain import facts, version_of
 from lthlib.tickets.subject import Subject
 from lthlib.tickets.ticket import Ticket
@@ -145,8 +146,9 @@ def measured(subject: Subject, dimension: str, settings: Mapping) -> tuple[list[
     values, arrays = DIMENSIONS[dimension].measure()(subject, **settings)
     if all(value.metric != "test_accuracy" for value in values):
         labels = subject.data.test.labels.numpy()
-        right = subject.logits("test", len(labels)).argmax(1) == labels
-        values = [Value("test_accuracy", float(right.mean()), len(labels)), *values]
+        logits = subject.logits("test", len(labels))
+        values = [Value("test_accuracy", float((logits.argmax(1) == labels).mean()), len(labels)), *values]
+        arrays = {**arrays, **kept_accuracy(logits, labels)}
     for value in values:
         METRICS[value.metric]  # an unknown name raises
         if not np.isfinite(value.value):

@@ -20,11 +20,13 @@ from lthlib.metrics.resampling import REPLICATES, held
 
 KEPT, LOST, NOT_SHOWN = "kept", "lost", "not shown"
 TICKET, CASE = ["dataset", "arch", "method", "round"], ["metric", "shift", "severity"]
-BOTH, IMAGES, TRAININGS = "trainings and images", "images, of these networks", "trainings, on these images"
+BOTH = "other trainings and other images like these"
+IMAGES, TRAININGS = "these networks, on other images like these", "other trainings, on these images"
 
 MOST_PRIOR_DF = 5.0  # tickets are never taken for more alike: some dozens of two seeds each could not tell
 FEW, TREND = 5, 12  # variances from which on their own spread, and its trend with sparsity, is estimated
 LEAST_SHARE = 0.02  # of the median: two equal trainings, as counts often are, are no sign that all would be
+POWER = 0.8  # the chance that an equal network is shown to be so, by convention
 RULE_OF_THREE = 3 / 1.645  # steps: an event unseen in n cases has a rate below 3/n (at 95 %)
 
 
@@ -152,6 +154,7 @@ def decided(lines: pd.DataFrame, alpha: float) -> pd.DataFrame:
     p, level = _holm(lines.assign(p=p.where(error.notna())), alpha)
     quantile = student.isf(alpha, df)
     room = (margin / quantile) ** 2  # what the variance may be at most
+    wide = (lines["allowed"] / (quantile + student.isf(1 - POWER, df))) ** 2  # the same for a network equal to dense
     lines = lines.assign(
         scope=scope,
         least=lines["allowed"] + low - error * np.where(error > 0, student.isf(level, df), 0),
@@ -167,8 +170,9 @@ def decided(lines: pd.DataFrame, alpha: float) -> pd.DataFrame:
         ("images", over_images, trainings.fillna(0.0)),
         ("seeds", trainings, over_images.fillna(0.0)),
     ):
-        times = (grows / (room - stays)).where(room > stays, np.inf).where(grows.notna())
-        lines[f"{name}_needed"] = np.ceil(lines[name] * times).mask(shown)
+        for what, most in (("needed", room.mask(shown)), ("for_power", wide)):
+            times = (grows / (most - stays)).where(most > stays, np.inf).where(grows.notna() & most.notna())
+            lines[f"{name}_{what}"] = np.ceil(lines[name] * times)
     return lines
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lthlib.metrics import METRICS
+from lthlib.metrics import METRICS, Value
 from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.results import verdict
 
@@ -76,7 +76,7 @@ def simulate(
             ticket, method = f"{study}-{n}-{k}", "lth" if n else "dense"
             replicates[ticket] = {}
             for j, metric in enumerate(metrics):
-                replicates[ticket] |= kept(metric, values[n, k, j], again[:, n, k, j], images)
+                replicates[ticket] |= kept(Value(metric, values[n, k, j], images), again[:, n, k, j])
                 which = f"made up {study}", "none", method, n, 1 - 0.8**n, k, METRICS[metric].dimension
                 lines.append((*which, metric, "none", 0, images, values[n, k, j], ticket))
     columns = [

@@ -102,7 +102,8 @@ def judge(
         dense) with its bounds ``least`` and ``most``, ``allowed``, and the ``outcome``; what it is about (``scope``);
         the standard errors over trainings and images (``seeds_error``, ``images_error``); ``images_needed`` and
         ``seeds_needed`` to decide what is not shown, each with the other as it is (infinite: that alone cannot);
-        ``power``, the probability that a network equal to its parent is shown to keep the metric; and ``older``, what
+        ``power``, the probability that a network equal to its parent is shown to keep the metric, and what would make
+        it 80 % (``images_for_power``, ``seeds_for_power``); and ``older``, what
         the rule of earlier editions (forgive two standard errors over seeds) would have said. Metrics without
         direction have an empty outcome.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,36 +36,48 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Percentile intervals of ``ece``, ``sce`` and ``nll`` over n resamplings of the images, all from the same draws.
 
-    Each is a function of sums over images, so that a replicate is a row of draw counts times a sparse matrix of what
-    each image adds to each bin: the same numbers as the metrics of the resampled images, many times faster.
-
     Raises:
         UserError: For bad arrays or bins, n < 2, or a level outside (0, 1).
     """
     if n < 2 or not 0 < level < 1:
         raise UserError(f"A bootstrap needs n >= 2 replicates and 0 < level < 1; got n={n}, level={level}.")
     logits = check_logits(logits)
-    labels, probs = check_labels(labels, *logits.shape), softmax(logits)
+    labels = check_labels(labels, *logits.shape)
     values = computed(["ece", "sce", "nll"], logits, labels, n_bins=n_bins)
-    confidence, hits = top(probs, labels)
-    in_bins = {
-        "ece": _by_bin(confidence[:, None], hits[:, None], n_bins),
-        "sce": _by_bin(probs, one_hot(probs, labels), n_bins) / logits.shape[1],
-    }
-    loss, rng, size = losses(logits, labels), np.random.default_rng(seed), len(labels)
-    replicates = {name: [] for name in values}
+    resampled, parts = resampler(logits, labels, n_bins), []
+    rng, size = np.random.default_rng(seed), len(labels)
     for start in range(0, n, max(1, BLOCK // size)):
         draws = range(start, min(n, start + max(1, BLOCK // size)))
-        counts = np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in draws]) / size
-        for name, terms in in_bins.items():
-            replicates[name].append(np.abs(counts @ terms).sum(axis=1))
-        replicates["nll"].append(counts @ loss)
+        parts.append(resampled(np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in draws])))
     found = {}
     for name, value in values.items():
-        drawn = np.concatenate(replicates[name])
+        drawn = np.concatenate([part[name] for part in parts])
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
         found[name] = Interval(value, float(low), float(high), float(drawn.mean() - value))
     return found
+
+
+def resampler(
+    logits: np.ndarray, labels: np.ndarray, n_bins: int = N_BINS
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Return what turns counts of each image in each resample, (B, N), into ``ece``, ``sce`` and ``nll``, (B,) each.
+
+    Each is a function of sums over images, so that a replicate is a row of draw counts times a sparse matrix of what
+    each image adds to each bin: the same numbers as the metrics of the resampled images, many times faster.
+    """
+    probs, loss = softmax(logits), losses(logits, labels)
+    confidence, hits = top(probs, labels)
+    in_bins = {
+        "ece": _by_bin(confidence[:, None], hits[:, None], n_bins),
+        "sce": _by_bin(probs, one_hot(probs, labels), n_bins) / probs.shape[1],
+    }
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        shares = counts / len(labels)
+        found = {name: np.abs(shares @ terms).sum(axis=1) for name, terms in in_bins.items()}
+        return found | {"nll": shares @ loss}
+
+    return resampled
 
 
 def _by_bin(probs: np.ndarray, hits: np.ndarray, n_bins: int) -> sparse.csr_array:

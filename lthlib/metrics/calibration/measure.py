@@ -9,9 +9,10 @@ import numpy as np
 from lthlib.data.corrupted import corruption_names
 from lthlib.metrics.arrays import softmax
 from lthlib.metrics.calibration.errors import N_BINS, reliability_diagram
-from lthlib.metrics.calibration.intervals import bootstrap_intervals
+from lthlib.metrics.calibration.intervals import bootstrap_intervals, resampler
 from lthlib.metrics.calibration.scores import temperature_scaling
 from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, describe, measured_on_test
+from lthlib.metrics.resampling import kept, kept_accuracy, resamples
 from lthlib.tickets.subject import Subject
 
 VOTING = ["ece", "sce", "nll"]
@@ -59,7 +60,8 @@ def measure(
 
     Returns:
         Values, and for figures the reliability diagram (``count``, ``confidence``, ``accuracy`` by bin) and
-        ``interval_<metric>``: value, low and high of a 95 % bootstrap interval over images, and its bias.
+        ``interval_<metric>``: value, low and high of a 95 % bootstrap interval over images, and its bias; for the
+        verdict replicates of the metrics on resampled images (`lthlib.metrics.resampling`).
     """
     labels, logits = subject.labels("test", n_test).numpy(), subject.logits("test", n_test)
     numbers = computed([*measured_on_test("calibration"), "test_accuracy"], logits, labels, n_bins=n_bins)
@@ -68,7 +70,11 @@ def measure(
     values += _under_corruption(subject, corruption_names(extra), n_corrupted, n_bins)
     arrays = reliability_diagram(softmax(logits), labels, n_bins)._asdict()
     intervals = bootstrap_intervals(logits, labels, seed=0, n=n_bootstrap, n_bins=n_bins)
-    return values, arrays | {f"interval_{name}": np.array(found) for name, found in intervals.items()}
+    arrays |= {f"interval_{name}": np.array(found) for name, found in intervals.items()}
+    counts = resamples(len(labels))
+    for name, replicates in resampler(logits, labels, n_bins)(counts).items():
+        arrays |= kept(Value(name, numbers[name], len(labels)), replicates)
+    return values, arrays | kept_accuracy(logits, labels)
 
 
 def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:

@@ -26,6 +26,7 @@ from lthlib.metrics.flatness.landscape import (
 )
 from lthlib.metrics.flatness.noise import input_noise_tolerance, weight_noise_tolerance
 from lthlib.metrics.flatness.spectrum import WeightHessian, spectral_density, top_eigenvalue
+from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
 
@@ -244,6 +245,8 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
     if found.per_image is not None:
         arrays["weight_per_image"] = _small(found.per_image)
         arrays["weight_relative_per_image"] = _small(found.relative_per_image)
+        for value, terms in zip(values[::2], (found.per_image, found.relative_per_image), strict=True):
+            arrays |= kept(value, resampled_mean(terms.cpu(), resamples(n, "train")))
     return values, arrays
 
 
@@ -269,8 +272,9 @@ def _of_pixels(model: nn.Module, batch: Batch) -> Found:
         "input_hessian_top": float(found.top.double().mean()),
         "legacy_batch_eigenvalue": found.legacy_batch_eigenvalue,
     }
+    values, n = [Value(name, value, len(batch[1])) for name, value in numbers.items()], len(batch[1])
     arrays = {"input_traces": _small(found.trace), "input_method": np.array(found.method)}
-    return [Value(name, value, len(batch[1])) for name, value in numbers.items()], arrays
+    return values, arrays | kept(values[0], resampled_mean(found.trace.cpu(), resamples(n, "train")))
 
 
 def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, pairs: int) -> Found:

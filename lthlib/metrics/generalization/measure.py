@@ -22,7 +22,10 @@ from lthlib.metrics.generalization.corruption import (
 )
 from lthlib.metrics.generalization.ood import detection, msp_score, roc_curve
 from lthlib.metrics.registry import Value, code_of_metrics, computed, describe, measured_on_test
+from lthlib.metrics.resampling import kept, kept_accuracy, resampled_auroc, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
+
+Found = tuple[list[Value], dict[str, np.ndarray]]
 
 describe(
     "corrupted_accuracy",
@@ -74,22 +77,28 @@ def measure(
 
     Returns:
         Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates; of the dense
-        network ``gallery``, a test image under every corruption at the severities 1, 3 and 5.
+        network ``gallery``, a test image under every corruption at the severities 1, 3 and 5; for the verdict
+        replicates of the metrics on resampled images (`lthlib.metrics.resampling`).
     """
     labels, known = subject.labels("test", n_test).numpy(), subject.logits("test", n_test)
     numbers = computed(measured_on_test("generalization"), known, labels)
     values = [Value(name, value, len(labels)) for name, value in numbers.items()]
-    arrays = {}
+    arrays = kept_accuracy(known, labels)
     for name in _ood_sets(subject, ood):
         pair = _among(ood_classes(name, subject.data), subject, labels, known, subject.logits(f"ood:{name}", n_ood))
-        values += [Value(metric, value, sum(map(len, pair)), name) for metric, value in detection(*pair).items()]
-        false, true = roc_curve(*map(msp_score, pair))
+        found = {m: Value(m, value, sum(map(len, pair)), name) for m, value in detection(*pair).items()}
+        values += found.values()
+        scores = msp_score(pair[0]), msp_score(pair[1])
+        draws = resamples(len(pair[0])), resamples(len(pair[1]), name)
+        arrays |= kept(found["ood_auroc"], resampled_auroc(*scores, *draws))
+        false, true = roc_curve(*scores)
         arrays[f"roc_{name}"] = np.interp(np.linspace(0, 1, 101), false, true).astype(np.float32)
     names = corruption_names(extra)
-    values += _under_corruption(subject, names, n_corrupted)
     if subject.is_dense:
         arrays["gallery"] = _gallery(subject, names, n_corrupted)
-    return values + _attacks(subject, n_attack, n_pgd, sorted({*epsilons, 8.0})), arrays
+    corrupted = _under_corruption(subject, names, n_corrupted)
+    attacked = _attacks(subject, n_attack, n_pgd, sorted({*epsilons, 8.0}))
+    return values + corrupted[0] + attacked[0], arrays | corrupted[1] | attacked[1]
 
 
 def inputs(subject: Subject, *, ood: Sequence[str], extra: bool, **rest: object) -> str:
@@ -123,12 +132,13 @@ def _among(
     return mine[:, kept], foreign[:, kept]
 
 
-def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Value]:
+def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> Found:
     labels = subject.labels("test", n).numpy()
-    errors: dict[str, list[float]] = {name: [] for name in names}
+    n, errors = len(labels), {name: [] for name in names}
+    wrong = np.zeros(n)  # of each image, how often under the common corruptions
     for name, _, logits in subject.corrupted_logits(names, n):
         errors[name].append(1 - accuracy(logits, labels))
-    n = len(labels)
+        wrong += (logits.argmax(1) != labels) * (name in COMMON_CORRUPTIONS)
     values = [
         Value("corrupted_accuracy", 1 - error, n, name, severity)
         for name, row in errors.items()
@@ -142,11 +152,14 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> list[Va
     if corruptions.default_constants(subject.data.size, subject.data.size) == "imagenet":
         numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
         numbers["relative_corruption_error_alexnet"] = relative_corruption_error_alexnet(errors, clean)
-    values += [Value(metric, value, n * 5 * len(COMMON_CORRUPTIONS), "common") for metric, value in numbers.items()]
+    cases = 5 * len(COMMON_CORRUPTIONS)
+    values += [Value(metric, value, n * cases, "common") for metric, value in numbers.items()]
+    mean = Value("corruption_error", numbers["corruption_error"], n, "common")
+    arrays = kept(mean, resampled_mean(wrong / cases, resamples(n)), 1 / (n * cases))
     if len(names) > len(COMMON_CORRUPTIONS):
         values.append(Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all"))
     official = sum(corruption_source(subject.data, name) == "official" for name in names)
-    return [*values, Value("official_corruptions", official, len(names))]
+    return [*values, Value("official_corruptions", official, len(names))], arrays
 
 
 def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
@@ -163,20 +176,20 @@ def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
     return torch.stack(rows)[:, :, ::step, ::step].numpy()
 
 
-def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) -> list[Value]:
+def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) -> Found:
     images, labels = subject.images("test", n).permute(0, 3, 1, 2), subject.labels("test", n)
     after = dict(
         zip(epsilons, adversarial_logits(subject.model, images, labels, [e / 255 for e in epsilons]), strict=True)
     )
     values = [Value("adversarial_accuracy", accuracy(z, labels), len(labels), "fgsm", e) for e, z in after.items()]
     few = sample(labels, n_pgd)
-    by_pgd = accuracy(
-        logits_of(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255), labels[few]), labels[few]
-    )
-    return [
-        *values,
+    pushed = logits_of(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255), labels[few])
+    by_pgd = accuracy(pushed, labels[few])
+    values += [
         Value("fgsm_accuracy", accuracy(after[8], labels), len(labels), "fgsm", 8),
         Value("adversarial_margin", float(true_class_margin(after[8], labels).mean()), len(labels), "fgsm", 8),
         Value("pgd_accuracy", by_pgd, len(few), "pgd", 8),
         Value("fgsm_pgd_gap", accuracy(after[8][few], labels[few]) - by_pgd, len(few), "pgd", 8),
     ]
+    arrays = kept_accuracy(after[8], labels, "fgsm_accuracy", "fgsm", 8)
+    return values, arrays | kept_accuracy(pushed, labels[few], "pgd_accuracy", "pgd", 8)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -220,15 +219,19 @@ def summary(scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def summary_errors(parts: Sequence[Tally]) -> dict[str, float]:
-    """Return standard errors of `summary`, from tallies of parts of the images of which each is left out in turn.
+def summary_replicates(parts: Sequence[Tally], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the numbers of `summary` on resampled images, (B,) each; the thresholds stay.
 
-    A jackknife; the thresholds stay. For counts, which jump, it is too wide rather than too narrow.
+    Args:
+        parts: Tallies of parts of the images, which are resampled as wholes.
+        counts: How often each part is drawn in each resample, (B, P).
     """
-    rest = [[part for j, part in enumerate(parts) if j != i] for i in range(len(parts))]
-    left_out = [summary(iou(functools.reduce(operator.add, some))) for some in rest]
-    spread = (len(parts) - 1) ** 0.5
-    return {name: spread * float(np.std([one[name] for one in left_out])) for name in left_out[0]}
+    names = [field.name for field in fields(Tally)][:-1]
+    found = []
+    for times in counts:
+        sums = (sum(n * getattr(part, name) for n, part in zip(times, parts, strict=True) if n) for name in names)
+        found.append(summary(iou(Tally(*sums, parts[0].category_of))))
+    return {name: np.array([one[name] for one in found]) for name in found[0]}
 
 
 def detectors_by_category(scores: np.ndarray, concepts: ConceptSet) -> np.ndarray:

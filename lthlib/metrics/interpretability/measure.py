@@ -33,12 +33,14 @@ from lthlib.metrics import METRICS, Value, describe
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps
 from lthlib.metrics.interpretability.superpixels import SEGMENTATIONS, default_segmentation, segment
+from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.obtain import new_model
 from lthlib.tickets.subject import Subject
 
 SCENES = "scenes"
 IN_MEMORY = 2**30  # bytes of maps; more are computed anew in each pass
-BLOCKS = 10  # of images left out in turn, for the standard errors of a dissection
+BLOCKS = 50  # of concept images that are resampled as wholes, at most
+FEWEST = 20  # concept images
 FLOORED = ("fidelity", "stability", "fidelity_r2", "stability_relative")
 RANDOM = (*FLOORED, "unique_detectors", "interpretable_units", "mean_best_iou", "units_above_floor", "composition_iou")
 
@@ -124,15 +126,19 @@ def measure(
     floors = lime.relative_change(scores.mean(), explain(subject.model, seed=1)[[*lime.SCORES]].mean())
     random = _random_weights(subject, [given, layer, precision], concepts, explain, look)
     n_scored, n_concepts = int((explained["n_segments"] > 1).sum()), len(labelled)
-    values = _values(scores.mean(), n_scored) + _values(floors[[*FLOORED]].add_suffix("_seed_floor"), n_scored)
+    values = _values(scores.mean(), n_scored)
+    counts = resamples(len(images))
+    again = {name: resampled_mean(scores[name], counts) for name in scores} | dissected.replicates
     values += _values(dissected.numbers(), n_concepts)
+    replicates = [kept(value, again[value.metric]) for value in values if METRICS[value.metric].in_verdict]
+    values += _values(floors[[*FLOORED]].add_suffix("_seed_floor"), n_scored)
     for name, value in random["numbers"].items():
         values.append(Value(f"{name}_random", value, n_scored if name in FLOORED else n_concepts))
     if n_expo > 0:
         near = expo.expo(subject.model, images[:n_expo], segments=segments[:n_expo])
         values += _values(near[[*expo.SCORES]].mean(), len(near))
 
-    errors = {**scores.sem(), **dissected.errors}
+    errors = {**scores.sem(), **{name: found.std(ddof=1) for name, found in dissected.replicates.items()}}
     arrays = {
         "error_names": np.array(list(errors)),
         "errors": np.array(list(errors.values())),
@@ -145,6 +151,8 @@ def measure(
         "random_detectors": np.array(random["detectors"]),
         "random_by_length": np.array(random["by_length"]),
     }
+    for held in replicates:
+        arrays |= held
     arrays |= portrait.explained(images, segments, explained)
     arrays |= portrait.best_units(subject.model, labelled, dissected)
     if subject.is_dense:
@@ -225,13 +233,13 @@ def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
     Raises:
         UserError: For an unknown name, or what `read_broden` refuses.
     """
-    if n < 2 * BLOCKS:
-        raise UserError(f"n_concept_images is {n}; dissection needs at least {2 * BLOCKS} images.")
+    if n < FEWEST:
+        raise UserError(f"n_concept_images is {n}; dissection needs at least {FEWEST} images.")
     if name == SCENES:
         return _scenes(size, channels, n)
     found = read_broden(_broden_path(name))
-    if len(found) < 2 * BLOCKS:
-        raise UserError(f"{name} has {len(found)} labelled images; dissection needs at least {2 * BLOCKS}.")
+    if len(found) < FEWEST:
+        raise UserError(f"{name} has {len(found)} labelled images; dissection needs at least {FEWEST}.")
     n = min(n, len(found))
     found = found.subset(np.arange(n) * len(found) // n)  # neighbours in a list are often alike
     return replace(found, images=_Resized(found.images, size, channels))
@@ -275,7 +283,7 @@ class Dissection:
         layer: Its name.
         limits: The units' activation thresholds, (U,).
         scores: IoU of every unit with every concept, (U, L).
-        errors: Standard errors of the numbers of `dissection.summary`, over the concept set's images.
+        replicates: The numbers of `dissection.summary` on resampled images.
         floor: The best IoU that a unit must exceed to be above chance, (U,).
         formulas: The best formula of every unit.
         detectors: Unique detectors by category.
@@ -285,7 +293,7 @@ class Dissection:
     layer: str
     limits: np.ndarray
     scores: np.ndarray
-    errors: Mapping[str, float]
+    replicates: Mapping[str, np.ndarray]
     floor: np.ndarray
     formulas: Sequence[composition.BestFormula]
     detectors: np.ndarray
@@ -332,7 +340,8 @@ def dissect(
     if next(iter(maps[:1])).nbytes * len(concepts) <= IN_MEMORY:
         maps = activations(model, layer, concepts.images)
     limits = dissection.thresholds(maps, concepts.quantile if quantile is None else quantile)
-    edges = itertools.pairwise(np.linspace(0, len(concepts), BLOCKS + 1).astype(int).tolist())
+    blocks = min(BLOCKS, len(concepts) // 2)
+    edges = itertools.pairwise(np.linspace(0, len(concepts), blocks + 1).astype(int).tolist())
     parts = [dissection.tally(maps[i:j], limits, concepts.subset(np.arange(i, j))) for i, j in edges]
     scores = dissection.iou(functools.reduce(operator.add, parts))
     census = composition.census(maps, limits, concepts)
@@ -340,7 +349,7 @@ def dissect(
         layer=layer,
         limits=limits,
         scores=scores,
-        errors=dissection.summary_errors(parts),
+        replicates=dissection.summary_replicates(parts, resamples(blocks, "concepts")),
         floor=dissection.null_floor(maps, limits, concepts, draws=draws),
         formulas=composition.best_formulas(census, max_length=formula_length),
         detectors=dissection.detectors_by_category(scores, concepts),
