@@ -22,7 +22,7 @@ from lthlib.pruning import METHODS
 from lthlib.results import verdict
 from lthlib.results.collect import rows_of
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
-from lthlib.results.recorded import RESULTS, read_records
+from lthlib.results.recorded import RESULTS, read_records, recorded_json
 from lthlib.tickets.study import Study
 
 
@@ -44,6 +44,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
     for other in recorded_grids(grid.name):
         answers += [_answer(other, study, _recorded(other, study)) for study in other.studies]
     pages = {
+        "power.md": _power(),
         "answer.md": "\n\n".join(answers),
         "status.md": _status(plans),
         "methods.md": _methods(plans),
@@ -53,6 +54,18 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
     }
     for name, text in pages.items():
         write_atomically(GENERATED / name, text.rstrip("\n") + "\n")
+
+
+def _power() -> str:
+    """Draw how often a metric is called kept in made-up studies, as `benchmarks/verdict.py` recorded it."""
+    if not reproducibility.POWER.exists():
+        return "Nothing is recorded: `.venv/bin/python benchmarks/verdict.py --record` does that."
+    found = pd.DataFrame(recorded_json(reproducibility.POWER)["power"])
+    caption = (
+        "How often one metric is called kept, against the number of images. Left: a network equal to its parent, "
+        "which ought to be called so; dotted, 80 %. Right: a network that is worse by twice the tolerance; dotted, 5 %."
+    )
+    return _picture(figures.power_curves(found), "power.svg", caption)
 
 
 def _stub(page: PagePlan, grid_file: str) -> str:

@@ -1,4 +1,4 @@
-"""What the chapter on reproducibility shows: tables drawn from recorded results."""
+"""What the chapters on reproducibility and on the verdict show: tables drawn from recorded results."""
 
 from __future__ import annotations
 
@@ -12,21 +12,45 @@ from lthlib.results.recorded import recorded_json
 
 RERUNS = ROOT / "book" / "results" / "reruns.json"  # by benchmarks/reruns.py
 AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by benchmarks/agreement.py
+POWER = ROOT / "book" / "results" / "power.json"  # by benchmarks/verdict.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
 REST = ("rows", "front", "book")
-TABLES = ("reruns.md", "agreement.md")
 GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
 
 
 def chapter_tables() -> dict[str, str]:
     """Return the tables that the chapter includes, by file name, from what is recorded."""
-    return dict(zip(TABLES, (_recorded(RERUNS, reruns_table), _recorded(AGREEMENT, agreement_tables)), strict=True))
+    return {
+        "reruns.md": _recorded(RERUNS, reruns_table),
+        "agreement.md": _recorded(AGREEMENT, agreement_tables),
+        "errors.md": _recorded(POWER, errors_table),
+    }
 
 
 def _recorded(path, table) -> str:
     if not path.exists():
         return f"Nothing is recorded: `.venv/bin/python benchmarks/{path.stem}.py --record` does that.\n"
     return table(recorded_json(path))
+
+
+def errors_table(found: Mapping) -> str:
+    """Return how often the verdict errs on made-up studies, as a table in Markdown."""
+    head = ["seeds", "tickets of a study", "spread over trainings", "equal, and some metric is called lost"]
+    head += ["worse by twice the tolerance, and a metric is called kept"]
+    lines = [
+        [
+            f"{line['seeds']}",
+            f"{line['rounds']}",
+            f"{line['trainings']:g} tolerances" + (", unlike by ticket" if line["unlike"] else ""),
+            f"{100 * line['lost']:.1f} %",
+            f"{100 * line['kept']:.1f} %",
+        ]
+        for line in found["errors"]
+    ]
+    made = (
+        f"{found['studies']:,} studies a line, a fifth of that for the last column. {_provenance(found['provenance'])}"
+    )
+    return f"{_markdown(head, lines)}\n\n{made}\n"
 
 
 def reruns_table(found: Mapping) -> str:

@@ -1,0 +1,54 @@
+"""How often the verdict errs, and what it takes to decide: made-up studies whose truth is known.
+
+python benchmarks/verdict.py [--record]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lthlib.book.reproducibility import POWER
+from lthlib.core import machine
+from lthlib.core.store import seal, write_atomically
+from lthlib.metrics import METRICS
+from lthlib.results.simulation import outcomes, power, simulate
+
+SETTINGS = (
+    {"seeds": 1, "trainings": 0.0},
+    {"seeds": 2, "trainings": 0.3},
+    {"seeds": 2, "trainings": 3.0},
+    {"seeds": 2, "trainings": 3.0, "rounds": 6},
+    {"seeds": 2, "trainings": 3.0, "rounds": 6, "unlike": 0.5},
+    {"seeds": 3, "trainings": 3.0},
+    {"seeds": 5, "trainings": 3.0},
+)
+
+
+def errors(studies: int) -> list[dict[str, float]]:
+    """Return, for each setting, how often equal networks are said to have lost, and lossy ones to have kept."""
+    votes, lines = [m.name for m in METRICS.values() if m.in_verdict], []
+    for setting in SETTINGS:
+        equal = outcomes(simulate(studies, 200, metrics=votes, **setting))
+        worse = outcomes(simulate(studies // 5, 200, metrics=votes, loss=2.0, **setting))
+        lines.append({"rounds": 1, "unlike": 0.0, **setting, "lost": equal["any lost"], "kept": worse["kept"]})
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help=f"put it into {POWER.name}, for the book")
+    parser.add_argument("--studies", type=int, default=1000, help="made-up studies for each setting")
+    options = parser.parse_args()
+    found = {
+        "studies": options.studies,
+        "errors": errors(options.studies),
+        "power": power(studies=max(20, options.studies // 5)).to_dict("records"),
+        "provenance": machine.provenance("auto"),
+    }
+    print(pd.DataFrame(found["power"]).to_string(index=False))
+    if options.record:
+        write_atomically(POWER, seal(found))
