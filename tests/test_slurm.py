@@ -68,7 +68,7 @@ def test_a_grid_completes_though_a_job_is_cancelled(slurm, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    begun = checkout / "_build/jobs/small/mnist5k-resnet8/dense-s0.log"
+    begun = checkout / "_build/logs/small/mnist5k-resnet8/dense-s0.log"
     deadline = time.monotonic() + 600
     while not begun.exists():
         assert run.poll() is None
@@ -95,13 +95,13 @@ def settings(monkeypatch, **environment):
     return yte.process_yaml((ROOT / "workflow/profiles/slurm/config.yaml").read_text(), require_use_yte=True)
 
 
-LATER, LAST = {"slurm_extra": "'--nice=100'"}, {"slurm_extra": "'--nice=200'"}
+LATER = {"slurm_extra": "'--nice=100'"}
 
 
 def test_the_clusters_settings_come_from_the_environment(monkeypatch):
     usual = settings(monkeypatch)
     assert usual["default-resources"] == {"mem_mb": "3000 * attempt", "runtime": "240 * attempt"}
-    assert usual["set-resources"] == {"tickets": LATER, "page": LAST}
+    assert usual["set-resources"] == {"tickets": LATER}
     given = settings(
         monkeypatch,
         SBATCH_PARTITION="long",
@@ -116,22 +116,23 @@ def test_the_clusters_settings_come_from_the_environment(monkeypatch):
         "mem_mb": "8000 * attempt",
         "runtime": "600 * attempt",
     }
-    assert given["set-threads"] == {"tickets": 4, "chains": 4}
-    assert given["set-resources"] == {"tickets": {**LATER, "gpu": 1}, "chains": {"gpu": 1}, "page": LAST}
+    assert given["set-threads"] == {"tickets": 4, "chains": 4, "book": 4}
+    assert given["set-resources"] == {"tickets": {**LATER, "gpu": 1}, "chains": {"gpu": 1}}
     assert given["jobs"] == "9"
 
 
 def test_what_a_killed_run_left_in_the_queue_is_cancelled_and_nothing_else(tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT / "workflow"))
-    from report import cancel_leftovers
+    import report
 
     (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
     (tmp_path / "scancel").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    cancel_leftovers(tmp_path / "none.log")
-    (tmp_path / "local.log").write_text("Building DAG of jobs...\n")
-    cancel_leftovers(tmp_path / "local.log")
+    monkeypatch.setattr(report, "LOG", tmp_path / "run.log")
+    report.cancel_leftovers()
+    report.LOG.write_text("Building DAG of jobs...\n")
+    report.cancel_leftovers()
     assert not (tmp_path / "called").exists()
-    (tmp_path / "slurm.log").write_text("Building DAG of jobs...\nSLURM run ID: 2859d042-aa\nSelect jobs\n")
-    cancel_leftovers(tmp_path / "slurm.log")
+    report.LOG.write_text("Building DAG of jobs...\nSLURM run ID: 2859d042-aa\nSelect jobs\n")
+    report.cancel_leftovers()
     assert (tmp_path / "called").read_text() == "--quiet --me --name 2859d042-aa\n"
