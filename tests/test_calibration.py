@@ -537,5 +537,5 @@ def test_measuring_again_gives_the_same_and_needs_no_network(subject, measured, 
 
 
 def test_both_dimensions_share_the_corrupted_logits(subject, measured, monkeypatch):
-    monkeypatch.setattr("lthlib.tickets.subject.predict", lambda *a, **k: pytest.fail("a second forward pass"))
+    monkeypatch.setattr("lthlib.tickets.subject.corrupted_parts", lambda *a, **k: pytest.fail("a second forward pass"))
     generalization.measure(subject, ood=("photos",), n_ood=10, n_test=80, n_corrupted=25, n_attack=10, n_pgd=10)

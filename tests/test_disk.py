@@ -114,7 +114,7 @@ def state(store):
 
 def rows(store):
     """Return what every evaluation of a store found."""
-    return {p.parent.name: json.loads(p.read_text())["values"] for p in store.glob("evaluations/*/*/values.json")}
+    return {p.parts[-3:]: json.loads(p.read_text())["values"] for p in store.glob("evaluations/*/*/values.json")}
 
 
 def check_refusal(result, store, reason, failed):
@@ -124,7 +124,7 @@ def check_refusal(result, store, reason, failed):
     assert len(errors) == 1, result.stderr
     assert errors[0].startswith(f"The store {store} cannot be used: {reason}")
     assert "Traceback" not in result.stderr
-    listed = re.findall(r"^(?:failed:|       ) (\w+), seed 0", result.stderr, flags=re.M)
+    listed = re.findall(r"^(?:failed:|       ) (\w+)-s0 ", result.stderr, flags=re.M)
     assert sorted(listed) == failed
 
 
