@@ -10,7 +10,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_PLACES = {
+PLACES = {
     "prune": "lthlib.pruning.any_network",
     "apply": "lthlib.pruning.any_network",
     "scores": "lthlib.pruning.any_network",
@@ -27,9 +27,9 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of `_PLACES`, or a room, when it is first asked for."""
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
+    """Import a name of `PLACES`, or a room, when it is first asked for."""
+    if name in PLACES:
+        return getattr(importlib.import_module(PLACES[name]), name)
     if name in ("metrics", "figures", "data", "networks", "pruning"):
         return importlib.import_module(f"lthlib.{name}")
-    raise AttributeError(f"lthlib has no {name!r}; at its top are {', '.join(_PLACES)}.")
+    raise AttributeError(f"lthlib has no {name!r}; at its top are {', '.join(PLACES)}.")

@@ -17,6 +17,7 @@ from lthlib.results.evaluate import DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+LABS = sorted(ROOT.glob("notebooks/labs/*.ipynb"))
 ROOMS = ["core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own"]
 
 
@@ -71,14 +72,29 @@ def parameters_of(notebook):
     return dict(zip(names, (ast.literal_eval(line.value) for line in lines), strict=True))
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS + LABS, ids=lambda p: p.stem)
+def test_a_notebook_is_stripped(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
+def test_a_lab_is_short_and_has_a_line_to_change(path):
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert max(len(cell.splitlines()) for cell in cells) <= 16
+    assert sum("# change this" in cell for cell in cells) >= 1
+
+
+def test_each_lab_is_included_by_the_chapter_of_its_name():
+    chapters = [p for room in ("methods", "metrics") for p in (ROOT / "book" / room).glob("*.md")]
+    included = {p.stem for p in chapters if f"../_generated/labs/{p.stem}.md" in p.read_text()}
+    assert included == {p.stem for p in LABS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
-    def test_it_is_stripped(self, path):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                assert cell.outputs == []
-                assert cell.execution_count is None
-
     def test_its_parameters_are_those_of_a_study(self, path):
         declared = parameters_of(nbformat.read(path, as_version=4))
         assert set(STUDY) <= set(declared)

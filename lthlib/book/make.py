@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lthlib.book import front
 from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid, study_name
+from lthlib.book.labs import lab_made_from, labs, make_labs
 from lthlib.book.plan import (
     BUILD,
     GENERATED,
@@ -110,7 +111,8 @@ def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     files = [p for p in (ROOT / "book").rglob("*") if p.is_file() and not p.name.startswith(".")]
     read = [p for p in sorted(files) if not p.is_relative_to(ROOT / RESULTS)] + [ROOT / "_config.yml"]
     pages = [page_made_from(page, made) for page in every_page(grid)]
-    return digest([*(f"{p} {sha256(p)}" for p in read), *pages, tables_made_from(made), front_made_from(grid, made)])
+    every = [*pages, *map(lab_made_from, labs()), tables_made_from(made), front_made_from(grid, made)]
+    return digest([*(f"{p} {sha256(p)}" for p in read), *every])
 
 
 def tables_made_from(made: Mapping[Job, str]) -> str:
@@ -133,9 +135,9 @@ def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
 
 
 def book(grid: str, workers: int = 1) -> int:
-    """Make a grid's pages, tables and front, as far as they are not current, and build the book.
+    """Make a grid's pages, labs, tables and front, as far as they are not current, and build the book.
 
-    Where jobs or pages are missing, the book is built all the same, with a stub that says why in the place of each.
+    Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why.
 
     Args:
         grid: The grid file.
@@ -149,7 +151,7 @@ def book(grid: str, workers: int = 1) -> int:
     made = {job: stamped(stamp(plan, job.name)) for job in jobs(plan)}
     undone = [job for job, of in made.items() if not of]
     BOOK.unlink(missing_ok=True)
-    plans = make_pages(plan, undone, made, workers)
+    plans, lost = make_pages(plan, undone, made, workers), make_labs(workers)
     if not undone:
         make_tables(plan, store, tables_made_from(made))
     missing = [page for page in plans if page.missing]
@@ -165,7 +167,9 @@ def book(grid: str, workers: int = 1) -> int:
         raise UserError(f"The book could not be built. {_last_words(log)} The whole of it: {log}")
     for page in missing:
         say(f"missing: {page.title}: {page.missing}")
-    if undone or missing:
+    for name, reason in lost.items():
+        say(f"missing: the lab on {name}: {reason}")
+    if undone or missing or lost:
         return 1
     put_stamp(BOOK, of)
     return 0

@@ -54,6 +54,11 @@ def _room(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 
 
+def modules_of(room: str) -> list[str]:
+    """Return the modules of a room of this package."""
+    return [module for module in _TEXTS if _room(module) == room]
+
+
 def imported(code: str) -> list[str]:
     """Return the modules of this package that some code imports, at its head or later."""
     return [inner if inner in _TEXTS else outer for outer, inner in _imports(code) if {inner, outer} & _TEXTS.keys()]

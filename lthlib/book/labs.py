@@ -1,0 +1,109 @@
+"""Labs: short notebooks beside the chapters on methods and metrics, executed like pages, included there as Markdown.
+
+``notebooks/labs/<chapter>.ipynb`` becomes ``book/_generated/labs/<chapter>.ipynb``, and from that comes
+``<chapter>.md`` with its pictures, which the chapter includes. A lab computes what it shows within seconds.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+import lthlib
+from lthlib.book.plan import BUILD, GENERATED
+from lthlib.book.runner import execute, made_from
+from lthlib.core.forks import in_forks
+from lthlib.core.store import ROOT, write_atomically
+from lthlib.core.versions import code_version, digest, modules_of
+
+FOLDER, MADE = ROOT / "notebooks" / "labs", GENERATED / "labs"
+_TOUCHED = re.compile(r"lthlib\.(\w+)|from lthlib import ([\w, ]+)")
+
+
+def labs() -> list[str]:
+    """Return the names of all labs, which are those of their chapters."""
+    return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+@functools.cache
+def lab_made_from(name: str) -> str:
+    """Return the fingerprint of a lab: its text, and the code of each room of the library that it touches."""
+    text = (FOLDER / f"{name}.ipynb").read_text()
+    code = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+    touched = [n for pair in _TOUCHED.findall(code) for n in re.split(r"[,\s]+", "".join(pair)) if n]
+    rooms = {lthlib.PLACES.get(n, f"lthlib.{n}").split(".")[1] for n in touched}
+    return digest([text, code_version(*(module for room in sorted(rooms) for module in modules_of(room)))])
+
+
+def make_labs(workers: int) -> dict[str, str]:
+    """Run the labs that are not current and write what the chapters include: a notice in the place of one that fails.
+
+    Returns:
+        Name -> why, of the labs that failed.
+    """
+    logs = {name: BUILD / "logs" / "labs" / f"{name}.log" for name in labs()}
+    todo = [name for name in logs if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
+    for name in logs.keys() - set(todo):
+        logs[name].unlink(missing_ok=True)
+    in_forks(((logs[name], functools.partial(_run, name)) for name in todo), workers)
+    lost = {name: log.read_text(errors="replace").strip() for name, log in logs.items() if log.exists()}
+    for name in logs:
+        said = lost.get(name, "").splitlines()[-1:]
+        if said:
+            lost[name] = said[0]
+            text = f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{said[0]}\n`````\n"
+        else:
+            text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
+        _write(MADE / f"{name}.md", text.encode())
+    return lost
+
+
+def _run(name: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    execute(FOLDER / f"{name}.ipynb", MADE / f"{name}.ipynb", {}, of=lab_made_from(name))
+
+
+def fragment(lab: NotebookNode, name: str) -> str:
+    """Return an executed lab as Markdown, without its heading; its pictures are written beside it.
+
+    The comment at the head of a cell that draws is the text for those who do not see the picture.
+    """
+    link = f"{{download}}`The notebook of this lab </../notebooks/labs/{name}.ipynb>` runs in seconds, on any machine."
+    parts = [lab.cells[0].source.partition("\n")[2].strip(), link]
+    pictures = 0
+    for cell in lab.cells[1:]:
+        parts.append(f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source)
+        for kind, content in _shown(cell):
+            if kind == "text":
+                parts.append(f"```text\n{content}\n```")
+            else:
+                pictures += 1
+                _write(MADE / f"{name}-{pictures}.png", base64.b64decode(content))
+                comment = re.match(r"#\s*([^\n\]]+)", cell.source)
+                parts.append(f"![{comment[1] if comment else 'Figure'}](/_generated/labs/{name}-{pictures}.png)")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _shown(cell: NotebookNode) -> Iterator[tuple[str, str]]:
+    """Yield what a cell printed and drew: pairs of "text" or "png", and the content."""
+    for output in cell.get("outputs", []):
+        data = output.get("data", {"text/plain": output.get("text", "")})
+        kind = "png" if "image/png" in data else "text"
+        content = data.get("image/png", data.get("text/plain", "")).strip("\n")
+        if content:
+            yield kind, content
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write what is new: Sphinx reads a page again whose parts have another date."""
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
