@@ -1,53 +1,19 @@
-"""What the paper and its summary claim, each with a rule: a function of the rows that says whether a study bears it out.
+"""What the paper and its summary claim, in the paper's order, each with the rule that judges it (`claims_rules`)."""
 
-A rule is as strict as the claim: "both A and B" fails where either is shown to be false. Networks that have collapsed
-decide nothing. What was not measured is said to be so.
-"""
+# ruff: noqa: E501  # sentences, one a line
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-
-from lthlib.metrics import METRICS
-from lthlib.results import verdict
-from lthlib.results.claims_rules import (
-    CANNOT,
-    FAILS,
-    HOLDS,
-    PI,
-    UNMEASURED,
-    Evidence,
-    Part,
-    ahead,
-    all_of,
-    difference,
-    gap,
-    keeps,
-    listed,
-    number,
-    settle,
-    titled,
-)
+from lthlib.results import claims_rules as rules
+from lthlib.results.claims_parts import CANNOT, FAILS, HOLDS, UNMEASURED, Evidence
+from lthlib.results.claims_rules import Finding
 
 ABSTRACT = "the paper's abstract {cite}`chen2022can`"
 SUMMARY = "the paper {cite}`chen2022can`, as its summary reports it ([](#the-paper))"
-GENERALIZATION = ("test_accuracy", "ood_auroc", "corruption_error", "fgsm_accuracy")
-FLATNESS = ("weight_hessian_trace", "input_hessian_trace")
 ALONE, WIDTHS, CLASSES = "study", "widths", "classes"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a rule found: the outcome, what it looked at, and what else should be said beside it."""
-
-    outcome: str
-    parts: Sequence[Part] = ()
-    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,284 +87,254 @@ def interpreted(claim: Claim, finding: Finding) -> str:
     return f"{text} {finding.more}".strip()
 
 
-# --- rules of one study ------------------------------------------------------------------------------------------
-
-
-def _of(*parts: Part, more: str = "") -> Finding:
-    return Finding(all_of(parts), parts, more)
-
-
-def _sparse(e: Evidence, metric: str) -> list[str]:
-    return e.measured(dict.fromkeys(m for m in e.rows["method"] if m not in ("dense", "small-dense")), metric)
-
-
-def matches(e: Evidence) -> Finding:
-    """LTH keeps accuracy, and is ahead of RP."""
-    return _of(keeps(e, ["lth"], ["test_accuracy"]), ahead(e, "test_accuracy", ["lth"], ["rp"]))
-
-
-def beats(e: Evidence) -> Finding:
-    """Some ticket is more accurate than dense, corrected for the number of tickets."""
-    dense = e.of("test_accuracy", ["dense"])
-    found = []
-    for method in _sparse(e, "test_accuracy"):
-        for n, line in e.of("test_accuracy", [method]).iterrows() if not dense.empty else ():
-            found.append((method, n, pd.DataFrame([line - dense.iloc[0]], index=[n])))
-    if not found:
-        return Finding(UNMEASURED)
-    settled = [(settle(_with_spread(d, found, m), len(found)), m, n) for m, n, d in found]
-    (outcome, mean, low, high), method, n = max(settled, key=lambda s: (s[0][0] == HOLDS, s[0][1]))
-    every = {s[0][0] for s in settled}
-    outcome = HOLDS if outcome == HOLDS else FAILS if every == {FAILS} else CANNOT
-    sparsity = e.rows.loc[(e.rows["method"] == method) & (e.rows["round"] == n), "sparsity"].iloc[0]
-    said = f"{titled('test_accuracy')}: {listed([method])} at {100 * sparsity:.1f} %, {_gap(mean, low, high)}"
-    more = ""
-    if outcome == HOLDS and method == "lth":
-        more = (
-            "A lottery ticket inherits a mask for which a network was trained many times. Whether that or sparsity "
-            "makes it better, only a dense network trained as long in all can tell."
-        )
-    n_seeds = dense.notna().sum(axis=1).min()
-    return Finding(outcome, [Part(outcome, said + f", the best of {len(found)} tickets", int(n_seeds))], more)
-
-
-def _gap(mean: float, low: float, high: float) -> str:
-    return gap("test_accuracy", mean, low, high)
-
-
-def _with_spread(d: pd.DataFrame, found: Sequence[tuple], method: str) -> pd.DataFrame:
-    """Give one ticket's differences the spread of its method: other rounds, moved to its mean."""
-    mine = pd.concat([other for name, _, other in found if name == method]).dropna(axis=1)
-    return mine.sub(mine.mean(axis=1), axis=0).add(d.mean(axis=1).iloc[0]) if len(mine.columns) else d
-
-
-def generalizes(e: Evidence) -> Finding:
-    """OMP and LTH keep every metric of generalization."""
-    return _of(*(keeps(e, [method], GENERALIZATION) for method in ("omp", "lth")))
-
-
-def hurt_by_corruption(e: Evidence) -> Finding:
-    """What corruption adds to the error grows with pruning."""
-    metric = "relative_corruption_error"
-    part = ahead(e, metric, ["dense"], []) if not _sparse(e, metric) else _worse_than_dense(e, metric)
-    return _of(part)
-
-
-def _worse_than_dense(e: Evidence, metric: str, methods: Sequence[str] = ()) -> Part:
-    """Ask whether dense is better than the mean of some methods."""
-    methods = list(methods) or _sparse(e, metric)
-    sparse, dense = e.of(metric, methods), e.of(metric, ["dense"])
-    if sparse.empty or dense.empty:
-        return Part(UNMEASURED, f"{titled(metric)} of dense and {listed(methods)}")
-    dense = pd.DataFrame([dense.iloc[0]] * len(sparse), index=sparse.index)
-    return difference(metric, ["dense"], f"the mean of {listed(methods)}", dense, sparse)
-
-
-def harder_to_calibrate(e: Evidence) -> Finding:
-    """More of calibration is lost for certain than of generalization may be lost at most."""
-    judged = e.judged[e.judged["metric"].map(lambda name: METRICS[name].in_verdict)]
-    judged = judged[~judged["outcome"].isin(["", verdict.COLLAPSED])]
-    judged = judged.drop_duplicates(["method", "round", "metric", "shift", "severity"])
-    shares = {}
-    for dimension in ("calibration", "generalization"):
-        mine = judged.loc[judged["metric"].map(lambda name, d=dimension: METRICS[name].dimension == d), "outcome"]
-        if mine.empty or set(judged.loc[mine.index, "metric"]) <= {"test_accuracy"}:
-            return Finding(UNMEASURED)
-        shares[dimension] = [float((mine == o).mean()) for o in (verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN)]
-    (_, lost, still), (_, other_lost, other_still) = shares["calibration"], shares["generalization"]
-    outcome = HOLDS if lost > other_lost + other_still else FAILS if other_lost > lost + still else CANNOT
-    said = [
-        f"{dimension}: {100 * k:.0f} % of verdicts kept, {100 * x:.0f} % lost, {100 * o:.0f} % not shown"
-        for dimension, (k, x, o) in shares.items()
-    ]
-    return Finding(outcome, [Part(outcome, "; ".join(said))])
-
-
-def calibrated_better(e: Evidence) -> Finding:
-    """RP and pruning at initialisation have a lower ECE than LTH and OMP."""
-    first, second = ["rp", *e.measured(PI, "ece")], ["lth", "omp"]
-    part = ahead(e, "ece", first, second)
-    if len(first) == 1 or len(e.measured(["rp", *second], "ece")) < 3:
-        part = Part(UNMEASURED, "ECE of RP, one method at initialisation, LTH and OMP")
-    if part.outcome == UNMEASURED:
-        return _of(part)
-    return _of(part, more=_sign(e))
-
-
-def _sign(e: Evidence) -> str:
-    """Say which way the networks are miscalibrated, and what is left of RP's and LTH's difference once that is mended."""
-    T = e.values.loc["temperature"] if ("temperature", "lth") in e._there else None
-    if T is None:
-        return ""
-    T = T.to_numpy()
-    T = T[np.isfinite(T)]
-    way = "overconfident" if T.min() > 1 else "underconfident" if T.max() < 1 else ""
-    ranking = f"All networks are {way} here (temperatures {T.min():.2f} to {T.max():.2f}), " if way else ""
-    if way == "overconfident":
-        ranking += "so that a network that is less sure of itself, and less accurate, has the smaller ECE. "
-    elif way:
-        ranking += "so that a network that is surer of itself, as the more accurate ones are, has the smaller ECE. "
-    else:
-        ranking = f"Some networks are too sure and some not sure enough (temperatures {T.min():.2f} to {T.max():.2f}). "
-    said = []
-    for metric in ("ece", "ece_recalibrated", "nll_recalibrated"):
-        rp, lth = e.of(metric, ["rp"]), e.of(metric, ["lth"])
-        rounds = rp.index.intersection(lth.index)
-        if not len(rounds):
-            return ranking
-        n = max(rounds)
-        said.append([number(metric, float(x.loc[n].mean())) for x in (rp, lth)])
-    sparsity = e.rows.loc[(e.rows["method"] == "lth") & (e.rows["round"] == n), "sparsity"].iloc[0]
-    return (
-        f"{ranking}At {100 * sparsity:.1f} % RP has an ECE of {said[0][0]} and LTH of {said[0][1]}; after temperature "
-        f"scaling {said[1][0]} and {said[1][1]}, and an NLL of {said[2][0]} and {said[2][1]}."
-    )
-
-
-def explained_better(e: Evidence) -> Finding:
-    """RP and pruning at initialisation have better fidelity and stability than LTH."""
-    first = ["rp", *e.measured(PI, "fidelity")]
-    if len(first) == 1 or not e.measured(["rp"], "fidelity"):
-        return Finding(UNMEASURED)
-    parts = [ahead(e, metric, first, ["lth"]) for metric in ("fidelity", "stability")]
-    scaled = [ahead(e, metric, first, ["lth"]) for metric in ("fidelity_r2", "stability_relative")]
-    left = {HOLDS: "the lag of LTH remains", FAILS: "LTH is ahead", CANNOT: "no difference is shown"}
-    lines = [f"{left[p.outcome]} ({p.said})" for p in scaled if p.outcome in left]
-    more = "Both errors are in units of probability, which a less sure network has smaller for nothing. "
-    return _of(*parts, more=more + f"Rescaled, {'; '.join(lines)}." if lines else "")
-
-
-def composed(e: Evidence) -> Finding:
-    """The best formulas fit LTH's units better than those of a network before training."""
-    trained, before = e.of("composition_iou", ["lth"]), e.of("composition_iou_random", ["lth"])
-    if trained.empty or before.empty:
-        return Finding(UNMEASURED)
-    part = difference("composition_iou", "LTH", "before training", trained, before)
-    beside = ahead(e, "composition_iou", ["lth"], ["dense"])
-    more = {HOLDS: "LTH is ahead of dense", FAILS: "LTH is behind dense", CANNOT: "from dense no difference is shown"}
-    return _of(part, more=f"Beside the dense network, {more[beside.outcome]} ({beside.said})." if beside.seeds else "")
-
-
-def init_less_flat(e: Evidence) -> Finding:
-    """Pruning at initialisation is less flat than LTH, and LTH keeps the flatness of dense."""
-    pi = e.measured(PI, FLATNESS[0])
-    if not pi:
-        return Finding(UNMEASURED)
-    parts = [ahead(e, metric, ["lth"], pi) for metric in FLATNESS]
-    return _of(*parts, keeps(e, ["lth"], FLATNESS), more=_relative(e, ["lth"], pi))
-
-
-def rigl_less_flat(e: Evidence) -> Finding:
-    """RigL and GraSP are less flat than the other methods at the same sparsity."""
-    parts = []
-    for method in ("rigl", "grasp"):
-        others = [m for m in _sparse(e, FLATNESS[0]) if m not in ("rigl", "grasp")]
-        if not others or not e.measured([method], FLATNESS[0]):
-            parts.append(Part(UNMEASURED, f"flatness of {listed([method])} and of other methods"))
-            continue
-        parts += [ahead(e, metric, others, [method]) for metric in FLATNESS]
-    if parts[-1].outcome == UNMEASURED and parts[0].outcome != UNMEASURED:
-        parts = [part for part in parts if part.outcome != UNMEASURED]  # GraSP stands in brackets in the claim
-    return _of(*parts)
-
-
-def _relative(e: Evidence, first: Sequence[str], second: Sequence[str]) -> str:
-    part = ahead(e, "relative_flatness", first, second)
-    return f"In relative flatness, which a rescaled layer does not change: {part.said}." if part.seeds else ""
-
-
-def passes(e: Evidence) -> Finding:
-    """Some ticket between 20 % and 99.08 % keeps every metric of all four dimensions."""
-    voting = {METRICS[name].dimension for name in set(e.rows["metric"]) - {"test_accuracy"} if METRICS[name].in_verdict}
-    if len(voting) < 4:
-        return Finding(UNMEASURED)
-    found = verdict.lth_pass(e.judged)
-    found = found[found["sparsity"].between(0.19, 0.9909)]
-    count = found["outcome"].value_counts()
-    won, still = count.get(verdict.KEPT, 0), count.get(verdict.NOT_SHOWN, 0)
-    outcome = HOLDS if won else CANNOT if still else FAILS
-    said = f"of {len(found)} tickets {won} are shown to keep every metric, of {still} it is not shown, the others lose"
-    return Finding(outcome, [Part(outcome, said)])
-
-
-def beats_small(e: Evidence) -> Finding:
-    """LTH is ahead of small dense in some metric of the paper and behind in none."""
-    votes = [name for name in dict.fromkeys(e.rows["metric"]) if METRICS[name].in_verdict]
-    parts = [ahead(e, name, ["lth"], ["small-dense"]) for name in votes]
-    parts = [part for part in parts if part.outcome != UNMEASURED]
-    if not parts:
-        return Finding(UNMEASURED)
-    better, worse = ([part for part in parts if part.outcome == o] for o in (HOLDS, FAILS))
-    outcome = CANNOT if bool(better) == bool(worse) else HOLDS if better else FAILS
-    more = f"Of {len(parts)} metrics LTH is shown ahead in {len(better)} and behind in {len(worse)}."
-    return Finding(outcome, parts, more)
-
-
-def few_pay(e: Evidence) -> Finding:
-    """The worst class loses more accuracy than the average."""
-    worst = "worst_class_accuracy"
-    if worst not in METRICS or not (methods := _sparse(e, worst)):
-        return Finding(UNMEASURED)
-    falls = []
-    for metric in (worst, "test_accuracy"):
-        sparse, dense = e.of(metric, methods), e.of(metric, ["dense"])
-        if sparse.empty or dense.empty:
-            return Finding(UNMEASURED)
-        falls.append(dense.iloc[0] - sparse)
-    outcome, mean, low, high = settle(falls[0] - falls[1])
-    means = [number(worst, float(fall.to_numpy().mean())) for fall in falls]
-    said = f"the worst class loses {means[0]}, all together {means[1]}, {gap(worst, mean, low, high)}"
-    return Finding(outcome, [Part(outcome, said, falls[0].shape[1])])
-
-
-# --- rules of several studies ------------------------------------------------------------------------------------
-
-
-def _lost_accuracy(e: Evidence, methods: Sequence[str]) -> pd.DataFrame:
-    """Return which share of the distance to guessing is lost, rounds x seeds."""
-    sparse, dense = e.of("test_accuracy", methods), e.of("test_accuracy", ["dense"])
-    if sparse.empty or dense.empty:
-        return pd.DataFrame()
-    return (dense.iloc[0] - sparse) / (dense.iloc[0] - 1 / e.n_classes)
-
-
-def _shared(pair: Sequence[Evidence], metric: str) -> list[str]:
-    theirs = _sparse(pair[1], metric)
-    return [name for name in _sparse(pair[0], metric) if name in theirs]
-
-
-def _between(metric: str, pair: Sequence[Evidence], what: str, values: Sequence[pd.DataFrame], sign: int) -> Part:
-    """Ask whether sign x (the second study's values) is above sign x (the first's); seeds of two studies are paired."""
-    if any(value.empty for value in values):
-        return Part(UNMEASURED, what)
-    outcome, mean, low, high = settle(sign * (values[1] - values[0]))
-    if math.isnan(mean):
-        return Part(UNMEASURED, what)
-    means = [number(metric, float(value.to_numpy().mean())) for value in values]
-    said = f"{what}: {means[0]} ({pair[0].label}), {means[1]} ({pair[1].label}), {gap(metric, mean, low, high)}"
-    return Part(outcome, said, len(values[0].columns.intersection(values[1].columns)))
-
-
-def wide_withstand(pair: Sequence[Evidence]) -> Finding:
-    """Corruption adds less to the error of the widest networks than to that of the narrowest."""
-    metric = "relative_corruption_error"
-    methods = ["dense"], _shared(pair, metric)
-    return _of(*(_between(metric, pair, _what(metric, m), [e.of(metric, m) for e in pair], -1) for m in methods))
-
-
-def _what(metric: str, methods: Sequence[str]) -> str:
-    return f"{titled(metric)} of {listed(methods)}"
-
-
-def wide_win(pair: Sequence[Evidence]) -> Finding:
-    """The widest networks tell foreign images better, and lose less accuracy at the same sparsity."""
-    metric, methods = "ood_auroc", _shared(pair, "ood_auroc")
-    foreign = _between(metric, pair, _what(metric, methods), [e.of(metric, methods) for e in pair], 1)
-    lost = [_lost_accuracy(e, _shared(pair, "test_accuracy")) for e in pair]
-    return _of(foreign, _between("test_accuracy", pair, "share of the distance to guessing that is lost", lost, -1))
-
-
-def many_harder(pair: Sequence[Evidence]) -> Finding:
-    """With most classes a larger share of the distance to guessing is lost than with fewest."""
-    lost = [_lost_accuracy(e, _shared(pair, "test_accuracy")) for e in pair]
-    return _of(_between("test_accuracy", pair, "share of the distance to guessing that is lost", lost, 1))
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "accuracy",
+        "LTH matches dense accuracy, RP lags",
+        "Lottery tickets are as accurate as the dense network, and randomly pruned networks are not.",
+        SUMMARY,
+        "accuracy of dense, LTH and RP",
+        "LTH keeps accuracy at every sparsity up to 90 %, and LTH is more accurate than RP.",
+        rules.matches,
+        {
+            HOLDS: "A lottery ticket costs no accuracy that can be seen here. Which weights are left matters, since as many random ones do worse.",
+            FAILS: "One half of the claim is shown to be false in this study. The numbers say which.",
+            CANNOT: "No half is shown to be false, but not both are shown to be true. More seeds or more images would decide it.",
+        },
+        ["test_accuracy"],
+        ["lth", "rp"],
+    ),
+    Claim(
+        "beats-dense",
+        "Sparse can beat dense",
+        "A sparse network can be more accurate than its dense parent.",
+        SUMMARY,
+        "accuracy of dense and of at least one method",
+        "One ticket is more accurate than dense, in an interval corrected for the number of tickets. It fails where each ticket is shown to be less accurate.",
+        rules.beats,
+        {
+            HOLDS: "Pruning can improve accuracy here, and by more than chance among the tickets explains. This says that such a network exists, and not why.",
+            FAILS: "Every sparse network is shown to be less accurate than dense. In this study weights are not free.",
+            CANNOT: "The best ticket is not surely above dense. The best of many is above by luck alone, which is why the interval is wider here.",
+        },
+        ["test_accuracy"],
+    ),
+    Claim(
+        "generalization",
+        "OMP and LTH generalize well",
+        "One-shot magnitude and lottery tickets do well in every metric of generalization.",
+        SUMMARY,
+        "accuracy, OoD ROC-AUC, mCE and FGSM accuracy of dense, OMP and LTH",
+        "OMP and LTH keep all four metrics at every sparsity up to 90 %. It fails where one is lost for certain.",
+        rules.generalizes,
+        {
+            HOLDS: "Magnitude pruning keeps accuracy and robustness together. Nothing of what was measured has to be paid for sparsity.",
+            FAILS: "Accuracy alone would not have shown the loss named above. Magnitude pruning does not win all of generalization here.",
+            CANNOT: "No loss is certain, but not every metric is shown to be kept. What is open needs more images or seeds.",
+        },
+        ["test_accuracy", "ood_auroc", "corruption_error", "fgsm_accuracy"],
+        ["omp", "lth"],
+    ),
+    Claim(
+        "width-corruption",
+        "Wider networks are hurt less by corruption",
+        "Corrupted images cost wide networks less accuracy than narrow ones.",
+        SUMMARY,
+        "two studies of the same images and one family of networks, at two widths, with corruptions",
+        "What corruption adds to the error is smaller for the widest networks than for the narrowest, dense and sparse.",
+        rules.wide_withstand,
+        {
+            HOLDS: "Width helps beyond clean accuracy. The sparse networks of a wide parent keep that advantage.",
+            FAILS: "For dense or for sparse networks the wider ones are hurt more. Width is no protection in this study.",
+            CANNOT: "The two widths are too alike for their seeds. A larger factor or more seeds would decide it.",
+        },
+        ["relative_corruption_error", "corruption_error"],
+        over=WIDTHS,
+    ),
+    Claim(
+        "width-ood",
+        "Over-parameterised networks win more",
+        "Networks with more parameters tell foreign images better, and win at higher sparsity.",
+        SUMMARY,
+        "two studies of the same images and one family of networks, at two widths, with foreign images",
+        "OoD ROC-AUC is higher for the widest networks, and these lose a smaller share of their distance to guessing at the same sparsity.",
+        rules.wide_win,
+        {
+            HOLDS: "Who has more weights can spare more of them. That holds for foreign images too.",
+            FAILS: "More parameters do not help in one of the two ways. The numbers say in which.",
+            CANNOT: "One of the two differences is within the noise. More seeds would decide it.",
+        },
+        ["ood_auroc", "test_accuracy"],
+        over=WIDTHS,
+    ),
+    Claim(
+        "classes",
+        "More classes are harder",
+        "With more classes, sparse networks lose more.",
+        SUMMARY,
+        "two studies of one network on images of different numbers of classes",
+        "At the same sparsity, the share of the distance from dense accuracy to guessing that is lost is larger for most classes than for fewest.",
+        rules.many_harder,
+        {
+            HOLDS: "The same weights have to tell more things apart, and fewer can be spared. The images differ in more than their number of classes, which the rule cannot take out.",
+            FAILS: "The task with more classes loses the smaller share. The images differ in more than their number of classes, which the rule cannot take out.",
+            CANNOT: "The two tasks are too alike for their seeds. More seeds would decide it.",
+        },
+        ["test_accuracy"],
+        over=CLASSES,
+    ),
+    Claim(
+        "corruption",
+        "Corruption hurts pruned networks more",
+        "Corruption costs pruned networks more than their loss of accuracy on clean images explains.",
+        SUMMARY,
+        "mCE of dense and of at least one method",
+        "What corruption adds to the error, averaged over the methods, is larger than for dense.",
+        rules.hurt_by_corruption,
+        {
+            HOLDS: "Pruned networks are more fragile than their clean accuracy says. Who tests on clean images alone does not see it.",
+            FAILS: "What corruption adds is smaller for pruned networks. An error that begins higher has less room to grow, so that this is no proof of robustness.",
+            CANNOT: "What corruption adds is not surely different. An error that begins higher has less room to grow, which works against the claim.",
+        },
+        ["relative_corruption_error", "corruption_error"],
+    ),
+    Claim(
+        "calibration-harder",
+        "Calibration is harder than generalization",
+        "It is harder to match the dense network in calibration than in generalization.",
+        SUMMARY,
+        "metrics of calibration and of generalization beside dense",
+        "The share of verdicts lost in calibration is larger than the share that is lost or not shown in generalization. It fails where the reverse is true.",
+        rules.harder_to_calibrate,
+        {
+            HOLDS: "Even if all that is open in generalization were lost, calibration would lose more often. Its metrics ask more of a sparse network.",
+            FAILS: "Even if all that is open in calibration were lost, generalization would lose more often. It is generalization that is hard here.",
+            CANNOT: "Too many verdicts are open to compare the two dimensions. The open ones could turn the order.",
+        },
+        ["ece", "nll", "test_accuracy", "corruption_error"],
+    ),
+    Claim(
+        "calibrated",
+        "RP and pruning at initialisation are calibrated better",
+        "Random pruning and pruning at initialisation are calibrated better than lottery tickets and one-shot magnitude.",
+        SUMMARY,
+        "ECE of RP, of one method at initialisation, of LTH and of OMP",
+        "The mean ECE of RP and the methods at initialisation is lower than that of LTH and OMP at the same sparsity.",
+        rules.calibrated_better,
+        {
+            HOLDS: "The less accurate networks have the smaller calibration error. That is no reason to prefer them, as the rest of this paragraph says.",
+            FAILS: "The order is the other way round here. The more accurate networks have the smaller calibration error too.",
+            CANNOT: "The two groups are not surely different. Which is better calibrated depends on the sparsity or the seed.",
+        },
+        ["ece", "ece_recalibrated", "nll_recalibrated", "temperature"],
+        ["rp", "snip", "grasp", "synflow", "lth", "omp"],
+    ),
+    Claim(
+        "explained",
+        "RP and pruning at initialisation are easier to explain, LTH lags",
+        "Explanations of randomly pruned networks and of those pruned at initialisation are more faithful and more stable than those of lottery tickets.",
+        SUMMARY,
+        "LIME's fidelity and stability of RP, of one method at initialisation and of LTH",
+        "The mean errors of fidelity and of stability of RP and the methods at initialisation are both lower than those of LTH at the same sparsity.",
+        rules.explained_better,
+        {
+            HOLDS: "A linear model follows these networks more closely than lottery tickets. What of it is confidence, the rescaled numbers say.",
+            FAILS: "LTH is ahead in one of the two. The claim needs both.",
+            CANNOT: "At least one of the two differences is within the noise of the seeds. Fewer images are explained than classified, so that this is soon so.",
+        },
+        ["fidelity", "stability", "fidelity_r2", "stability_relative"],
+        ["rp", "snip", "grasp", "synflow", "lth"],
+    ),
+    Claim(
+        "composition",
+        "LTH's units can be explained by compositions",
+        "Units of lottery tickets stand for compositions of concepts.",
+        SUMMARY,
+        "the compositional IoU of LTH and of a network before training",
+        "The mean IoU of the best formulas is higher for LTH than for the network before training.",
+        rules.composed,
+        {
+            HOLDS: "Training a ticket brings its units nearer to nameable concepts than chance does. The size of the IoU says how near, and it is small.",
+            FAILS: "The units of a network before training fit formulas better. What formulas fit is then no sign of having learnt.",
+            CANNOT: "The units are not surely nearer to concepts than before training. A search over many formulas finds something that fits in any case.",
+        },
+        ["composition_iou", "mean_best_iou"],
+    ),
+    Claim(
+        "init-flatness",
+        "Pruning at initialisation is less flat, LTH competitive",
+        "On CIFAR-10, networks pruned at initialisation are in sharper minima, while lottery tickets are about as flat as dense.",
+        SUMMARY,
+        "traces of both Hessians of dense, LTH and one method at initialisation",
+        "LTH is ahead of the mean of the methods at initialisation in both traces, and keeps both up to 90 % beside dense. On other images than CIFAR-10 the same is asked.",
+        rules.init_less_flat,
+        {
+            HOLDS: "Lottery tickets end in minima as flat as those of dense networks, and others do not. This is so in the weights and in the pixels.",
+            FAILS: "Flatness in the weights and in the pixels are two things, and both are asked for. One part of the claim is shown to be false.",
+            CANNOT: "No part is shown to be false, but not all are shown to be true. Traces spread widely over seeds.",
+        },
+        ["weight_hessian_trace", "input_hessian_trace", "relative_flatness"],
+        ["snip", "grasp", "synflow", "lth"],
+    ),
+    Claim(
+        "rigl-flatness",
+        "RigL and GraSP are less flat",
+        "RigL, and GraSP, end in sharper minima than other methods.",
+        SUMMARY,
+        "traces of both Hessians of RigL and of at least one other method",
+        "The mean of the other methods is ahead of RigL, and of GraSP where it was measured, in both traces at the same sparsity.",
+        rules.rigl_less_flat,
+        {
+            HOLDS: "Both are sharper than what else was measured, in weights and in pixels. At equal sparsity the number of weights is no reason.",
+            FAILS: "At least one of them is flatter than the others in one of the traces. The claim does not hold as a whole.",
+            CANNOT: "The traces overlap. They spread widely over seeds.",
+        },
+        ["weight_hessian_trace", "input_hessian_trace"],
+    ),
+    Claim(
+        "lth-pass",
+        "There is an LTH-PASS",
+        "Between 20 % and 99.08 % sparsity there are networks that match dense in all four dimensions.",
+        ABSTRACT,
+        "metrics of all four dimensions beside dense",
+        "At least one ticket is shown to keep every metric ([](#regions)). It fails where each loses at least one for certain.",
+        rules.passes,
+        {
+            HOLDS: "One can win everything here, as far as it was measured. The front page names the networks.",
+            FAILS: "Each sparse network is shown to lose something. By our thresholds, which are ours and not the paper's, one cannot win everything here.",
+            CANNOT: "No network is shown to keep everything, and not all are shown to lose something. The noisiest metric decides this claim, so that it takes the most images.",
+        },
+        ["test_accuracy", "ece", "fidelity", "weight_hessian_trace"],
+    ),
+    Claim(
+        "small-dense",
+        "Sparse beats small dense",
+        "A sparse network is better than a small dense one with as many parameters.",
+        ABSTRACT,
+        "LTH and small dense beside each other",
+        "LTH is shown to be ahead in at least one metric of the paper and behind in none. It fails where small dense is.",
+        rules.beats_small,
+        {
+            HOLDS: "At equal parameters it is better to remove weights than channels. What they cost to run is another question.",
+            FAILS: "The small dense network is the better choice here. It is the faster one on common hardware, too.",
+            CANNOT: "Each is ahead somewhere, or no difference is shown. Which to take depends on the metric.",
+        },
+        ["test_accuracy", "corruption_error", "nll", "ece"],
+        ["lth", "small-dense"],
+    ),
+    Claim(
+        "few-pay",
+        "Few classes pay",
+        "The damage of pruning falls on few classes and odd images.",
+        "{cite:t}`hooker2019what`",
+        "the accuracy of the worst class, of dense and of at least one method",
+        "The accuracy of the worst class falls by more than that of all together, averaged over the methods.",
+        rules.few_pay,
+        {
+            HOLDS: "The average hides who pays. The worst class is always chosen after the fact, so that part of its fall is luck.",
+            FAILS: "The worst class falls by less than the average. Here the damage is spread.",
+            CANNOT: "The worst class does not surely fall by more than the average. It has few images.",
+        },
+        ["worst_class_accuracy", "test_accuracy"],
+    ),
+)
