@@ -1,9 +1,9 @@
-"""The parts that rules of claims are made of: what a study holds, differences between its networks, what they decide.
+"""The parts that rules of claims are made of: what a study holds, means over its networks, and what differences decide.
 
-Every difference is taken seed by seed, since networks of one seed share initial weights and the order of images, at
-rounds where all networks compared stand (have not collapsed), and averaged over these rounds. The spread over seeds is
-pooled over rounds. Rounds of one seed are taken to say the same: more of them make the spread better known, and the
-interval no narrower. It is Student's at 95 %, for other trainings on these images.
+Means are over methods and over the rounds at which all networks compared stand (have not collapsed). How much another
+training would change such a mean is estimated from all methods of the study at these rounds, each as one estimate with
+seeds - 1 degrees of freedom: the rounds of one method may go together. A difference is told where the 95 % interval of
+Student's t excludes zero and every seed has the same sign. It is about other trainings, on these images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Evidence:
     rows: pd.DataFrame = field(repr=False)
     n_classes: int
     replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
-    thresholds: verdict.Thresholds = verdict.Thresholds()
+    thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
     width: float | None = None
 
     @cached_property
@@ -56,33 +56,30 @@ class Evidence:
 
     @cached_property
     def values(self) -> pd.DataFrame:
-        """The mean of each metric over shifts and severities, of the tickets that have not collapsed."""
+        """Each metric's mean over shifts and severities, (metric, method, round) x seeds, of what has not collapsed.
+
+        Those of flatness, which span orders of magnitude, are logarithms.
+        """
         rows = self.rows.drop_duplicates(["method", "round", "seed", "metric", "shift", "severity"])
         values = rows.groupby(["metric", "method", "round", "seed"])["value"].mean().unstack("seed")
-        if "test_accuracy" not in values.index:
+        log = [name in METRICS and is_log(name) for name in values.index.get_level_values("metric")]
+        values[log] = np.log(values[log].where(values[log] > 0))
+        if "test_accuracy" not in values.index or "dense" not in values.loc["test_accuracy"].index:
             return values
         accuracy = values.loc["test_accuracy"].mean(axis=1)
-        if "dense" not in accuracy.index:
-            return values
         dense = accuracy.loc["dense"].iloc[0]
         gone = accuracy.index[dense - accuracy > self.thresholds.collapse * (dense - 1 / self.n_classes)]
         return values[~values.index.droplevel("metric").isin(gone)]
+
+    def cells(self, metric: str) -> pd.DataFrame:
+        """Return a metric's values, (method, round) x seeds; empty where it was not measured."""
+        there = metric in self.values.index.get_level_values("metric")
+        return self.values.loc[metric] if there else self.values.iloc[:0].droplevel("metric")
 
     def measured(self, methods: Iterable[str], metric: str = "test_accuracy") -> list[str]:
         """Return those of some methods of which a metric was measured, standing or not."""
         there = set(self.rows.loc[self.rows["metric"] == metric, "method"])
         return [name for name in methods if name in there]
-
-    def of(self, metric: str, methods: Sequence[str]) -> pd.DataFrame:
-        """Return the mean of a metric over methods, rounds x seeds, at rounds where all of them stand."""
-        found = [self.values.loc[(metric, name)] for name in methods if (metric, name) in self._there]
-        if not methods or len(found) < len(methods):
-            return pd.DataFrame()
-        return sum(found[1:], found[0]).dropna(how="all") / len(found)
-
-    @cached_property
-    def _there(self) -> set[tuple[str, str]]:
-        return set(self.values.index.droplevel("round"))
 
     @property
     def family(self) -> str:
@@ -110,64 +107,104 @@ class Part:
     seeds: int = 0
 
 
-def settle(d: pd.DataFrame, tests: int = 1) -> tuple[str, float, float, float]:
-    """Say whether differences are above zero (holds), below (fails), or cannot be told from it.
+@dataclass(frozen=True)
+class Mean:
+    """A mean by seed, the variance over trainings of one seed's, and the degrees of freedom behind that."""
+
+    each: pd.Series
+    variance: float
+    df: int
+
+    @property
+    def value(self) -> float:
+        """The mean over seeds."""
+        return float(self.each.mean())
+
+    def __sub__(self, other: Mean) -> Mean:
+        return Mean((self.each - other.each).dropna(), self.variance + other.variance, min(self.df, other.df))
+
+    def __mul__(self, factor: float) -> Mean:
+        return Mean(factor * self.each, factor**2 * self.variance, self.df)
+
+
+def standing(cells: pd.DataFrame, *groups: Sequence[str]) -> list[int]:
+    """Return the rounds at which all methods of some groups stand; the dense network's is 0, and asked of nobody."""
+    rounds = [set(cells.loc[[m]].index.get_level_values("round")) for g in groups for m in g if m in cells.index]
+    others = [r for r in rounds if r != {0}]
+    return sorted(set.intersection(*others)) if others else []
+
+
+def mean_of(cells: pd.DataFrame, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
+    """Return the mean of cells over methods and rounds; of dense, over seeds alone; None where there is nothing."""
+    rounds = [0] if list(methods) == ["dense"] else rounds
+    chosen = cells[cells.index.isin(pd.MultiIndex.from_product([methods, rounds]))].dropna(axis=1)
+    if chosen.empty or not len(methods) or len(chosen) < len(methods) * len(rounds):
+        return None
+    # Of dense there is one network a seed: its variance is taken for that of any single one.
+    sparse = cells[cells.index.get_level_values("round") > 0]
+    groups = [line for _, line in sparse[sparse.index.isin(rounds, level="round")].groupby(level="method")]
+    if rounds == [0]:
+        groups = [line for _, line in cells.groupby(level="method")]
+        variances = [float(line.var(axis=1, ddof=1).mean()) for line in groups]
+    else:
+        variances = [float(line.dropna(axis=1).mean().var(ddof=1)) / len(methods) for line in groups]
+    variances = [v for v in variances if not math.isnan(v)]
+    df = len(variances) * (chosen.shape[1] - 1)
+    return Mean(chosen.mean(), float(np.mean(variances)) if variances else 0.0, df)
+
+
+def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:
+    """Say whether a difference is above zero (holds), below (fails), or cannot be told from it.
 
     Args:
-        d: Differences, rounds x seeds.
+        d: The difference.
         tests: Number of such tests of which the best is looked for (Bonferroni).
 
     Returns:
-        The outcome, the mean, and the bounds of its interval (NaN for one seed).
+        The outcome, and the bounds of the interval (NaN for one seed).
     """
-    d = d.dropna(how="all").dropna(axis=1, how="any")
-    if d.empty:
-        return UNMEASURED, math.nan, math.nan, math.nan
-    mean, seeds = float(d.to_numpy().mean()), d.shape[1]
-    if seeds < 2:
-        return CANNOT, mean, math.nan, math.nan
-    df = len(d) * (seeds - 1)
-    spread = math.sqrt(d.sub(d.mean(axis=1), axis=0).to_numpy().__pow__(2).sum() / df)
-    reach = float(student.isf(LEVEL / tests / 2, df)) * spread / math.sqrt(seeds)
-    each = np.sign(d.mean().to_numpy())
-    alike = abs(each.sum()) == seeds
-    outcome = HOLDS if alike and mean - reach > 0 else FAILS if alike and mean + reach < 0 else CANNOT
-    return outcome, mean, mean - reach, mean + reach
+    if d.each.empty:
+        return UNMEASURED, math.nan, math.nan
+    if d.df < 1 or len(d.each) < 2:
+        return CANNOT, math.nan, math.nan
+    reach = float(student.isf(LEVEL / tests / 2, d.df)) * math.sqrt(d.variance / len(d.each))
+    low, high = d.value - reach, d.value + reach
+    outcome = HOLDS if low > 0 and (d.each > 0).all() else FAILS if high < 0 and (d.each < 0).all() else CANNOT
+    return outcome, low, high
+
+
+def difference(metric: str, names: Sequence[str], a: Mean | None, b: Mean | None, sign: int = 0) -> Part:
+    """Ask whether ``a`` is better than ``b`` in a metric.
+
+    Args:
+        metric: In whose direction and unit.
+        names: What ``a`` and ``b`` are.
+        a, b: The means; None where not measured.
+        sign: 1 where more is asked for, -1 where less is; the metric's own by default.
+    """
+    if a is None or b is None or (a - b).each.empty:
+        return Part(UNMEASURED, f"{titled(metric)} of {names[0]} and {names[1]}")
+    d = (a - b) * (sign or (1 if METRICS[metric].higher_is_better else -1))
+    outcome, low, high = settle(d)
+    said = f"{titled(metric)}: {names[0]} {number(metric, a.value)}, {names[1]} {number(metric, b.value)}, "
+    return Part(outcome, said + gap(metric, d.value, low, high), len(d.each))
 
 
 def ahead(e: Evidence, metric: str, first: Sequence[str], second: Sequence[str]) -> Part:
-    """Ask whether some methods are better in a metric than others, or than the dense network."""
-    a, b = e.of(metric, e.measured(first, metric)), e.of(metric, e.measured(second, metric))
-    if a.empty or b.empty:
-        return Part(UNMEASURED, f"{titled(metric)} of {listed(first)} and {listed(second)}")
-    if list(second) == ["dense"]:
-        b = pd.DataFrame([b.iloc[0]] * len(a), index=a.index)
-    rounds = a.index.intersection(b.index)
-    a, b = a.loc[rounds], b.loc[rounds]
-    return difference(metric, e.measured(first, metric), e.measured(second, metric), a, b)
-
-
-def difference(metric: str, first: Sequence[str] | str, second: Sequence[str] | str, a: pd.DataFrame, b: pd.DataFrame):
-    """Ask whether ``a`` is better than ``b`` in a metric; both rounds x seeds."""
-    sign = 1 if METRICS[metric].higher_is_better else -1
-    d = sign * (a - b)
-    outcome, mean, low, high = settle(d)
-    names = [name if isinstance(name, str) else listed(name) for name in (first, second)]
-    if outcome == UNMEASURED:
-        return Part(UNMEASURED, f"{titled(metric)} of {names[0]} and {names[1]}")
-    kept = d.dropna(how="all").dropna(axis=1)
-    means = [number(metric, float(x.loc[kept.index, kept.columns].to_numpy().mean())) for x in (a, b)]
-    return Part(
-        outcome,
-        f"{titled(metric)}: {names[0]} {means[0]}, {names[1]} {means[1]}, {gap(metric, mean, low, high)}",
-        kept.shape[1],
-    )
+    """Ask whether some methods are better in a metric than others, at the rounds where all of them stand."""
+    groups = [e.measured(methods, metric) for methods in (first, second)]
+    names = [listed(group or given) for group, given in zip(groups, (first, second), strict=True)]
+    cells = e.cells(metric)
+    rounds = standing(cells, *groups)
+    return difference(metric, names, *(mean_of(cells, group, rounds) for group in groups))
 
 
 def gap(metric: str, mean: float, low: float, high: float) -> str:
-    """Return how far one side is ahead, in the metric's own direction, with the interval."""
-    interval = "one seed" if math.isnan(low) else f"{number(metric, low)} to {number(metric, high)}"
-    return f"ahead by {number(metric, mean)} ({interval})"
+    """Return how far one side is ahead or behind, in the metric's own direction, with the interval."""
+    way, sign = ("behind", -1) if mean < 0 else ("ahead", 1)
+    bounds = sorted([sign * low, sign * high])
+    interval = "one seed" if math.isnan(low) else f"{number(metric, bounds[0])} to {number(metric, bounds[1])}"
+    return f"{way} by {'a factor of ' * is_log(metric)}{number(metric, sign * mean)} ({interval})"
 
 
 def keeps(e: Evidence, methods: Sequence[str], metrics: Sequence[str]) -> Part:
@@ -210,6 +247,18 @@ def titled(metric: str) -> str:
     return f"{entry.title} {entry.arrow}".strip()
 
 
+def is_log(metric: str) -> bool:
+    """Say whether a metric's values are compared by their ratio."""
+    return METRICS[metric].dimension == "flatness"
+
+
 def number(metric: str, value: float) -> str:
-    """Return a value as readers see it: fractions in percent."""
+    """Return a value of `Evidence.values` as readers see it: fractions in percent."""
+    value = math.exp(value) if is_log(metric) else value
     return f"{100 * value:.2f} %" if METRICS[metric].unit == "fraction" else f"{value:.3g}"
+
+
+def percent(e: Evidence, method: str, round: int) -> str:
+    """Return the sparsity of a method at a round, in percent."""
+    which = (e.rows["method"] == method) & (e.rows["round"] == round)
+    return f"{100 * e.rows.loc[which, 'sparsity'].mean():.1f} %"

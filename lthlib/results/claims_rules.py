@@ -6,12 +6,10 @@ decide nothing. What was not measured is said to be so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from lthlib.metrics import METRICS
 from lthlib.results import verdict
@@ -22,6 +20,7 @@ from lthlib.results.claims_parts import (
     PI,
     UNMEASURED,
     Evidence,
+    Mean,
     Part,
     ahead,
     all_of,
@@ -29,8 +28,11 @@ from lthlib.results.claims_parts import (
     gap,
     keeps,
     listed,
+    mean_of,
     number,
+    percent,
     settle,
+    standing,
     titled,
 )
 
@@ -65,37 +67,25 @@ def matches(e: Evidence) -> Finding:
 
 def beats(e: Evidence) -> Finding:
     """Some ticket is more accurate than dense, corrected for the number of tickets."""
-    dense = e.of("test_accuracy", ["dense"])
-    found = []
-    for method in _sparse(e, "test_accuracy"):
-        for n, line in e.of("test_accuracy", [method]).iterrows() if not dense.empty else ():
-            found.append((method, n, pd.DataFrame([line - dense.iloc[0]], index=[n])))
-    if not found:
+    cells = e.cells("test_accuracy")
+    tickets = [key for key in cells.index if key[0] in _sparse(e, "test_accuracy")]
+    dense = mean_of(cells, ["dense"], [0])
+    if dense is None or not tickets:
         return Finding(UNMEASURED)
-    settled = [(settle(_with_spread(d, found, m), len(found)), m, n) for m, n, d in found]
-    (outcome, mean, low, high), method, n = max(settled, key=lambda s: (s[0][0] == HOLDS, s[0][1]))
-    every = {s[0][0] for s in settled}
-    outcome = HOLDS if outcome == HOLDS else FAILS if every == {FAILS} else CANNOT
-    sparsity = e.rows.loc[(e.rows["method"] == method) & (e.rows["round"] == n), "sparsity"].iloc[0]
-    said = f"{titled('test_accuracy')}: {listed([method])} at {100 * sparsity:.1f} %, {_gap(mean, low, high)}"
-    more = ""
-    if outcome == HOLDS and method == "lth":
-        more = (
-            "A lottery ticket inherits a mask for which a network was trained many times. Whether that or sparsity "
-            "makes it better, only a dense network trained as long in all can tell."
-        )
-    n_seeds = dense.notna().sum(axis=1).min()
-    return Finding(outcome, [Part(outcome, said + f", the best of {len(found)} tickets", int(n_seeds))], more)
-
-
-def _gap(mean: float, low: float, high: float) -> str:
-    return gap("test_accuracy", mean, low, high)
-
-
-def _with_spread(d: pd.DataFrame, found: Sequence[tuple], method: str) -> pd.DataFrame:
-    """Give one ticket's differences the spread of its method: other rounds, moved to its mean."""
-    mine = pd.concat([other for name, _, other in found if name == method]).dropna(axis=1)
-    return mine.sub(mine.mean(axis=1), axis=0).add(d.mean(axis=1).iloc[0]) if len(mine.columns) else d
+    each = [Mean(cells.loc[key].dropna(), dense.variance, dense.df) - dense for key in tickets]
+    outcomes = [settle(d, len(tickets))[0] for d in each]
+    best = max(range(len(each)), key=lambda i: (outcomes[i] == HOLDS, each[i].value))
+    outcome = HOLDS if HOLDS in outcomes else FAILS if set(outcomes) == {FAILS} else CANNOT
+    method, n = tickets[best]
+    where = f"{listed([method])} at {percent(e, method, n)}"
+    told = gap("test_accuracy", each[best].value, *settle(each[best], len(tickets))[1:])
+    said = f"{titled('test_accuracy')}: dense {number('test_accuracy', dense.value)}, {where} {told}"
+    more = (
+        "A lottery ticket inherits a mask for which networks were trained before. Whether that or sparsity makes it "
+        "better, only a dense network trained as long in all can tell."
+    )
+    parts = [Part(outcome, f"{said}, the best of {len(tickets)} tickets", len(each[best].each))]
+    return Finding(outcome, parts, more if outcome == HOLDS and method == "lth" else "")
 
 
 def generalizes(e: Evidence) -> Finding:
@@ -106,18 +96,7 @@ def generalizes(e: Evidence) -> Finding:
 def hurt_by_corruption(e: Evidence) -> Finding:
     """What corruption adds to the error grows with pruning."""
     metric = "relative_corruption_error"
-    part = ahead(e, metric, ["dense"], []) if not _sparse(e, metric) else _worse_than_dense(e, metric)
-    return _of(part)
-
-
-def _worse_than_dense(e: Evidence, metric: str, methods: Sequence[str] = ()) -> Part:
-    """Ask whether dense is better than the mean of some methods."""
-    methods = list(methods) or _sparse(e, metric)
-    sparse, dense = e.of(metric, methods), e.of(metric, ["dense"])
-    if sparse.empty or dense.empty:
-        return Part(UNMEASURED, f"{titled(metric)} of dense and {listed(methods)}")
-    dense = pd.DataFrame([dense.iloc[0]] * len(sparse), index=sparse.index)
-    return difference(metric, ["dense"], f"the mean of {listed(methods)}", dense, sparse)
+    return _of(ahead(e, metric, ["dense"], _sparse(e, metric)))
 
 
 def harder_to_calibrate(e: Evidence) -> Finding:
@@ -152,32 +131,28 @@ def calibrated_better(e: Evidence) -> Finding:
 
 
 def _sign(e: Evidence) -> str:
-    """Say which way the networks are miscalibrated, and what is left of RP's and LTH's difference once that is mended."""
-    T = e.values.loc["temperature"] if ("temperature", "lth") in e._there else None
-    if T is None:
-        return ""
-    T = T.to_numpy()
+    """Say which way the networks are miscalibrated, and what mending that leaves of RP's and LTH's difference."""
+    T = e.cells("temperature").to_numpy()
     T = T[np.isfinite(T)]
+    if not len(T):
+        return ""
     way = "overconfident" if T.min() > 1 else "underconfident" if T.max() < 1 else ""
     ranking = f"All networks are {way} here (temperatures {T.min():.2f} to {T.max():.2f}), " if way else ""
     if way == "overconfident":
-        ranking += "so that a network that is less sure of itself, and less accurate, has the smaller ECE. "
+        ranking += "so that a network that is less sure of itself has the smaller ECE. "
     elif way:
-        ranking += "so that a network that is surer of itself, as the more accurate ones are, has the smaller ECE. "
+        ranking += "so that a network that is surer of itself has the smaller ECE. "
     else:
         ranking = f"Some networks are too sure and some not sure enough (temperatures {T.min():.2f} to {T.max():.2f}). "
-    said = []
-    for metric in ("ece", "ece_recalibrated", "nll_recalibrated"):
-        rp, lth = e.of(metric, ["rp"]), e.of(metric, ["lth"])
-        rounds = rp.index.intersection(lth.index)
-        if not len(rounds):
-            return ranking
-        n = max(rounds)
-        said.append([number(metric, float(x.loc[n].mean())) for x in (rp, lth)])
-    sparsity = e.rows.loc[(e.rows["method"] == "lth") & (e.rows["round"] == n), "sparsity"].iloc[0]
+    metrics = ("ece", "ece_recalibrated", "nll_recalibrated")
+    rounds = standing(e.cells(metrics[-1]), ["rp"], ["lth"])
+    means = [[mean_of(e.cells(metric), [m], rounds[-1:]) for m in ("rp", "lth")] for metric in metrics]
+    if not rounds or any(None in pair for pair in means):
+        return ranking.strip()
+    said = [" and ".join(number(name, m.value) for m in of) for name, of in zip(metrics, means, strict=True)]
     return (
-        f"{ranking}At {100 * sparsity:.1f} % RP has an ECE of {said[0][0]} and LTH of {said[0][1]}; after temperature "
-        f"scaling {said[1][0]} and {said[1][1]}, and an NLL of {said[2][0]} and {said[2][1]}."
+        f"{ranking}At {percent(e, 'lth', rounds[-1])} RP and LTH have an ECE of {said[0]}; after temperature scaling "
+        f"of {said[1]}, and an NLL of {said[2]}."
     )
 
 
@@ -196,13 +171,13 @@ def explained_better(e: Evidence) -> Finding:
 
 def composed(e: Evidence) -> Finding:
     """The best formulas fit LTH's units better than those of a network before training."""
-    trained, before = e.of("composition_iou", ["lth"]), e.of("composition_iou_random", ["lth"])
-    if trained.empty or before.empty:
-        return Finding(UNMEASURED)
-    part = difference("composition_iou", "LTH", "before training", trained, before)
+    cells, before = e.cells("composition_iou"), e.cells("composition_iou_random")
+    rounds = standing(cells, ["lth"])
+    trained, random = mean_of(cells, ["lth"], rounds), mean_of(before, ["lth"], rounds)
+    part = difference("composition_iou", ["LTH", "before training"], trained, random)
     beside = ahead(e, "composition_iou", ["lth"], ["dense"])
-    more = {HOLDS: "LTH is ahead of dense", FAILS: "LTH is behind dense", CANNOT: "from dense no difference is shown"}
-    return _of(part, more=f"Beside the dense network, {more[beside.outcome]} ({beside.said})." if beside.seeds else "")
+    more = {HOLDS: "LTH is ahead of dense", FAILS: "LTH is behind dense", CANNOT: "no difference is shown"}
+    return _of(part, more=f"Beside dense, {more[beside.outcome]} ({beside.said})." if beside.seeds else "")
 
 
 def init_less_flat(e: Evidence) -> Finding:
@@ -265,66 +240,67 @@ def few_pay(e: Evidence) -> Finding:
     worst = "worst_class_accuracy"
     if worst not in METRICS or not (methods := _sparse(e, worst)):
         return Finding(UNMEASURED)
-    falls = []
-    for metric in (worst, "test_accuracy"):
-        sparse, dense = e.of(metric, methods), e.of(metric, ["dense"])
-        if sparse.empty or dense.empty:
-            return Finding(UNMEASURED)
-        falls.append(dense.iloc[0] - sparse)
-    outcome, mean, low, high = settle(falls[0] - falls[1])
-    means = [number(worst, float(fall.to_numpy().mean())) for fall in falls]
-    said = f"the worst class loses {means[0]}, all together {means[1]}, {gap(worst, mean, low, high)}"
-    return Finding(outcome, [Part(outcome, said, falls[0].shape[1])])
+    extra = e.cells(worst) - e.cells("test_accuracy")  # how far the worst class lies below all
+    rounds = standing(extra, methods)
+    names = "dense", listed(methods)
+    return _of(difference(worst, names, mean_of(extra, ["dense"], [0]), mean_of(extra, methods, rounds)))
 
 
 # --- rules of several studies ------------------------------------------------------------------------------------
 
 
-def _lost_accuracy(e: Evidence, methods: Sequence[str]) -> pd.DataFrame:
-    """Return which share of the distance to guessing is lost, rounds x seeds."""
-    sparse, dense = e.of("test_accuracy", methods), e.of("test_accuracy", ["dense"])
-    if sparse.empty or dense.empty:
-        return pd.DataFrame()
-    return (dense.iloc[0] - sparse) / (dense.iloc[0] - 1 / e.n_classes)
+def _mean(e: Evidence, metric: str, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
+    return mean_of(e.cells(metric), methods, rounds)
 
 
-def _shared(pair: Sequence[Evidence], metric: str) -> list[str]:
+def _lost(e: Evidence, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
+    """Return which share of the distance from dense accuracy to guessing is lost."""
+    dense, sparse = (_mean(e, "test_accuracy", m, rounds) for m in (["dense"], methods))
+    if dense is None or sparse is None:
+        return None
+    return (dense - sparse) * (1 / (dense.value - 1 / e.n_classes))
+
+
+def _shared(pair: Sequence[Evidence], metric: str) -> tuple[list[str], list[int]]:
+    """Return the methods that two studies share, and the rounds at which these stand in both."""
     theirs = _sparse(pair[1], metric)
-    return [name for name in _sparse(pair[0], metric) if name in theirs]
+    methods = [name for name in _sparse(pair[0], metric) if name in theirs]
+    rounds = [set(standing(e.cells(metric), methods)) for e in pair]
+    return methods, sorted(set.intersection(*rounds))
 
 
-def _between(metric: str, pair: Sequence[Evidence], what: str, values: Sequence[pd.DataFrame], sign: int) -> Part:
-    """Ask whether sign x (the second study's values) is above sign x (the first's); seeds of two studies are paired."""
-    if any(value.empty for value in values):
-        return Part(UNMEASURED, what)
-    outcome, mean, low, high = settle(sign * (values[1] - values[0]))
-    if math.isnan(mean):
-        return Part(UNMEASURED, what)
-    means = [number(metric, float(value.to_numpy().mean())) for value in values]
-    said = f"{what}: {means[0]} ({pair[0].label}), {means[1]} ({pair[1].label}), {gap(metric, mean, low, high)}"
-    return Part(outcome, said, len(values[0].columns.intersection(values[1].columns)))
+def _labels(pair: Sequence[Evidence], methods: Sequence[str]) -> list[str]:
+    return [f"{listed(methods)} ({e.label})" for e in pair]
 
 
 def wide_withstand(pair: Sequence[Evidence]) -> Finding:
     """Corruption adds less to the error of the widest networks than to that of the narrowest."""
     metric = "relative_corruption_error"
-    methods = ["dense"], _shared(pair, metric)
-    return _of(*(_between(metric, pair, _what(metric, m), [e.of(metric, m) for e in pair], -1) for m in methods))
-
-
-def _what(metric: str, methods: Sequence[str]) -> str:
-    return f"{titled(metric)} of {listed(methods)}"
+    methods, rounds = _shared(pair, metric)
+    pair = pair[::-1]
+    return _of(
+        *(
+            difference(metric, _labels(pair, m), *(_mean(e, metric, m, rounds) for e in pair))
+            for m in (["dense"], methods)
+        )
+    )
 
 
 def wide_win(pair: Sequence[Evidence]) -> Finding:
     """The widest networks tell foreign images better, and lose less accuracy at the same sparsity."""
-    metric, methods = "ood_auroc", _shared(pair, "ood_auroc")
-    foreign = _between(metric, pair, _what(metric, methods), [e.of(metric, methods) for e in pair], 1)
-    lost = [_lost_accuracy(e, _shared(pair, "test_accuracy")) for e in pair]
-    return _of(foreign, _between("test_accuracy", pair, "share of the distance to guessing that is lost", lost, -1))
+    methods, rounds = _shared(pair, "ood_auroc")
+    pair = pair[::-1]
+    names = _labels(pair, methods)
+    foreign = difference("ood_auroc", names, *(_mean(e, "ood_auroc", methods, rounds) for e in pair))
+    return _of(foreign, _lost_part(pair, *_shared(pair, "test_accuracy"), -1))
 
 
 def many_harder(pair: Sequence[Evidence]) -> Finding:
     """With most classes a larger share of the distance to guessing is lost than with fewest."""
-    lost = [_lost_accuracy(e, _shared(pair, "test_accuracy")) for e in pair]
-    return _of(_between("test_accuracy", pair, "share of the distance to guessing that is lost", lost, 1))
+    return _of(_lost_part(pair[::-1], *_shared(pair, "test_accuracy"), 1))
+
+
+def _lost_part(pair: Sequence[Evidence], methods: Sequence[str], rounds: Sequence[int], sign: int) -> Part:
+    part = difference("test_accuracy", _labels(pair, methods), *(_lost(e, methods, rounds) for e in pair), sign)
+    title = "Share of the distance to guessing that is lost"
+    return Part(part.outcome, part.said.replace(titled("test_accuracy"), title, 1), part.seeds)
