@@ -22,10 +22,10 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
     found = judged(studies)
     files: dict[str, str | bytes] = {"claims-table.md": table(studies, found)}
     parts = [files["claims-table.md"]]
-    tables = {e.label: e.judged for e in studies}
     for claim in CLAIMS:
         name = f"claim-{claim.name}.svg"
-        picture = claim_figure(claim, tables)
+        measured = [e for e in studies if found[claim.name][e.label].outcome != UNMEASURED]
+        picture = claim_figure(claim, {e.label: e.judged for e in measured})
         if picture is not None:
             drawn = io.BytesIO()
             picture.savefig(drawn, format="svg", bbox_inches="tight")
@@ -63,14 +63,10 @@ def _section(claim: Claim, found: Mapping[str, Finding], picture: str) -> str:
         names = "; ".join(map(_plain, unmeasured))
         parts.append(f"**{names}: {MARKS[UNMEASURED]} {UNMEASURED}.** The rule needs {claim.needs}.")
     if picture:
-        drawn = ", ".join(dict.fromkeys(_title(name) for name in claim.figure))
-        caption = f"{drawn} against sparsity; the mean where there are several shifts ([](#how-to-read))."
+        drawn = "; ".join(METRICS[name].title for name in claim.figure if name in METRICS)
+        caption = f"Against sparsity: {drawn}. Several shifts are averaged ([](#how-to-read))."
         parts.append(f"```{{figure}} /_generated/{picture}\n:width: 100%\n{caption}\n```")
     return "\n\n".join(parts)
-
-
-def _title(metric: str) -> str:
-    return METRICS[metric].title if metric in METRICS else metric
 
 
 def _plain(text: str) -> str:

@@ -51,7 +51,9 @@ class Evidence:
 
     @cached_property
     def judged(self) -> pd.DataFrame:
-        """The outcome of every metric (`lthlib.results.verdict.judge`)."""
+        """The outcome of every metric (`lthlib.results.verdict.judge`); no lines where there is no dense network."""
+        if "dense" not in set(self.rows["method"]) or set(self.rows["method"]) == {"dense"}:
+            return pd.DataFrame(columns=[*verdict.KEYS, "sparsity", "dense", "outcome"])
         return verdict.judge(self.rows, self.replicates, self.n_classes, self.thresholds)
 
     @cached_property
@@ -140,17 +142,13 @@ def mean_of(cells: pd.DataFrame, methods: Sequence[str], rounds: Sequence[int]) 
     chosen = cells[cells.index.isin(pd.MultiIndex.from_product([methods, rounds]))].dropna(axis=1)
     if chosen.empty or not len(methods) or len(chosen) < len(methods) * len(rounds):
         return None
-    # Of dense there is one network a seed: its variance is taken for that of any single one.
-    sparse = cells[cells.index.get_level_values("round") > 0]
-    groups = [line for _, line in sparse[sparse.index.isin(rounds, level="round")].groupby(level="method")]
-    if rounds == [0]:
-        groups = [line for _, line in cells.groupby(level="method")]
-        variances = [float(line.var(axis=1, ddof=1).mean()) for line in groups]
+    if rounds == [0]:  # of dense there is one network a seed: its variance is taken for that of any single one
+        variances = cells.var(axis=1).groupby(level="method").mean()
     else:
-        variances = [float(line.dropna(axis=1).mean().var(ddof=1)) / len(methods) for line in groups]
-    variances = [v for v in variances if not math.isnan(v)]
-    df = len(variances) * (chosen.shape[1] - 1)
-    return Mean(chosen.mean(), float(np.mean(variances)) if variances else 0.0, df)
+        mine = cells[cells.index.isin(rounds, level="round")]
+        variances = mine.groupby(level="method").mean().var(axis=1) / len(methods)
+    df = int(variances.count()) * (chosen.shape[1] - 1)
+    return Mean(chosen.mean(), float(variances.mean()), df)
 
 
 def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:

@@ -101,6 +101,8 @@ def hurt_by_corruption(e: Evidence) -> Finding:
 
 def harder_to_calibrate(e: Evidence) -> Finding:
     """More of calibration is lost for certain than of generalization may be lost at most."""
+    if e.judged.empty:
+        return Finding(UNMEASURED)
     judged = e.judged[e.judged["metric"].map(lambda name: METRICS[name].in_verdict)]
     judged = judged[~judged["outcome"].isin(["", verdict.COLLAPSED])]
     judged = judged.drop_duplicates(["method", "round", "metric", "shift", "severity"])
@@ -211,7 +213,7 @@ def _relative(e: Evidence, first: Sequence[str], second: Sequence[str]) -> str:
 def passes(e: Evidence) -> Finding:
     """Some ticket between 20 % and 99.08 % keeps every metric of all four dimensions."""
     voting = {METRICS[name].dimension for name in set(e.rows["metric"]) - {"test_accuracy"} if METRICS[name].in_verdict}
-    if len(voting) < 4:
+    if len(voting) < 4 or e.judged.empty:
         return Finding(UNMEASURED)
     found = verdict.lth_pass(e.judged)
     found = found[found["sparsity"].between(0.19, 0.9909)]
