@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 
 from lthlib import figures
 from lthlib.book import cost, reproducibility
+from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
 from lthlib.core import machine
 from lthlib.core.store import ROOT, Store, write_atomically
 from lthlib.pruning import METHODS
 from lthlib.results import verdict
+from lthlib.results.claims_parts import Evidence
 from lthlib.results.collect import rows_of
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import RESULTS, read_records, recorded_json
@@ -40,10 +42,12 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         if page.missing:
             write_atomically(ROOT / "book" / page.file, _stub(page, grid_file))
     figures.use_style()
-    answers = [_answer(grid, study, _measured(grid, study, store, undone), undone) for study in grid.studies]
+    studies = [(grid, study, _evidence(grid, study, _measured(grid, study, store, undone))) for study in grid.studies]
     for other in recorded_grids(grid.name):
-        answers += [_answer(other, study, _recorded(other, study)) for study in other.studies]
+        studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
+    answers = [_answer(of, study, evidence, undone if of is grid else ()) for of, study, evidence in studies]
     pages = {
+        **claims_pages([evidence for _, _, evidence in studies if not evidence.judged.empty]),
         "power.md": _power(),
         "answer.md": "\n\n".join(answers),
         "status.md": _status(plans),
@@ -53,7 +57,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         "_toc.yml": _contents(plans, ROOT / "book" / "contents.yml"),
     }
     for name, text in pages.items():
-        write_atomically(GENERATED / name, text.rstrip("\n") + "\n")
+        write_atomically(GENERATED / name, text if isinstance(text, bytes) else text.rstrip("\n") + "\n")
 
 
 def _power() -> str:
@@ -102,21 +106,31 @@ def _recorded(grid: Grid, study: Study) -> dict[str, list[Evaluation]]:
     return found
 
 
-def _answer(grid: Grid, study: Study, found: dict[str, list[Evaluation]], undone: Sequence[Job] = ()) -> str:
+def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> Evidence:
+    """Return what a study has to say: its rows, replicates and thresholds."""
+    every = [e for some in found.values() for e in some]
+    replicates: dict[str, dict] = {e.ticket.id: {} for e in every}
+    for e in every:
+        replicates[e.ticket.id].update(e.arrays)
+    title = grid.title if len(grid.studies) == 1 else f"{grid.title}: {study_name(study)}"
+    return Evidence(
+        title,
+        pd.concat([rows_of(some, dimension) for dimension, some in found.items()], ignore_index=True),
+        every[0].provenance["n_classes"] if every else 2,
+        replicates,
+        verdict.thresholds_from(grid.thresholds),
+    )
+
+
+def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job]) -> str:
     """Return the answer of one study as Markdown; its pictures are written beside it."""
     parts = [f"## {escaped(grid.title)}"]
     if undone:
         names = ", ".join(job.name for job in undone)
         parts.append(f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```")
-    rows = pd.concat([rows_of(some, dimension) for dimension, some in found.items()], ignore_index=True)
-    if set(rows["method"]) <= {"dense"}:  # of an unfinished grid
+    rows, judged = evidence.rows, evidence.judged
+    if judged.empty:  # of an unfinished grid
         return "\n\n".join(parts)
-    n_classes = next(iter(found.values()))[0].provenance["n_classes"]
-    replicates: dict[str, dict] = {}
-    for some in found.values():
-        for e in some:
-            replicates.setdefault(e.ticket.id, {}).update(e.arrays)
-    judged = verdict.judge(rows, replicates, n_classes, verdict.thresholds_from(grid.thresholds))
     passes, name = verdict.lth_pass(judged), f"{grid.name}-{study_name(study)}"
     caption = (
         "How far each method is shown to keep each metric: the highest sparsity (in percent) without a break, – for "

@@ -31,6 +31,7 @@ from lthlib.book.plan import (
     stamp,
     stamped,
     tickets_of,
+    vocabulary,
 )
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
@@ -128,7 +129,16 @@ def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
         *(ROOT / name for name in PAPER),
     ]
     texts = [path.read_text() for path in files]
-    return digest([repr(grid), *texts, *(page_made_from(page, made) for page in every_page(grid)), *made.values()])
+    return digest(
+        [
+            repr(grid),
+            code_version(front.__name__),
+            vocabulary(),
+            *texts,
+            *(page_made_from(page, made) for page in every_page(grid)),
+            *made.values(),
+        ]
+    )
 
 
 # --- the book ----------------------------------------------------------------------------------------------------

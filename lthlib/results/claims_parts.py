@@ -1,0 +1,262 @@
+"""The parts that rules of claims are made of: what a study holds, means over its networks, and what differences decide.
+
+Means are over methods and over the rounds at which all networks compared stand (have not collapsed). How much another
+training would change such a mean is estimated from all methods of the study at these rounds, each as one estimate with
+seeds - 1 degrees of freedom: the rounds of one method may go together. A difference is told where the 95 % interval of
+Student's t excludes zero and every seed has the same sign. It is about other trainings, on these images.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from lthlib.metrics import METRICS
+from lthlib.pruning import METHODS
+from lthlib.results import verdict
+
+HOLDS, FAILS, CANNOT, UNMEASURED = "holds", "fails", "cannot be told", "not measured"
+LEVEL = 0.05  # the probability, at most about, that a difference of nothing is called one, by convention
+MODERATE = 0.9  # "matches" is asked up to this sparsity: the paper compares at 67 %, at the far end everything loses
+PI = ("snip", "grasp", "synflow")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a study has to say on a claim.
+
+    Attributes:
+        label: What a reader sees.
+        rows: Tidy rows of all its dimensions, with ``round``.
+        n_classes: Number of classes.
+        replicates: By ticket, arrays as `lthlib.results.verdict.judge` takes them.
+        thresholds: Of the verdict.
+        width: How wide its networks are beside others of their family; by default the end of the architecture's name
+            (``resnet20s-x2``), else 1.
+    """
+
+    label: str
+    rows: pd.DataFrame = field(repr=False)
+    n_classes: int
+    replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
+    thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
+    width: float | None = None
+
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        """The outcome of every metric (`lthlib.results.verdict.judge`); no lines where there is no dense network."""
+        if "dense" not in set(self.rows["method"]) or set(self.rows["method"]) == {"dense"}:
+            return pd.DataFrame(columns=[*verdict.KEYS, "sparsity", "dense", "outcome"])
+        return verdict.judge(self.rows, self.replicates, self.n_classes, self.thresholds)
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """Each metric's mean over shifts and severities, (metric, method, round) x seeds, of what has not collapsed.
+
+        Those of flatness, which span orders of magnitude, are logarithms.
+        """
+        rows = self.rows.drop_duplicates(["method", "round", "seed", "metric", "shift", "severity"])
+        values = rows.groupby(["metric", "method", "round", "seed"])["value"].mean().unstack("seed")
+        log = [name in METRICS and is_log(name) for name in values.index.get_level_values("metric")]
+        values[log] = np.log(values[log].where(values[log] > 0))
+        if "test_accuracy" not in values.index or "dense" not in values.loc["test_accuracy"].index:
+            return values
+        accuracy = values.loc["test_accuracy"].mean(axis=1)
+        dense = accuracy.loc["dense"].iloc[0]
+        gone = accuracy.index[dense - accuracy > self.thresholds.collapse * (dense - 1 / self.n_classes)]
+        return values[~values.index.droplevel("metric").isin(gone)]
+
+    def cells(self, metric: str) -> pd.DataFrame:
+        """Return a metric's values, (method, round) x seeds; empty where it was not measured."""
+        there = metric in self.values.index.get_level_values("metric")
+        return self.values.loc[metric] if there else self.values.iloc[:0].droplevel("metric")
+
+    def measured(self, methods: Iterable[str], metric: str = "test_accuracy") -> list[str]:
+        """Return those of some methods of which a metric was measured, standing or not."""
+        there = set(self.rows.loc[self.rows["metric"] == metric, "method"])
+        return [name for name in methods if name in there]
+
+    @property
+    def family(self) -> str:
+        """The architecture without its width."""
+        return self._named[0]
+
+    @property
+    def wide(self) -> float:
+        """The width, see `width`."""
+        return self._named[1] if self.width is None else self.width
+
+    @property
+    def _named(self) -> tuple[str, float]:
+        arch = str(self.rows["arch"].iloc[0])
+        found = re.fullmatch(r"(.+?)[-_]?(?:x|w|width)(\d+(?:\.\d+)?)", arch)
+        return (found[1], float(found[2])) if found else (arch, 1.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a rule looked at: what it says of the claim, and the numbers that decided it."""
+
+    outcome: str
+    said: str
+    seeds: int = 0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean by seed, the variance over trainings of one seed's, and the degrees of freedom behind that."""
+
+    each: pd.Series
+    variance: float
+    df: int
+
+    @property
+    def value(self) -> float:
+        """The mean over seeds."""
+        return float(self.each.mean())
+
+    def __sub__(self, other: Mean) -> Mean:
+        return Mean((self.each - other.each).dropna(), self.variance + other.variance, min(self.df, other.df))
+
+    def __mul__(self, factor: float) -> Mean:
+        return Mean(factor * self.each, factor**2 * self.variance, self.df)
+
+
+def standing(cells: pd.DataFrame, *groups: Sequence[str]) -> list[int]:
+    """Return the rounds at which all methods of some groups stand; the dense network's is 0, and asked of nobody."""
+    rounds = [set(cells.loc[[m]].index.get_level_values("round")) for g in groups for m in g if m in cells.index]
+    others = [r for r in rounds if r != {0}]
+    return sorted(set.intersection(*others)) if others else []
+
+
+def mean_of(cells: pd.DataFrame, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
+    """Return the mean of cells over methods and rounds; of dense, over seeds alone; None where there is nothing."""
+    rounds = [0] if list(methods) == ["dense"] else rounds
+    chosen = cells[cells.index.isin(pd.MultiIndex.from_product([methods, rounds]))].dropna(axis=1)
+    if chosen.empty or not len(methods) or len(chosen) < len(methods) * len(rounds):
+        return None
+    if rounds == [0]:  # of dense there is one network a seed: its variance is taken for that of any single one
+        variances = cells.var(axis=1).groupby(level="method").mean()
+    else:
+        mine = cells[cells.index.isin(rounds, level="round")]
+        variances = mine.groupby(level="method").mean().var(axis=1) / len(methods)
+    df = int(variances.count()) * (chosen.shape[1] - 1)
+    return Mean(chosen.mean(), float(variances.mean()), df)
+
+
+def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:
+    """Say whether a difference is above zero (holds), below (fails), or cannot be told from it.
+
+    Args:
+        d: The difference.
+        tests: Number of such tests of which the best is looked for (Bonferroni).
+
+    Returns:
+        The outcome, and the bounds of the interval (NaN for one seed).
+    """
+    if d.each.empty:
+        return UNMEASURED, math.nan, math.nan
+    if d.df < 1 or len(d.each) < 2:
+        return CANNOT, math.nan, math.nan
+    reach = float(student.isf(LEVEL / tests / 2, d.df)) * math.sqrt(d.variance / len(d.each))
+    low, high = d.value - reach, d.value + reach
+    outcome = HOLDS if low > 0 and (d.each > 0).all() else FAILS if high < 0 and (d.each < 0).all() else CANNOT
+    return outcome, low, high
+
+
+def difference(metric: str, names: Sequence[str], a: Mean | None, b: Mean | None, sign: int = 0) -> Part:
+    """Ask whether ``a`` is better than ``b`` in a metric.
+
+    Args:
+        metric: In whose direction and unit.
+        names: What ``a`` and ``b`` are.
+        a, b: The means; None where not measured.
+        sign: 1 where more is asked for, -1 where less is; the metric's own by default.
+    """
+    if a is None or b is None or (a - b).each.empty:
+        return Part(UNMEASURED, f"{titled(metric)} of {names[0]} and {names[1]}")
+    d = (a - b) * (sign or (1 if METRICS[metric].higher_is_better else -1))
+    outcome, low, high = settle(d)
+    said = f"{titled(metric)}: {names[0]} {number(metric, a.value)}, {names[1]} {number(metric, b.value)}, "
+    return Part(outcome, said + gap(metric, d.value, low, high), len(d.each))
+
+
+def ahead(e: Evidence, metric: str, first: Sequence[str], second: Sequence[str]) -> Part:
+    """Ask whether some methods are better in a metric than others, at the rounds where all of them stand."""
+    groups = [e.measured(methods, metric) for methods in (first, second)]
+    names = [listed(group or given) for group, given in zip(groups, (first, second), strict=True)]
+    cells = e.cells(metric)
+    rounds = standing(cells, *groups)
+    return difference(metric, names, *(mean_of(cells, group, rounds) for group in groups))
+
+
+def gap(metric: str, mean: float, low: float, high: float) -> str:
+    """Return how far one side is ahead or behind, in the metric's own direction, with the interval."""
+    way, sign = ("behind", -1) if mean < 0 else ("ahead", 1)
+    bounds = sorted([sign * low, sign * high])
+    interval = "one seed" if math.isnan(low) else f"{number(metric, bounds[0])} to {number(metric, bounds[1])}"
+    return f"{way} by {'a factor of ' * is_log(metric)}{number(metric, sign * mean)} ({interval})"
+
+
+def keeps(e: Evidence, methods: Sequence[str], metrics: Sequence[str]) -> Part:
+    """Ask whether methods keep metrics at moderate sparsities, by the verdict of the whole book."""
+    judged = e.judged
+    chosen = judged["method"].isin(methods) & judged["metric"].isin(metrics) & (judged["sparsity"] <= MODERATE)
+    lines = judged[chosen & judged["dense"].notna()].drop_duplicates(["method", "round", "metric", "shift", "severity"])
+    lacking = [m for m in methods if m not in set(lines["method"])] or [
+        m for m in metrics if m not in {*lines["metric"]}
+    ]
+    if lacking:
+        return Part(UNMEASURED, f"{listed(methods)} in {len(metrics)} metrics up to {100 * MODERATE:g} %")
+    count = lines["outcome"].value_counts()
+    lost = lines[lines["outcome"].isin([verdict.LOST, verdict.COLLAPSED])]
+    kept, still = count.get(verdict.KEPT, 0), count.get(verdict.NOT_SHOWN, 0)
+    what = ", ".join(METRICS[name].title for name in dict.fromkeys(lost["metric"]))
+    said = f"{listed(methods)} up to {100 * lines['sparsity'].max():.1f} %: {kept} kept, {len(lost)} lost"
+    said += f" ({what})" * bool(what) + f", {still} not shown"
+    return Part(FAILS if len(lost) else CANNOT if still else HOLDS, said)
+
+
+def all_of(parts: Sequence[Part]) -> str:
+    """Return the outcome of a claim that needs all of its parts."""
+    outcomes = {part.outcome for part in parts}
+    return next((o for o in (UNMEASURED, FAILS, CANNOT) if o in outcomes), HOLDS)
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+def listed(methods: Sequence[str]) -> str:
+    """Return methods as readers know them: A, B and C."""
+    titles = [METHODS[name].title if name != "dense" else "dense" for name in methods]
+    return " and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]]))
+
+
+def titled(metric: str) -> str:
+    """Return a metric's title and direction."""
+    entry = METRICS[metric]
+    return f"{entry.title} {entry.arrow}".strip()
+
+
+def is_log(metric: str) -> bool:
+    """Say whether a metric's values are compared by their ratio."""
+    return METRICS[metric].dimension == "flatness"
+
+
+def number(metric: str, value: float) -> str:
+    """Return a value of `Evidence.values` as readers see it: fractions in percent."""
+    value = math.exp(value) if is_log(metric) else value
+    return f"{100 * value:.2f} %" if METRICS[metric].unit == "fraction" else f"{value:.3g}"
+
+
+def percent(e: Evidence, method: str, round: int) -> str:
+    """Return the sparsity of a method at a round, in percent."""
+    which = (e.rows["method"] == method) & (e.rows["round"] == round)
+    return f"{100 * e.rows.loc[which, 'sparsity'].mean():.1f} %"
