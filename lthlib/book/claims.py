@@ -18,10 +18,14 @@ LEGEND = ", ".join(f"{mark} {outcome}" for outcome, mark in MARKS.items())
 
 
 def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
-    """Return the files of the chapter's generated part by name: ``claims.md``, ``claims-table.md``, pictures (SVG)."""
+    """Return the files that the chapter includes, by name: ``claims-table.md``, ``claims.md`` and pictures (SVG).
+
+    Args:
+        studies: In the order of the table; each with a label of its own.
+    """
     found = judged(studies)
     files: dict[str, str | bytes] = {"claims-table.md": table(studies, found)}
-    parts = [files["claims-table.md"]]
+    parts = []
     for claim in CLAIMS:
         name = f"claim-{claim.name}.svg"
         measured = [e for e in studies if found[claim.name][e.label].outcome != UNMEASURED]

@@ -225,9 +225,9 @@ def passes(e: Evidence) -> Finding:
 
 
 def beats_small(e: Evidence) -> Finding:
-    """LTH is ahead of small dense in some metric of the paper and behind in none."""
+    """LTH is ahead of small dense in some metric of the paper and behind in none, corrected for their number."""
     votes = [name for name in dict.fromkeys(e.rows["metric"]) if METRICS[name].in_verdict]
-    parts = [ahead(e, name, ["lth"], ["small-dense"]) for name in votes]
+    parts = [ahead(e, name, ["lth"], ["small-dense"], len(votes)) for name in votes]
     parts = [part for part in parts if part.outcome != UNMEASURED]
     if not parts:
         return Finding(UNMEASURED)
