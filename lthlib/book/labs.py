@@ -52,6 +52,8 @@ def make_labs(workers: int) -> dict[str, str]:
     todo = [name for name in logs if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
     for name in logs.keys() - set(todo):
         logs[name].unlink(missing_ok=True)
+    if todo:
+        import torch._dynamo  # noqa: F401  # what the first optimizer loads, for seconds: the forks have it at once
     in_forks(((logs[name], functools.partial(_run, name)) for name in todo), workers)
     lost = {name: log.read_text(errors="replace").strip() for name, log in logs.items() if log.exists()}
     for name in logs:
