@@ -32,6 +32,8 @@ def decidable_table(page: pages.Page) -> HTML:
     this page: the interval of a network that equals its parent in truth would reach across the tolerance.
     """
     judged = page.judged[page.judged["outcome"].isin([verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN])]
+    if judged.empty:
+        return HTML("<p>Every ticket has collapsed to chance: there is nothing to decide.</p>")
     lines = []
     for metric, shift in figures.voting(judged):
         of = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]

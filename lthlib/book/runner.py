@@ -27,6 +27,7 @@ import papermill
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib import pyplot
 from matplotlib_inline.config import InlineBackend
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
@@ -122,6 +123,7 @@ class _InProcess(Engine):
         shell = _Shell(user_ns={"__name__": "__main__"})
         InlineBackend.clear_instance()  # one that served another shell would not tell this one how to draw
         shell.enable_matplotlib("inline")
+        pyplot.close("all")  # a figure that this process had open would take the page's lines, and is not shown
         for index, cell in enumerate(nb_man.nb.cells):
             nb_man.cell_start(cell, index)
             if cell.cell_type == "code":

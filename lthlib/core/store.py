@@ -217,9 +217,10 @@ class Store:
 
     def tidy(self) -> None:
         """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
-        for left in (self.root / "tmp").glob("*"):
-            with contextlib.suppress(OSError, Timeout), FileLock(self._lock_file(left.name), timeout=0):
-                shutil.rmtree(left)
+        with self._guard():
+            for left in (self.root / "tmp").glob("*"):
+                with contextlib.suppress(OSError, Timeout), FileLock(self._lock_file(left.name), timeout=0):
+                    shutil.rmtree(left)
 
     def _lock_file(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
