@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,9 +27,9 @@ MOST_ROWS = 8  # of the gallery
 
 def cases(page: pages.Page, round: int) -> dict[tuple[str, int], str]:
     """Return what a page compares, and a title for each: every method at a round, or every round of its method."""
-    if page.is_comparison:
-        return {(method, round): METHODS[method].title for method in page.study.methods}
-    return {(page.study.methods[0], n): f"{100 * sparsity_of(n):.1f} %" for n in page.study.rounds}
+    rounds = [round] if page.is_comparison else page.study.rounds
+    found = itertools.product(page.study.methods, rounds)
+    return {(method, n): f"{METHODS[method].title}, {100 * sparsity_of(n):.1f} %" for method, n in found}
 
 
 def by_class(page: pages.Page, round: int) -> None:

@@ -47,14 +47,16 @@ def exemplar_gallery(rows: Mapping[str, tuple[np.ndarray, pd.DataFrame]]) -> Fig
     Args:
         rows: By title, uint8 images (n, h, w, channels) and the lines of `lthlib.results.classes.odd_ones` about them.
     """
-    figure, axes = plt.subplots(
-        len(rows), IN_A_ROW, figsize=(WIDTH, 1.75 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for line, (title, (images, odd)) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.axis("off")
-        line[0].text(-0.1, 0.5, title, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
-        for axis, image, of in zip(line, images, odd.itertuples(), strict=False):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title(f"{of.true}\n{of.dense} → {of.sparse}", fontsize=7)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(WIDTH, 1.75 * len(rows)), squeeze=False, layout="constrained")
+    for axis, (title, (images, odd)) in zip(axes.flat, rows.items(), strict=True):
+        _, height, width, channels = images.shape
+        step = width + max(1, width // 10)
+        strip = np.full((height, IN_A_ROW * step, channels), 255, np.uint8)  # one axis a row: many would be slow
+        for at, image, of in zip(range(0, len(strip[0]), step), images, odd.itertuples(), strict=False):
+            strip[:, at : at + width] = image
+            said = f"{of.true}\n{of.dense} → {of.sparse}"
+            axis.text(at + width / 2, -0.05 * height, said, ha="center", va="bottom", fontsize=7)
+        axis.imshow(strip.squeeze(-1) if channels == 1 else strip, cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        axis.set_ylabel(title, fontsize=8)
     return figure
