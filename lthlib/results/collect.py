@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
 from lthlib.metrics import Value
+from lthlib.results.classes import churn
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import read_records
 from lthlib.tickets.study import Study
@@ -110,8 +111,11 @@ def collect(
 
 
 def rows_of(evaluations: Iterable[Evaluation], dimension: str) -> pd.DataFrame:
-    """Return the tidy table of some evaluations: one line a number."""
-    return table_of([(e.ticket, e.info["sparsity"], e.values) for e in evaluations], dimension)
+    """Return the tidy table of a study's evaluations: one line a number, those of pairs of networks among them."""
+    found = list(evaluations)
+    pairs = churn((e.ticket, e.arrays) for e in found)
+    also = {ticket: [value] for ticket, value in pairs.items()}
+    return table_of([(e.ticket, e.info["sparsity"], [*e.values, *also.get(e.ticket.id, [])]) for e in found], dimension)
 
 
 def table_of(found: Iterable[tuple[Ticket, float, Sequence[Value]]], dimension: str) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from lthlib.data import corruptions, ood_classes, source
 from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
 from lthlib.metrics.generalization.attacks import adversarial_logits, logits_of, pgd
+from lthlib.metrics.generalization.classes import kept_answers
 from lthlib.metrics.generalization.corruption import (
     COMMON_CORRUPTIONS,
     corruption_error,
@@ -77,13 +78,14 @@ def measure(
 
     Returns:
         Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates; of the dense
-        network ``gallery``, a test image under every corruption at the severities 1, 3 and 5; for the verdict
+        network ``gallery``, a test image under every corruption at the severities 1, 3 and 5; the answers of
+        `lthlib.metrics.generalization.classes.kept_answers`; for the verdict
         replicates of the metrics on resampled images (`lthlib.metrics.resampling`).
     """
     labels, known = subject.labels("test", n_test).numpy(), subject.logits("test", n_test)
     numbers = computed(measured_on_test("generalization"), known, labels)
     values = [Value(name, value, len(labels)) for name, value in numbers.items()]
-    arrays = kept_accuracy(known, labels)
+    arrays = kept_accuracy(known, labels) | kept_answers(known, labels, subject.data.classes)
     for name in _ood_sets(subject, ood):
         pair = _among(ood_classes(name, subject.data), subject, labels, known, subject.logits(f"ood:{name}", n_ood))
         found = {m: Value(m, value, sum(map(len, pair)), name) for m, value in detection(*pair).items()}
