@@ -315,7 +315,7 @@ def test_fused_attention_is_named_and_can_be_differentiated_twice(batch):
     with sdpa_kernel(SDPBackend.MATH):
         hessian, _, _ = brute_hessian(model, *batch)
     found = hessian_trace(model, *batch, probes=150)
-    assert "logits bend behind embed" in found.reason
+    assert "logits bend behind attend" in found.reason
     assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
     assert top(model, *batch).top == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-4)
 
@@ -327,14 +327,29 @@ def test_an_operation_without_a_second_derivative_is_explained(batch):
             measured(model, *batch)
 
 
-def test_tied_weights_and_foreign_parameters_are_named(batch):
+def test_tied_weights_are_named(batch):
     shared = nn.Conv2d(4, 4, 3, padding=1)
     tied = make(act=lambda x: F.relu(shared(F.relu(shared(x)))))
     tied.shared = shared.double()
-    assert "tied weights: shared.weight" in hessian_trace(tied, *batch, probes=2).reason
-    foreign = make(first=Scaled(2, 4, 3, padding=1))
-    with pytest.raises(UserError, match=r"conv1\.weight \(of Scaled\)"):
-        exact_trace(foreign, *batch)
+    assert "logits bend behind shared" in hessian_trace(tied, *batch, probes=2).reason
+
+
+def assert_exact(model, batch):
+    found = exact_trace(model, *batch)
+    assert found.total == pytest.approx(float(brute_hessian(model, *batch)[0].trace()), rel=1e-10)
+
+
+def test_a_layer_that_scales_its_own_weight_is_exact_too(batch):
+    assert_exact(make(first=Scaled(2, 4, 3, padding=1)), batch)
+
+
+def test_a_forward_pass_that_asks_for_values_is_estimated_and_says_why(batch):
+    model = Layers(lambda m, x: m.fc(m.conv(x).relu().flatten(1)) * (1.0 if x.sum() > 0 else 2.0))
+    found = hessian_trace(model, *batch, probes=60)
+    assert "torch.func cannot follow" in found.reason
+    assert abs(found.total - float(brute_hessian(model, *batch)[0].trace())) < 4 * found.standard_error
+    with pytest.raises(UserError, match="cannot follow its forward pass"):
+        exact_trace(model, *batch)
 
 
 class Layers(nn.Module):
@@ -355,19 +370,28 @@ class Layers(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("forward", "missed"),
+    "forward",
     [
-        (lambda m, x: F.linear(m.conv(x).relu().flatten(1), m.fc.weight, m.fc.bias), "fc.weight"),
-        (lambda m, x: m.fc(F.conv2d(x, m.conv.weight, m.conv.bias).relu().flatten(1)), "conv.weight"),
-        (lambda m, x: m.fc.forward(m.conv.forward(x).relu().flatten(1)), "conv.weight"),
-        (lambda m, x: m.fc((m.conv(x).relu() * m.fc.weight.sum()).flatten(1)), "fc.weight"),
-        (lambda m, x: m.fc(m.conv(x).relu().flatten(1)) + m.fc(x.new_ones(1, 48)), "fc.weight"),
-        (lambda m, x: m.fc(F.conv2d(x, m.conv.weight * m.conv.weight.abs()).relu().flatten(1)), "conv.weight"),
+        lambda m, x: F.linear(m.conv(x).relu().flatten(1), m.fc.weight, m.fc.bias),
+        lambda m, x: m.fc(F.conv2d(x, m.conv.weight, m.conv.bias).relu().flatten(1)),
+        lambda m, x: m.fc.forward(m.conv.forward(x).relu().flatten(1)),
+        lambda m, x: m.fc(m.conv(x).relu().flatten(1)) + m.fc(x.new_ones(1, 48)),
     ],
 )
-def test_weights_used_without_a_call_of_their_module_are_named_and_estimated(batch, forward, missed):
+def test_weights_used_without_a_call_of_their_module_are_exact_too(batch, forward):
+    assert_exact(Layers(forward), batch)
+
+
+@pytest.mark.parametrize(
+    ("forward", "curved"),
+    [
+        (lambda m, x: m.fc((m.conv(x).relu() * m.fc.weight.sum()).flatten(1)), "fc"),
+        (lambda m, x: m.fc(F.conv2d(x, m.conv.weight * m.conv.weight.abs()).relu().flatten(1)), "conv"),
+    ],
+)
+def test_weights_that_logits_are_not_affine_in_are_named_and_estimated(batch, forward, curved):
     model = Layers(forward)
-    with pytest.raises(UserError, match=f"no rule for the gradients of {missed}"):
+    with pytest.raises(UserError, match=f"logits bend behind {curved}"):
         exact_trace(model, *batch)
     hessian, _, _ = brute_hessian(model, *batch)
     found = hessian_trace(model, *batch, probes=60)
@@ -382,7 +406,7 @@ def test_a_layer_that_is_never_used_has_no_trace_and_is_no_obstacle(batch):
     assert found.total == pytest.approx(float(hessian.trace()), rel=1e-11)
 
 
-def test_layers_that_fold_something_into_the_batch_are_named(batch):
+def test_layers_that_fold_something_into_the_batch_are_exact_too(batch):
     class Patches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -393,18 +417,18 @@ def test_layers_that_fold_something_into_the_batch_are_named(batch):
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Patches().double()
-    with pytest.raises(UserError, match=r"no rule for embed, which sees shape \(30, 12\) for 5 images"):
-        exact_trace(model, *batch)
-    hessian, _, _ = brute_hessian(model, *batch)
-    found = hessian_trace(model, *batch, probes=60)
-    assert abs(found.total - float(hessian.trace())) < 4 * found.standard_error
+        assert_exact(Patches().double(), batch)
 
 
-def test_a_mask_of_torch_prune_is_refused_by_the_exact_rule(model, batch):
+def test_a_mask_of_torch_prune_is_part_of_the_function_and_stays(model, batch):
     prune.random_unstructured(model.conv1, "weight", 0.5)
-    with pytest.raises(UserError, match=r"conv1\.weight_orig"):
-        exact_trace(model, *batch)
+    held = model.conv1.weight.detach().clone()
+    found = exact_trace(model, *batch)
+    assert torch.equal(model.conv1.weight, held)
+    plain = copy.deepcopy(make())
+    plain.load_state_dict({**plain.state_dict(), "conv1.weight": held})
+    masks = {"conv1.weight": model.conv1.weight_mask.bool()}
+    assert found.total == pytest.approx(exact_trace(plain, *batch, masks).total, rel=1e-12)
 
 
 def test_active_dropout_is_refused(batch):

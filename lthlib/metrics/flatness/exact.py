@@ -22,11 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.func import vjp, vmap
 
 from lthlib.core.errors import UserError, choose
-from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, rademacher_like, twice_differentiable
-from lthlib.metrics.flatness.gradients import COUPLED, curved_parts, forward, image_gradients, unknown_gradients
+from lthlib.metrics.flatness.frozen import (
+    Frozen,
+    check_finite,
+    normal_like,
+    rademacher_like,
+    stateless,
+    twice_differentiable,
+)
+from lthlib.metrics.flatness.gradients import COUPLED, curved_parts
 from lthlib.metrics.flatness.spectrum import WeightHessian
+from lthlib.networks.checks import copied
 
 JACOBIAN_BYTES = 2**28  # of as many images as are taken at a time
 
@@ -153,21 +162,45 @@ def hessian_trace(
     frozen = Frozen(model, images, labels, masks)
     if method == "hutchinson":
         return _estimated_trace(frozen, probes, seed, reason="hutchinson was asked for")
-    reasons = curved_parts(frozen) + unknown_gradients(frozen)
+    reasons = curved_parts(frozen, weights=True)
     if method == "exact" and reasons:
-        raise UserError(
-            f"The exact weight-Hessian trace does not hold for this network: {'; '.join(reasons)}. Leave method at "
-            "'auto': the trace is then estimated, with a standard error."
-        )
+        raise _refused(reasons)
     if method == "auto" and frozen.classes > max_classes:
         reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
-    return _estimated_trace(frozen, probes, seed, "; ".join(reasons)) if reasons else _exact_trace(frozen, chunk)
+    if not reasons:
+        try:
+            return _exact_trace(frozen, chunk)
+        except RuntimeError as error:
+            reasons = [f"torch.func cannot follow its forward pass ({str(error).strip().splitlines()[0]})"]
+            if method == "exact":
+                raise _refused(reasons) from error
+    return _estimated_trace(frozen, probes, seed, "; ".join(reasons))
+
+
+def _refused(reasons: list[str]) -> UserError:
+    return UserError(
+        f"The exact weight-Hessian trace does not hold for this network: {'; '.join(reasons)}. Leave method at "
+        "'auto': the trace is then estimated, with a standard error."
+    )
 
 
 def _exact_trace(frozen: Frozen, chunk: int) -> WeightTrace:
+    network = copied(frozen.model)  # a hook may keep what it is given
     measures = {name: _measures(weight, frozen.masks.get(name)) for name, weight in frozen.weights.items()}
-    parts = [_squared_gradients(frozen, images, measures) for images in frozen.images.split(chunk)]
-    images = {name: torch.cat([part[name] for part in parts]) for name in measures}
+
+    def squared_gradients(image: Tensor) -> dict[str, Tensor]:
+        """Return, per parameter, the sum over k of the squared gradient of v_k z, weighted, shape (2,)."""
+        logits, pull = vjp(lambda w: stateless(network, {**w, **frozen.buffers}, image[None]), frozen.weights)
+        sums = {name: image.new_zeros(2) for name in measures}
+        for direction in sample_factor(logits):
+            for name, gradient in pull(direction)[0].items():
+                sums[name] = sums[name] + gradient.flatten().square() @ measures[name]
+        return sums
+
+    bytes_per_image = 4 * sum(weight.numel() * weight.element_size() for weight in frozen.weights.values())
+    chunk = max(1, min(chunk, JACOBIAN_BYTES // bytes_per_image))
+    parts = [vmap(squared_gradients)(images) for images in frozen.images.split(chunk)]
+    images = {name: check_finite(torch.cat([part[name] for part in parts])) for name in measures}
     shares = {name: value.double().mean(0).tolist() for name, value in images.items()}
     per_image = torch.stack(list(images.values())).sum(0)
     total, relative = (math.fsum(share[i] for share in shares.values()) for i in (0, 1))
@@ -186,20 +219,6 @@ def _measures(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Return the factors of a squared gradient, shape (weights, 2): 1 or 0, and the squared weight."""
     active = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
     return torch.stack([active.flatten(), weight.flatten().square()], dim=1)
-
-
-def _squared_gradients(frozen: Frozen, images: Tensor, measures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, per parameter, Σ_k of each image's squared gradient of v_kᵀz, weighted, shape (n, 2)."""
-    sums = {name: images.new_zeros(len(images), 2) for name in measures}
-
-    def receive(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        for parameter, gradients in image_gradients(name, module, x, g):
-            sums[parameter] += gradients.flatten(1).square() @ measures[parameter]
-
-    logits, pixels, _ = forward(frozen, images, receive)
-    for direction in sample_factor(logits.detach()):
-        grad(logits, pixels, direction, retain_graph=True, allow_unused=True)
-    return sums
 
 
 def _estimated_trace(frozen: Frozen, probes: int, seed: int, reason: str) -> WeightTrace:
@@ -264,7 +283,7 @@ def input_hessian_trace(
             and what `Frozen` refuses.
     """
     frozen = Frozen(model, images, labels)
-    reasons = curved_parts(frozen)
+    reasons = curved_parts(frozen, weights=False)
     if COUPLED in reasons:
         raise UserError(
             f"No image of this batch has a Hessian of its own: there are {COUPLED}. Call model.eval() first if it is "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lthlib.core.errors import UserError, choose
 from lthlib.metrics import describe
 from lthlib.metrics.interpretability.superpixels import check_at_least, check_image, with_segments
+from lthlib.networks.checks import check_rows
 from lthlib.networks.fast import inference_copy
 
 error = partial(describe, dimension="interpretability", higher_is_better=False, unit="probability²")
@@ -237,15 +238,7 @@ def images_per_pass(pixels: int, device: torch.device, batch: int | None) -> int
 
 def probabilities(network: nn.Module, batch: Tensor) -> Tensor:
     """Softmax in float64 of a network's answers, checked."""
-    logits = network(batch)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(
-            f"The network's output for {len(batch)} images is {shape}; one row of logits an image is needed."
-        )
-    if not torch.isfinite(logits).all():
-        raise UserError("The network's output is not finite, so nothing can be explained; was it trained to the end?")
-    return logits.double().softmax(dim=1)
+    return check_rows(network(batch), len(batch)).double().softmax(dim=1)
 
 
 def is_constant(values: np.ndarray) -> bool:
