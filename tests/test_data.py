@@ -1,4 +1,5 @@
 import io
+import math
 import pickle
 import shutil
 import zipfile
@@ -63,6 +64,35 @@ def test_a_part_of_the_training_images_is_stratified_and_fixed(store):
     assert torch.equal(some.train.pixels, data.load("mnist5k", store, 100).train.pixels)
     with pytest.raises(UserError, match="10 to 4000"):
         data.load("mnist5k", store, 9)
+
+
+def test_a_long_tail_falls_by_one_factor_a_class_and_leaves_the_test_images(store):
+    whole, tail = data.load("mnist5k", store), data.load("mnist5k@tail16", store)
+    counts = tail.train.labels.bincount()
+    assert counts.tolist() == [math.floor(400 * 16 ** (-c / 9) + 1e-9) for c in range(10)]
+    assert counts[0] == 400  # no class has more: the largest such choice
+    assert counts[9] == 25
+    assert torch.equal(tail.test.pixels, whole.test.pixels)
+    assert (tail.mean, tail.std) == (whole.mean, whole.std)
+    every = {row.tobytes() for row in whole.train.pixels.numpy()}
+    assert {row.tobytes() for row in tail.train.pixels.numpy()} <= every
+    some = data.load("mnist5k@tail16", store, 500).train.labels.bincount()
+    assert some[0] / some[9] == pytest.approx(16, rel=0.1)
+    assert 490 <= some.sum() <= 500
+    assert data.title_of("mnist5k@tail16").endswith("long tail 16:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"), [("mnist5k@tail16", 4000, "may be"), ("mnist5k@tail9999", 500, "may be")]
+)
+def test_a_tail_that_images_do_not_allow_is_refused(store, name, size, said):
+    with pytest.raises(UserError, match=said):
+        data.load(name, store, size)
+
+
+def test_a_tail_is_no_out_of_distribution_set():
+    with pytest.raises(UserError, match="has no tail"):
+        data.check_ood("mnist5k@tail16")
 
 
 def test_a_folder_and_a_zip_of_it_give_the_same_images(folder, empty_store):

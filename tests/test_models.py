@@ -172,6 +172,15 @@ def test_other_widths_are_built_from_a_small_mapping():
     assert networks.all_groups(networks.rebuild(model, {"stage3": 9}))["stage3"] == 9
 
 
+@pytest.mark.parametrize("arch", ["resnet8", "resnet20s"])
+def test_half_and_twice_the_width_are_that_of_every_group_but_the_input(arch):
+    groups = {x: networks.all_groups(networks.build(f"{arch}{x}", image_size=32, **RGB)) for x in ("", "-x0.5", "-x2")}
+    hidden = [name for name in groups[""] if name not in ("input", "classes", "logits")]
+    assert len(hidden) > 3
+    for name in hidden:
+        assert (groups["-x0.5"][name], groups["-x2"][name]) == (groups[""][name] / 2, groups[""][name] * 2)
+
+
 def test_padding_streams_are_settable_but_not_prunable():
     model = networks.build("resnet20s", image_size=32, **RGB)
     assert {"stage1", "stage2", "stage3"} <= set(networks.all_groups(model))

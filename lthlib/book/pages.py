@@ -148,7 +148,7 @@ def summary_line(page: Page) -> Markdown:
     """Say on what the page's numbers were measured."""
     study, first = page.study, page.results.provenance[0]
     seeds = ", ".join(map(str, study.seeds))
-    title = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
+    title = data.title_of(study.data)
     size = f"{study.train_size:,} training images" if study.train_size else "all training images"
     return Markdown(
         f"Networks: **{study.arch}**, trained on **{title}** ({size}), seed{'s' * (len(study.seeds) > 1)} {seeds}, "

@@ -212,7 +212,7 @@ def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) 
         "compute_missing": not from_record,
         **more,
     }
-    known = data.DATASETS[study.data].title if study.data in data.DATASETS else study.data
+    known = data.title_of(study.data)
     label = f"{known}, {ARCHITECTURES[study.arch].title}"
     title = f"{TOPICS[topic]}: {about} on {label}"
     return PagePlan(grid.name, study_name(study), topic, method, label, title, settings)

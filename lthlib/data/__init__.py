@@ -12,4 +12,4 @@ from lthlib.data import builtin  # registers what has a name of its own
 from lthlib.data.files import data_folder
 from lthlib.data.images import Images, OnDemand, Pixels, stratified
 from lthlib.data.ood import OOD, check_ood, ood_classes, ood_images, ood_set, ood_version
-from lthlib.data.sets import DATASETS, DataSet, Source, check_name, dataset, load, source
+from lthlib.data.sets import DATASETS, DataSet, Source, check_name, dataset, load, source, title_of

@@ -100,3 +100,33 @@ def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarr
             f"cannot be split into {n_first} and the rest with every class on both sides: add images."
         ) from None
     return np.sort(first), np.sort(rest)
+
+
+def long_tailed(labels: np.ndarray, n_classes: int, ratio: float, total: int | None, *, seed: int) -> np.ndarray:
+    """Return sorted positions of images whose classes fall in size, class by class, by one factor.
+
+    Class c of C has a share in proportion to ratio^(-c / (C - 1)), as in Cui et al. (2019); shares are rounded down.
+
+    Args:
+        labels: Of all images, (N,).
+        n_classes: C.
+        ratio: How many times the first class outnumbers the last.
+        total: How many images in all; by default as many as there are.
+        seed: Of the choice within each class.
+
+    Raises:
+        UserError: Where a class is too small for its share, or its share is no image.
+    """
+    shares = float(ratio) ** (-np.arange(n_classes) / max(1, n_classes - 1))
+    there = np.bincount(labels, minlength=n_classes)
+    most = (there / shares).min()
+    first = most if total is None else total / shares.sum()
+    counts = np.floor(first * shares * (1 + 1e-12)).astype(int)
+    if first > most or counts[-1] < 1:
+        least = np.ceil(shares.sum() / shares[-1])
+        raise UserError(
+            f"{counts.sum()} images of {n_classes} classes, the first {ratio:g} times as frequent as the last, cannot "
+            f"be taken here: train_size may be {least:.0f} to {np.floor(most * shares.sum()):.0f}."
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.sort(np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(counts)]))

@@ -33,6 +33,8 @@ def ood_set(name: str) -> Callable:
 def check_ood(name: str) -> None:
     """Raise `UserError` unless there is an out-of-distribution set of that name: in `OOD`, or a data set or folder."""
     check_name(name)
+    if "@tail" in name:
+        raise UserError(f"{name!r} is a choice of training images; an out-of-distribution set has no tail.")
     if name not in OOD and name not in DATASETS and in_data_folder(name.split("@")[0]) is None:
         known = [*OOD, *DATASETS, *names_in_data_folder()]
         raise UserError(f"Unknown out-of-distribution set {name!r}.{suggest(name, known)} Allowed: {', '.join(known)}.")

@@ -22,7 +22,7 @@ from lthlib.core.store import Store, say
 from lthlib.core.versions import code_version
 from lthlib.data.files import Files, ImageFiles, data_folder, in_data_folder, names_in_data_folder
 from lthlib.data.folders import ORDER, load_folder
-from lthlib.data.images import Images, OnDemand, stratified
+from lthlib.data.images import Images, OnDemand, long_tailed, stratified
 
 MOMENTS_FROM = 10_000  # training images, where these are read on demand
 
@@ -103,11 +103,24 @@ def dataset(name: str, *, title: str, ood: tuple[str, ...], reference: str) -> C
 
 def check_name(name: str) -> None:
     """Raise `UserError` unless a name can be a data set's; whether there is one of that name, `source` tells."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[1-9][0-9]{0,3})?", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*(@[1-9][0-9]{0,3})?(@tail[1-9][0-9]{0,3})?", name):
         raise UserError(
             f"{name!r} cannot name a data set: use letters, digits and . _ + -, and perhaps @ and a size in pixels, of "
-            "four digits at most."
+            "four digits at most, and @tail and how many times the commonest class outnumbers the rarest."
         )
+
+
+def split_tail(name: str) -> tuple[str, int]:
+    """Return a name without its tail, and by how much the commonest class outnumbers the rarest (1: no tail)."""
+    base, _, ratio = name.partition("@tail")
+    return base, int(ratio or 1)
+
+
+def title_of(name: str) -> str:
+    """Return what a reader sees in place of a data set's name."""
+    base, ratio = split_tail(name)
+    title = DATASETS[base].title if base in DATASETS else base
+    return title if ratio == 1 else f"{title}, long tail {ratio}:1"
 
 
 def store_name(name: str) -> str:
@@ -122,6 +135,7 @@ def source(name: str) -> Source:
         UserError: Where there is neither, naming what there is.
     """
     check_name(name)
+    name, _ = split_tail(name)
     if name in DATASETS:
         return DATASETS[name]
     base = name.split("@")[0]
@@ -140,20 +154,26 @@ def load(name: str, store: Store, train_size: int | None = None) -> DataSet:
     """Load a data set.
 
     Args:
-        name: A name of `DATASETS`, or of a folder or zip in ``$LTHLIB_DATA``, perhaps with ``@size``.
+        name: A name of `DATASETS`, or of a folder or zip in ``$LTHLIB_DATA``, perhaps with ``@size``; at its end
+            ``@tail50`` leaves fewer training images of each class than of the one before, at last 1 in 50.
         store: Where decoded arrays are kept.
-        train_size: Take only this many training images, stratified by class with a fixed seed.
+        train_size: Take only this many training images, chosen with a fixed seed: each class in proportion.
 
     Raises:
         UserError: For an unknown name, missing data, or images that cannot form a classification problem.
     """
-    folder = decoded(name, store)
+    base, ratio = split_tail(name)
+    folder = decoded(base, store)
     info = json.loads((folder / "info.json").read_text())
-    parts = {part: kept_part(name, folder, part) for part in info["parts"]}
+    parts = {part: kept_part(base, folder, part) for part in info["parts"]}
     if "train" not in parts:
         raise UserError(f"{name} has no training images; it can only serve as an out-of-distribution set.")
     train, classes = parts["train"], info["classes"]
-    if train_size is not None:
+    if ratio > 1:
+        train = train.subset(
+            torch.from_numpy(long_tailed(train.labels.numpy(), len(classes), ratio, train_size, seed=0))
+        )
+    elif train_size is not None:
         if not len(classes) <= train_size <= len(train):
             raise UserError(f"train_size is {train_size}; {name} allows {len(classes)} to {len(train)} (all of them).")
         train = train.subset(torch.from_numpy(stratified(train.labels.numpy(), train_size, seed=0)[0]))

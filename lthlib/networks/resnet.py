@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
 from lthlib.networks.layers import Layers
-from lthlib.networks.registry import architecture
+from lthlib.networks.registry import ARCHITECTURES, architecture
 
 
 class BasicBlock(nn.Module):
@@ -121,14 +121,31 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+CIFAR_WIDTHS = (16, 32, 64)
+
+
 @architecture("resnet8", title="ResNet-8", reference="he2016deep")
-def _resnet8(layers: Layers, image_size: int) -> nn.Module:
-    return ResNet(layers, BasicBlock, (1, 1, 1), (16, 32, 64), stem=(3, 2))
+def _resnet8(layers: Layers, image_size: int, widths: tuple[int, ...] = CIFAR_WIDTHS) -> nn.Module:
+    return ResNet(layers, BasicBlock, (1, 1, 1), widths, stem=(3, 2))
 
 
 @architecture("resnet20s", title="ResNet-20s (CIFAR, option-A shortcuts)", reference="he2016deep")
-def _resnet20s(layers: Layers, image_size: int) -> nn.Module:
-    return ResNet(layers, BasicBlock, (3, 3, 3), (16, 32, 64), shortcut="pad")
+def _resnet20s(layers: Layers, image_size: int, widths: tuple[int, ...] = CIFAR_WIDTHS) -> nn.Module:
+    return ResNet(layers, BasicBlock, (3, 3, 3), widths, shortcut="pad")
+
+
+def _register_at_width(name: str, build: Callable, factor: float) -> None:
+    """Register an architecture under ``<name>-x<factor>``, with as many times the channels."""
+    title = f"{ARCHITECTURES[name].title}, {factor:g} times as wide"
+
+    @architecture(f"{name}-x{factor:g}", title=title, reference="he2016deep")
+    def _at_width(layers: Layers, image_size: int) -> nn.Module:
+        return build(layers, image_size, tuple(int(factor * width) for width in CIFAR_WIDTHS))
+
+
+for _factor in (0.5, 2):
+    _register_at_width("resnet8", _resnet8, _factor)
+    _register_at_width("resnet20s", _resnet20s, _factor)
 
 
 def _stem(image_size: int) -> dict:
