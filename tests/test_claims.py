@@ -230,6 +230,18 @@ def test_explanations_say_what_rescaling_leaves():
         assert said in interpreted(claim, find_all(claim, [study])["study"])
 
 
+def test_a_dense_network_trained_as_long_is_no_ticket_and_stands_beside_the_best():
+    claim = BY_NAME["beats-dense"]
+    accuracy = {"dense": 0.8, "lth": 0.9, "dense-long": 0.95}
+    study = made({"test_accuracy": accuracy}, noise=1e-9)
+    finding = find_all(claim, [study])["study"]
+    assert finding.outcome == HOLDS
+    assert "LTH" in finding.parts[0].said  # dense-long has more, and prunes nothing
+    assert "reaches 95.00 %: beside it the ticket is behind by 5.00" in interpreted(claim, finding)
+    del accuracy["lth"]
+    assert found("beats-dense", made({"test_accuracy": accuracy})) == UNMEASURED
+
+
 @pytest.mark.parametrize("together", [0.0, 0.5, 0.95])
 def test_equal_methods_are_told_apart_in_few_tries(together):
     """Eight methods, two seeds, whose rounds share a part of their deviation: about one in twenty, or fewer, is told."""

@@ -58,6 +58,13 @@ def test_a_control_brings_the_tickets_it_stands_on_even_where_the_grid_does_not_
     assert methods == {"dense": 2, "lth": 3, "lth-reinit": 1}
 
 
+def test_dense_as_long_as_lth_is_one_training_of_the_tickets_whole_history():
+    study = study_from({**STUDY, "methods": ["lth", "dense-long"], "rounds": [3]})
+    runs = estimate.trained(study)
+    history = sum(epochs for ticket, epochs in runs if ticket.method in ("dense", "lth")) - study.rewind_epoch
+    assert [epochs for ticket, epochs in runs if ticket.method == "dense-long"] == [history]
+
+
 def test_seeds_share_nothing():
     one = estimate.trained(study_from(STUDY))
     two = estimate.trained(study_from({**STUDY, "seeds": [0, 5]}))

@@ -95,7 +95,9 @@ def test_an_entry_says_what_the_others_need_to_know(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_found_is_exact_and_repeats_by_seed(name):
     first, second = find(name, moment(name)), find(name, moment(name))
-    assert sum(x is not None for x in (first.masks, first.kept_channels, first.channels)) == (name != "dense")
+    assert sum(x is not None for x in (first.masks, first.kept_channels, first.channels)) == (
+        METHODS[name].family != "dense"
+    )
     if first.masks is not None:
         n_kept = masks.n_kept(first.masks)
         assert n_kept == moment(name).n_keep or (METHODS[name].during and n_kept > moment(name).n_keep)
@@ -855,7 +857,7 @@ def test_small_dense_networks_are_the_nearest_of_all_multipliers(arch, round):
     )
     best = min(abs(cost(channels) - n_keep) for channels in tried)
     assert abs(cost(found) - n_keep) <= best
-    assert abs(cost(found) - n_keep) < 0.1 * n_keep
+    assert abs(cost(found) - n_keep) < 0.1 * max(n_keep, 1000)  # of few weights, one channel more is many
 
 
 def test_small_dense_networks_work_and_scale_every_group():

@@ -20,7 +20,6 @@ from lthlib.book.grid import Grid, read_grid, study_name
 from lthlib.core import machine
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, Store, say, seal, write_atomically
-from lthlib.pruning import METHODS
 from lthlib.results.recorded import recorded_json
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import Ticket
@@ -57,13 +56,12 @@ def trained(study: Study) -> list[tuple[Ticket, int]]:
     runs: dict[tuple[Ticket, int], None] = {}
 
     def add(ticket: Ticket) -> None:
-        rewinds = METHODS[ticket.method].start == "rewind" and ticket.rewind_epoch > 0
-        run = ticket, ticket.recipe.epochs - (ticket.rewind_epoch if rewinds else 0)
+        run = ticket, ticket.epochs - ticket.first_epoch
         if run in runs:
             return
         if ticket.source is not None:
             add(ticket.source)
-        if rewinds:
+        if ticket.first_epoch:
             runs[ticket.dense, ticket.rewind_epoch] = None
         runs[run] = None
 

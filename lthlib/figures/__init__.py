@@ -41,7 +41,7 @@ def use_style() -> None:
 
 def colours() -> dict[str, tuple[float, float, float]]:
     """Return one colour a method, the same on every page."""
-    names = [name for name in METHODS if name != "dense"]
+    names = sorted((name for name in METHODS if name != "dense"), key=lambda name: METHODS[name].family == "dense")
     palette = [*sns.color_palette("colorblind"), *sns.color_palette("husl", max(0, len(names) - 10))]
     return dict(zip(names, palette, strict=False))
 

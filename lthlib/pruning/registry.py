@@ -163,6 +163,8 @@ class Method:
             where masks stand still.
         allowed: Name -> what the option may be.
         source_recipe: Names of options that are settings of the recipe by which the dense source is trained.
+        trained_like: Another method, whose ticket of the same round has as many epochs behind it as this one is trained
+            for; by default the recipe says how many.
         paper: Whether it is one of the paper's seven.
     """
 
@@ -177,6 +179,7 @@ class Method:
     during: Callable[[Mapping[str, object], int, int, int], Dynamics] | None = None
     allowed: Mapping[str, Option] = field(default_factory=dict)
     source_recipe: tuple[str, ...] = ()
+    trained_like: str = ""
     paper: bool = False
 
     def __post_init__(self) -> None:

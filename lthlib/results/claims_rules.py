@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lthlib.metrics import METRICS
+from lthlib.pruning import METHODS
 from lthlib.results import verdict
 from lthlib.results.claims_parts import (
     CANNOT,
@@ -57,7 +58,8 @@ def _of(*parts: Part, more: str = "") -> Finding:
 
 
 def _sparse(e: Evidence, metric: str) -> list[str]:
-    return e.measured(dict.fromkeys(m for m in e.rows["method"] if m not in ("dense", "small-dense")), metric)
+    found = (m for m in e.rows["method"] if METHODS[m].family != "dense" and m != "small-dense")
+    return e.measured(dict.fromkeys(found), metric)
 
 
 def matches(e: Evidence) -> Finding:
@@ -80,10 +82,19 @@ def beats(e: Evidence) -> Finding:
     where = f"{listed([method])} at {percent(e, method, n)}"
     told = gap("test_accuracy", each[best].value, *settle(each[best], len(tickets))[1:])
     said = f"{titled('test_accuracy')}: dense {number('test_accuracy', dense.value)}, {where} {told}"
-    more = (
-        "A lottery ticket inherits a mask for which networks were trained before. Whether that or sparsity makes it "
-        "better, only a dense network trained as long in all can tell."
-    )
+    long = mean_of(cells, ["dense-long"], [n])
+    if long is None:
+        more = (
+            "A lottery ticket inherits a mask for which networks were trained before. Whether that or sparsity makes "
+            "it better, only a dense network trained as long in all can tell."
+        )
+    else:
+        beside = Mean(cells.loc[tickets[best]].dropna(), long.variance, long.df) - long
+        more = (
+            f"A dense network trained as long as this ticket's whole history reaches "
+            f"{number('test_accuracy', long.value)}: beside it the ticket is "
+            f"{gap('test_accuracy', beside.value, *settle(beside)[1:])}."
+        )
     parts = [Part(outcome, f"{said}, the best of {len(tickets)} tickets", len(each[best].each))]
     return Finding(outcome, parts, more if outcome == HOLDS and method == "lth" else "")
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
+from lthlib.pruning import METHODS
 from lthlib.results.noninferiority import CASE, KEPT, LOST, NOT_SHOWN, TICKET, decided, pooled, with_images
 
 COLLAPSED = "collapsed"
@@ -233,7 +234,8 @@ def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.D
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
     wanted = set(metrics) if metrics is not None else {m.name for m in METRICS.values() if m.in_verdict}
-    counted = judged[judged["metric"].isin(wanted) & (judged["outcome"] != "")]
+    is_sparse = judged["method"].map(lambda name: METHODS[name].family != "dense")
+    counted = judged[judged["metric"].isin(wanted) & (judged["outcome"] != "") & is_sparse]
     counted = counted.drop_duplicates([*TICKET, *CASE])
     asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
     lines = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -133,7 +133,7 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
     end, history = train(
         model,
         images.train,
-        ticket.recipe,
+        replace(ticket.recipe, epochs=ticket.epochs),
         seed=ticket.seed,
         state=start,
         masks=found.masks,
@@ -142,7 +142,7 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
     )
     _check_count(ticket, found, images)
     cost = {
-        "trainings": (ticket.recipe.epochs - start.epoch) / ticket.recipe.epochs,
+        "trainings": (ticket.epochs - start.epoch) / ticket.recipe.epochs,
         "mask_seconds": mask_seconds,
         "train_seconds": time.perf_counter() - began,
     }

@@ -89,6 +89,23 @@ class Ticket:
             return replace(self.dense, recipe=replace(self.recipe, **settings))
         return self._relative(self.method, self.round - 1) if kind == "previous" else self._relative(kind, self.round)
 
+    @property
+    def epochs(self) -> int:
+        """Epochs at the end of its training, counted from initial weights: its recipe's, or as `trained_like` asks."""
+        like = METHODS[self.method].trained_like
+        if not like:
+            return self.recipe.epochs
+        total, ticket = 0, self._relative(like, self.round)
+        while ticket is not None:
+            total += ticket.epochs - ticket.first_epoch
+            ticket = ticket.source
+        return total
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch at which its own training sets out."""
+        return self.rewind_epoch if METHODS[self.method].start == "rewind" else 0
+
     def _relative(self, method: str, round: int) -> Ticket:
         options = self.options if method == self.method else ()
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "round", "options")}
@@ -99,7 +116,7 @@ class Ticket:
         standard = asdict(Ticket())
         mine = asdict(self)
         mine["recipe"] = {k: v for k, v in mine["recipe"].items() if v != standard["recipe"][k]}
-        if METHODS[self.method].start != "rewind":
+        if METHODS[self.method].start != "rewind" and not METHODS[self.method].trained_like:
             del mine["rewind_epoch"]
         always = ("data", "arch", "method", "round", "seed")
         return {k: v for k, v in mine.items() if k in always or (v != standard[k] and v not in ({}, ()))}
