@@ -1,8 +1,9 @@
 """Recorded results: ``book/results/<grid>/``, small, in git, read where they answer a page's question.
 
 A folder holds for each dimension ``<dimension>.json.gz`` (numbers, facts, provenance) and ``<dimension>.npz`` (arrays),
-tables beside them, and a manifest with the size and SHA-256 of each file. They cannot be made again as the store's
-artifacts can, so damage is an error that says how to get them back.
+tables beside them, and a manifest with the size and SHA-256 of each file. Arrays of one name and shape lie in one
+stack, which takes a third of the space of as many single ones. Records cannot be made again as the store's artifacts
+can, so damage is an error that says how to get them back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +38,21 @@ class Record:
 
     def evaluation(self, ticket: Ticket) -> Evaluation:
         """Read the evaluation."""
-        with np.load(self.folder / self.arrays_file) as file:
-            arrays = {key: file[f"{ticket.id}/{key}"] for key in self.entry["arrays"]}
+        path, names = self.folder / self.arrays_file, self.entry["arrays"]
+        if isinstance(names, Mapping):
+            stacks = _stacks(path, path.stat().st_mtime_ns)
+            arrays = {key: np.asarray(stacks[stack][row]) for key, (stack, row) in names.items()}
+        else:  # recorded before there were stacks
+            with np.load(path) as file:
+                arrays = {key: file[f"{ticket.id}/{key}"] for key in names}
         values = [Value(**value) for value in self.entry["values"]]
         return Evaluation(ticket, self.entry["info"], values, arrays, self.entry["provenance"])
+
+
+@lru_cache(maxsize=4)
+def _stacks(path: Path, changed: int) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
 
 
 def read_records(root: Path | str) -> dict[tuple[str, str], Record]:
@@ -90,27 +103,34 @@ def write_records(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for dimension, pairs in evaluations.items():
+        stacks: dict[tuple, list[np.ndarray]] = {}
         entries = [
             {
                 "ticket": e.ticket.id,
                 "question": name,
                 "info": {k: v for k, v in e.info.items() if k != "history"},
                 "values": [asdict(v) for v in e.values],
-                "arrays": sorted(e.arrays),
+                "arrays": {key: _stacked(stacks, key, e.arrays[key]) for key in sorted(e.arrays)},
                 "provenance": e.provenance,
             }
             for name, e in pairs
         ]
         packed = gzip.compress(json.dumps(entries).encode(), mtime=0)  # the same bytes for the same results
         write_atomically(folder / f"{dimension}.json.gz", packed)
-        arrays = {f"{e.ticket.id}/{key}": array for _, e in pairs for key, array in e.arrays.items()}
-        np.savez_compressed(folder / f"{dimension}.npz", **arrays)
+        np.savez_compressed(folder / f"{dimension}.npz", **{str(n): np.stack(s) for n, s in enumerate(stacks.values())})
         files += [f"{dimension}.json.gz", f"{dimension}.npz"]
     for name, table in (tables or {}).items():
         write_atomically(folder / name, table.to_csv(index=False))
         files.append(name)
     sizes = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in files}
     write_atomically(folder / MANIFEST, json.dumps({"files": sizes}, indent=1) + "\n")
+
+
+def _stacked(stacks: dict[tuple, list[np.ndarray]], key: str, array: np.ndarray) -> tuple[str, int]:
+    """Put an array on the stack of its name, kind and shape; return the stack's name and the array's place there."""
+    kind = key, array.dtype.str, array.shape
+    stacks.setdefault(kind, []).append(array)
+    return str([*stacks].index(kind)), len(stacks[kind]) - 1
 
 
 def recorded_json(path: Path) -> Mapping:

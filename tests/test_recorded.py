@@ -1,0 +1,73 @@
+"""Recorded results: what is written is what is read, to the bit, in little space; older records stay readable."""
+
+import gzip
+import json
+
+import numpy as np
+
+from lthlib.core.store import MANIFEST, ROOT, sha256
+from lthlib.metrics import Value
+from lthlib.results.evaluate import Evaluation
+from lthlib.results.recorded import RESULTS, read_records, write_records
+from lthlib.tickets.ticket import Ticket
+
+
+def evaluations(n):
+    draw = np.random.default_rng(0)
+    for seed in range(n):
+        arrays = {
+            "same": draw.normal(size=5).astype(np.float32),
+            "shape": np.arange(seed % 3),
+            "kind": np.array(seed, np.int64 if seed % 2 else np.float16),
+            "text": np.array(["a", "b" * seed]),
+            **({"some have it": draw.random((2, 2)) < 0.5} if seed else {}),
+        }
+        yield Evaluation(Ticket(seed=seed), {"facts": seed}, [Value("ece", 0.1 * seed, 9)], arrays, {"torch": "2"})
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path):
+    every = list(evaluations(7))
+    write_records(tmp_path / "grid", {"calibration": [("calibration-0", e) for e in every]})
+    records = read_records(tmp_path)
+    assert len(records) == 7
+    for wanted in every:
+        found = records[wanted.ticket.id, "calibration-0"].evaluation(wanted.ticket)
+        assert (found.values, found.info, found.provenance) == (wanted.values, wanted.info, wanted.provenance)
+        assert found.arrays.keys() == wanted.arrays.keys()
+        for key, array in wanted.arrays.items():
+            assert (found.arrays[key].dtype, found.arrays[key].shape) == (array.dtype, array.shape)
+            assert (found.arrays[key] == array).all()
+
+
+def test_recorded_anew_under_the_same_name_the_new_is_read(tmp_path):
+    for n in (2, 3):
+        every = list(evaluations(n))[::-1]
+        write_records(tmp_path / "grid", {"calibration": [("q", e) for e in every]})
+        for e in every:
+            read = read_records(tmp_path)[e.ticket.id, "q"].evaluation(e.ticket)
+            assert (read.arrays["same"] == e.arrays["same"]).all()
+
+
+def test_records_from_before_there_were_stacks_are_read(tmp_path):
+    (e,) = evaluations(1)
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    np.savez_compressed(
+        folder / "calibration.npz", **{f"{e.ticket.id}/{key}": array for key, array in e.arrays.items()}
+    )
+    entry = {"ticket": e.ticket.id, "question": "q", "info": {}, "values": [], "arrays": [*e.arrays], "provenance": {}}
+    (folder / "calibration.json.gz").write_bytes(gzip.compress(json.dumps([entry]).encode()))
+    files = {p.name: [p.stat().st_size, sha256(p)] for p in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    assert (read_records(tmp_path)[e.ticket.id, "q"].evaluation(e.ticket).arrays["same"] == e.arrays["same"]).all()
+
+
+def test_every_record_of_the_repository_can_be_read_whole():
+    for (name, _), record in read_records(ROOT / RESULTS).items():
+        found = record.evaluation(_Named(name))
+        assert found.arrays.keys() == set(record.entry["arrays"])
+
+
+class _Named:
+    def __init__(self, id):
+        self.id = id
