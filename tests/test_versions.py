@@ -68,6 +68,20 @@ def test_it_does_not_change_with_anything_else(texts, module, old, new):
     assert version(texts) == before
 
 
+@pytest.mark.parametrize(("release", "same"), [("9.9.1", False), ("{0}.{1}.9999", True)])
+def test_it_changes_with_the_release_of_a_package_that_is_imported(texts, monkeypatch, release, same):
+    before, alone = version(texts), version(texts, "lthlib.probe.other")
+    really = versions.metadata.version
+    given = lambda name: release.format(*really(name).split(".")) if name == "numpy" else really(name)
+    monkeypatch.setattr(versions.metadata, "version", given)
+    versions._release.cache_clear()
+    try:
+        assert (version(texts) == before) == same
+        assert version(texts, "lthlib.probe.other") == alone
+    finally:
+        versions._release.cache_clear()
+
+
 def test_code_of_a_room_that_is_left_out_counts_where_it_is_asked_for(texts):
     before = version(texts, "lthlib.data.images")
     texts["lthlib.data.images"] = "y = 3"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,8 @@ to the next process: what this one finishes in the meantime must not pass for a 
 
 
 def code_version(*makers: Callable | str) -> str:
-    """Return 12 hexadecimal digits that change with some modules, what they import of this package, or torch.
+    """Return 12 hexadecimal digits that change with some modules, with what they import of this package, and with the
+    releases (first two numbers) of the other packages that all these import.
 
     Args:
         makers: Names of modules, such as ``lthlib.training.loop``, or functions and classes defined in them.
@@ -46,8 +48,20 @@ def _version(modules: frozenset[str]) -> str:
         if module not in found and module in _TEXTS:
             found.add(module)
             waiting += [m for m in imported(_TEXTS[module]) if _room(m) not in _LEFT_OUT or _room(m) == _room(module)]
-    torch = ".".join(metadata.version("torch").split(".")[:2])
-    return digest([torch, *(f"{module}\n{_stripped(_TEXTS[module])}" for module in sorted(found))])
+    foreign = {name.partition(".")[0] for module in found for name, _ in _imports(_TEXTS[module])}
+    releases = [_release(name) for name in sorted(foreign - sys.stdlib_module_names - {_LIBRARY.name})]
+    return digest([*releases, *(f"{module}\n{_stripped(_TEXTS[module])}" for module in sorted(found))])
+
+
+@functools.cache
+def _release(package: str) -> str:
+    """Return name and release of what is installed under an imported name; patches within a release change nothing."""
+    for distribution in _distributions().get(package, ()):
+        return " ".join([distribution, *metadata.version(distribution).split(".")[:2]])
+    return f"{package} is not installed"
+
+
+_distributions = functools.cache(metadata.packages_distributions)
 
 
 def _room(module: str) -> str:
