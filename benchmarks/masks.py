@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lthlib import networks
-from lthlib.pruning import METHODS, Moment, any_network, masks, synflow
+from lthlib.pruning import METHODS, Moment, masks
 
 ROUND = 10  # 89.3 %
 N_SCORES, N_LAYERS = 15_000_000, 12
@@ -110,27 +110,6 @@ def finding(arch: str, repeats: int) -> None:
     )
 
 
-def nearest_counts(n_weights: int, n_keep: int, density: float, rounds: int, kind: str) -> list[int]:
-    """Return counts as one would round them who has not read the published code."""
-    return [round(n_weights * (n_keep / n_weights) ** (k / rounds)) for k in range(1, rounds + 1)]
-
-
-def synflow_counts(arch: str = "resnet20s", sparsity: float = 0.99) -> None:
-    """Print the overlap of SynFlow's masks by two ways of rounding the same densities."""
-    found, published = [], synflow.schedule
-    for schedule in (published, nearest_counts):
-        synflow.schedule = schedule
-        model = networks.build(arch, in_channels=3, num_classes=10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
-        found.append(any_network.prune(model, "synflow", sparsity=sparsity, batch=batch(1)))
-    synflow.schedule = published
-    n = sum(mask.numel() for mask in found[0].values())
-    kept = masks.n_kept(found[0])
-    counts = (make(n, kept, 1 - sparsity, 100, "exponential") for make in (published, nearest_counts))
-    other = sum(a != b for a, b in zip(*counts, strict=True))
-    overlap = masks.jaccard(*found)
-    print(f"{arch:9} synflow  at {sparsity:.0%}: {other} of 100 counts differ, Jaccard overlap {overlap:.2f}")
-
-
 def draw_scores() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {f"l{i}": torch.rand(N_SCORES // N_LAYERS, generator=generator) for i in range(N_LAYERS)}
@@ -183,7 +162,6 @@ def main() -> None:
     for name in SELECTIONS:
         command = [sys.executable, __file__, "--threads", str(given.threads), "--selection", name]
         subprocess.run(command, check=True)
-    synflow_counts()
     for arch in given.arch:
         finding(arch, given.repeats)
 

@@ -13,6 +13,7 @@ from lthlib.results.recorded import recorded_json
 RERUNS = ROOT / "book" / "results" / "reruns.json"  # by benchmarks/reruns.py
 AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by benchmarks/agreement.py
 POWER = ROOT / "book" / "results" / "power.json"  # by benchmarks/verdict.py
+SYNFLOW = ROOT / "book" / "results" / "synflow-counts.json"  # by benchmarks/synflow_counts.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
 REST = ("rows", "front", "book")
 GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
@@ -24,12 +25,14 @@ def chapter_tables() -> dict[str, str]:
         "reruns.md": _recorded(RERUNS, reruns_table),
         "agreement.md": _recorded(AGREEMENT, agreement_tables),
         "errors.md": _recorded(POWER, errors_table),
+        "synflow-counts.md": _recorded(SYNFLOW, synflow_table),
     }
 
 
 def _recorded(path, table) -> str:
     if not path.exists():
-        return f"Nothing is recorded: `.venv/bin/python benchmarks/{path.stem}.py --record` does that.\n"
+        program = path.stem.replace("-", "_")
+        return f"Nothing is recorded: `.venv/bin/python benchmarks/{program}.py --record` does that.\n"
     return table(recorded_json(path))
 
 
@@ -51,6 +54,31 @@ def errors_table(found: Mapping) -> str:
         f"{found['studies']:,} studies a line, a fifth of that for the last column. {_provenance(found['provenance'])}"
     )
     return f"{_markdown(head, lines)}\n\n{made}\n"
+
+
+def synflow_table(found: Mapping) -> str:
+    """Return what SynFlow's counts do to masks and accuracy, as a table in Markdown."""
+    head = [
+        "sparsity",
+        "counts that differ, of 100",
+        "overlap of the masks (Jaccard)",
+        "accuracy, published counts",
+        "accuracy, nearest counts",
+    ]
+    head += ["difference ± its standard error", "spread over seeds"]
+    lines = [
+        [
+            f"{100 * line['sparsity']:.1f} %",
+            f"{line['counts']}",
+            f"{line['overlap']:.2f}",
+            *(f"{100 * line[name]:.2f} %" for name in ("published", "nearest")),
+            f"{100 * line['difference']:+.2f} ± {100 * line['standard_error']:.2f}",
+            f"{100 * line['over_seeds']:.2f}",
+        ]
+        for line in found["lines"]
+    ]
+    made = f"MNIST-5k, ResNet-8, {found['seeds']} pairs of trainings a line, in percentage points of the test images."
+    return f"{_markdown(head, lines)}\n\n{made} {_provenance(found['provenance'])}\n"
 
 
 def reruns_table(found: Mapping) -> str:
