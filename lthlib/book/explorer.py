@@ -16,7 +16,6 @@ from lthlib import data, figures
 from lthlib.book.plan import GENERATED
 from lthlib.core.errors import UserError
 from lthlib.data.corruptions import CORRUPTIONS
-from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS, masks
 from lthlib.results.claims_parts import Evidence
 from lthlib.results.evaluate import DIMENSIONS
@@ -114,7 +113,7 @@ def _vega() -> str:
     The bundle is made in a process of its own, since this one forks later, which the bundler's threads do not survive.
     """
     there = GENERATED / FOLDER / "vega.js"
-    head = f"// Vega, Vega-Lite, Vega-Embed (BSD-3-Clause) of vl-convert-python {metadata.version('vl-convert-python')}\n"
+    head = f"// Vega-Lite with Vega (BSD-3-Clause), by vl-convert-python {metadata.version('vl-convert-python')}\n"
     if there.exists() and (found := there.read_text()).startswith(head):
         return found
     code = "import vl_convert; print(vl_convert.javascript_bundle())"
