@@ -53,7 +53,7 @@
   function keep() {
     const said = Object.entries(choices).map(([name, choice]) => [name, choice.value]);
     if (boxes().some((box) => !box.checked)) said.push(["methods", methods().join(",")]);
-    history.replaceState(null, "", "#" + new URLSearchParams(said));
+    history.replaceState(null, "", "#" + String(new URLSearchParams(said)).replace(/%2[CF]/g, decodeURIComponent));
   }
 
   /** Take the choice from the address; that of a heading changes nothing. */
@@ -125,10 +125,12 @@
 
   function draw(found, title) {
     const theme = document.documentElement.dataset.theme === "dark" ? "dark" : "light";
-    drawn = drawn.then((old) => {
+    drawn = drawn.then(async (old) => {
       old?.finalize();
-      return window.vegaEmbed(part("chart"), picture(found, title), { mode: "vega-lite", actions: false, renderer: "svg",
-        tooltip: { theme } });
+      const options = { mode: "vega-lite", actions: false, renderer: "svg", tooltip: { theme } };
+      const made = await window.vegaEmbed(part("chart"), picture(found, title), options);
+      part("chart").querySelector("svg").setAttribute("aria-hidden", "true"); // its points are said one by one
+      return made;
     });
   }
 
