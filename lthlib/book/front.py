@@ -13,7 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from lthlib import figures
-from lthlib.book import cost, reproducibility
+from lthlib.book import cost, explorer, reproducibility
 from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
@@ -47,6 +47,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
     answers = [_answer(of, study, evidence, undone if of is grid else ()) for of, study, evidence in studies]
     pages = {
+        **explorer.files({f"{of.name}/{study_name(study)}": evidence for of, study, evidence in studies}),
         **claims_pages([evidence for _, _, evidence in studies if not evidence.judged.empty]),
         "power.md": _power(),
         "answer.md": "\n\n".join(answers),
