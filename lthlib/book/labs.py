@@ -2,7 +2,7 @@
 
 ``notebooks/labs/<chapter>.ipynb`` becomes ``book/_generated/labs/<chapter>.ipynb``, and from that comes
 ``<chapter>.md`` with its pictures, which the chapter includes. A lab computes what it shows within seconds. All of them
-go with the library into one archive for a class, ``book/_generated/labs.zip``.
+go with the library into one archive for a class, ``labs.zip``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from lthlib.core.store import ROOT, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 
 FOLDER, MADE = ROOT / "notebooks" / "labs", GENERATED / "labs"
-ARCHIVE = GENERATED / "labs.zip"
 NEEDED = ("matplotlib", "numpy", "opencv-python-headless", "pandas", "safetensors", "scikit-image", "scikit-learn")
 NEEDED += ("scipy", "torch", "tqdm")
 """The dependencies in ``pyproject.toml`` that the labs, and what they import of the library, use."""
@@ -84,7 +83,7 @@ def make_labs(workers: int) -> dict[str, str]:
         else:
             text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
         _write(MADE / f"{name}.md", text.encode())
-    _write(ARCHIVE, archive())
+    _write(MADE / "labs.zip", archive())
     return lost
 
 

@@ -1,14 +1,28 @@
-"""The reference of the library in the book: a page a room, whose text Sphinx takes from the docstrings."""
+"""The reference of the library in the book: a page a room, whose text Sphinx takes from the docstrings.
+
+It is an extension of Sphinx, too: what metrics define in LaTeX for Markdown becomes formulas.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 
 import lthlib
 from lthlib.core.store import ROOT
 
 ROOMS = ("core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own")
 """The rooms in the order in which they may import one another."""
+
+
+def setup(app) -> dict[str, bool]:
+    """Let Sphinx show ``$x$`` in a docstring as a formula."""
+
+    def formulas(app, what, name, obj, options, lines: list[str]) -> None:
+        lines[:] = re.sub(r"(?<!`)\$([^$`]+)\$", r":math:`\1`", "\n".join(lines)).split("\n")
+
+    app.connect("autodoc-process-docstring", formulas)
+    return {"parallel_read_safe": True}
 
 
 def reference_pages() -> dict[str, str]:
