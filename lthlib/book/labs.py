@@ -125,7 +125,9 @@ def archive() -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in files.items():
-            file.writestr(zipfile.ZipInfo(f"labs/{name}"), content, zipfile.ZIP_DEFLATED)  # dated 1980
+            entry = zipfile.ZipInfo(f"labs/{name}")  # dated 1980
+            entry.external_attr = 0o644 << 16
+            file.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return packed.getvalue()
 
 

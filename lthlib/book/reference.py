@@ -50,10 +50,8 @@ def _index() -> str:
 
 def _room(room: str) -> str:
     """Return the page of a room: a section a module."""
-    sections = [f"```{{eval-rst}}\n.. automodule:: {name}\n```" for name in _modules(room)]
-    titles = [f"## `{name.removeprefix('lthlib.')}`" for name in _modules(room)]
-    parts = [f"{title}\n\n{section}" for title, section in zip(titles, sections, strict=True)]
-    return "\n\n".join([f"# `lthlib.{room}`", *parts])
+    sections = [f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```" for name in _modules(room)]
+    return "\n\n".join([f"# `lthlib.{room}`", *sections])
 
 
 def _modules(room: str) -> list[str]:
