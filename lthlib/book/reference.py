@@ -32,7 +32,8 @@ def reference_pages() -> dict[str, str]:
 
 def _index() -> str:
     """Return the page with the names at the top, and the rooms."""
-    names = [f"| {{py:obj}}`lthlib.{name} <{place}.{name}>` | `{place}` |" for name, place in lthlib.PLACES.items()]
+    places = {name: place + ".registry" * name.isupper() for name, place in lthlib.PLACES.items()}
+    names = [f"| {{py:obj}}`lthlib.{name} <{place}.{name}>` | `{place}` |" for name, place in places.items()]
     rooms = [f"| [`lthlib.{room}`]({room}.md) | {_says(_modules(room)[0])} |" for room in ROOMS]
     return "\n".join(
         [

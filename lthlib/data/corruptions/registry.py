@@ -51,6 +51,7 @@ class Corruption:
 
 
 CORRUPTIONS: Registry[Corruption] = Registry("corruption")
+"""Every corruption by its name."""
 
 
 def corruption(title: str, group: str, *, cifar: Sequence, imagenet: Sequence) -> Callable:
