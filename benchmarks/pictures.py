@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".ci"))
-from look import Browser
+from look import INSPECT, Browser
 
 from lthlib import figures
 from lthlib.book import front
@@ -24,7 +24,7 @@ from lthlib.core.store import ROOT
 from lthlib.results import verdict
 
 FOLDER = ROOT / "book" / "_assets" / "readme"
-COLOURS = 64
+COLOURS, SHOWN = 64, "#reliability-diagrams"
 
 
 def answer(grid_name: str) -> Image.Image:
@@ -39,11 +39,14 @@ def answer(grid_name: str) -> Image.Image:
 
 
 def page(html: Path, grid_name: str, folder: Path) -> Image.Image:
-    """Draw the top of the page that compares all methods in calibration."""
+    """Draw a screen of the page that compares all methods in calibration: its reliability diagrams."""
     grid = read_grid(ROOT / "workflow" / "grids" / f"{grid_name}.yml", recorded=True)
     file = html / "_generated" / grid_name / study_name(grid.studies[0]) / "calibration" / "comparison.html"
     with Browser(60) as browser:
-        browser.shoot(browser.open(file.resolve()), folder / "page.png")
+        session = browser.open(file.resolve())
+        browser.evaluate(session, INSPECT)  # waits for pictures, which move what is below
+        browser.evaluate(session, f"(document.querySelector('{SHOWN}').scrollIntoView({{behavior: 'instant'}}), true)")
+        browser.shoot(session, folder / "page.png")
     return Image.open(folder / "page.png").convert("RGB")
 
 
