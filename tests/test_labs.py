@@ -1,11 +1,20 @@
 """A lab: its fragment says and shows what it did, an assert that fails is named, and only what is not current runs."""
 
+import io
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lthlib.book import labs
 from lthlib.core import versions
+from lthlib.core.store import ROOT
 
 DRAW = "# A line that rises\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);"
 
@@ -63,3 +72,29 @@ def test_it_runs_again_when_the_code_behind_it_changes_and_not_before(lab, tmp_p
     assert runs() == 2
     monkeypatch.undo()
     versions._version.cache_clear()
+
+
+IMPORTS = """
+import json, sys
+from pathlib import Path
+for path in Path.cwd().glob("*.ipynb"):
+    cells = json.loads(path.read_text())["cells"]
+    lines = "".join("".join(cell["source"]) + "\\n" for cell in cells if cell["cell_type"] == "code").splitlines()
+    exec("\\n".join(line for line in lines if line.startswith(("import ", "from "))))
+print(sys.modules["lthlib"].__file__)
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_the_archive_needs_nothing_but_itself_and_what_it_says(tmp_path):
+    zipfile.ZipFile(io.BytesIO(labs.archive())).extractall(tmp_path)
+    asked = (tmp_path / "labs" / "requirements.txt").read_text()
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=tmp_path / "labs", capture_output=True, text=True)
+    place, modules = done.stdout.splitlines()
+    assert place == str(tmp_path / "labs" / "lthlib" / "__init__.py")
+    provided = metadata.packages_distributions()
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    used = {name for module in modules.split() for name in provided.get(module, ())}
+    used &= {re.match(r"[\w-]+", line)[0] for line in own}
+    assert used <= set(re.findall(r"^[\w-]+", asked, flags=re.M))
+    assert labs.archive() == labs.archive()

@@ -12,13 +12,13 @@ import yaml
 
 from lthlib.book.pages import STUDY
 from lthlib.book.plan import TOPICS
+from lthlib.book.reference import ROOMS, reference_pages
 from lthlib.metrics import METRICS
 from lthlib.results.evaluate import DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 LABS = sorted(ROOT.glob("notebooks/labs/*.ipynb"))
-ROOMS = ["core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own"]
 
 
 def room(path):
@@ -39,6 +39,15 @@ FILES = [p for p in sorted(ROOT.glob("lthlib/**/*.py")) if room(p) not in ("__in
 def test_imports_follow_the_arrow(path):
     allowed = ROOMS[: ROOMS.index(room(path)) + 1]
     assert set(imports_of(path)) - {"__version__"} <= set(allowed)
+
+
+def test_the_reference_shows_every_module_and_its_pages_are_in_the_contents():
+    pages = reference_pages()
+    shown = re.findall(r"automodule:: (\S+)", "".join(pages.values()))
+    found = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in FILES]
+    assert sorted(shown) == sorted(found)
+    contents = (ROOT / "book/contents.yml").read_text()
+    assert all(f"file: _generated/{name.removesuffix('.md')}\n" in contents for name in pages)
 
 
 def bounds(line):

@@ -1,15 +1,19 @@
 """Labs: short notebooks beside the chapters on methods and metrics, executed like pages, included there as Markdown.
 
 ``notebooks/labs/<chapter>.ipynb`` becomes ``book/_generated/labs/<chapter>.ipynb``, and from that comes
-``<chapter>.md`` with its pictures, which the chapter includes. A lab computes what it shows within seconds.
+``<chapter>.md`` with its pictures, which the chapter includes. A lab computes what it shows within seconds. All of them
+go with the library into one archive for a class, ``labs.zip``.
 """
 
 from __future__ import annotations
 
 import base64
 import functools
+import io
 import json
 import re
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +28,21 @@ from lthlib.core.store import ROOT, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 
 FOLDER, MADE = ROOT / "notebooks" / "labs", GENERATED / "labs"
+NEEDED = ("matplotlib", "numpy", "opencv-python-headless", "pandas", "safetensors", "scikit-image", "scikit-learn")
+NEEDED += ("scipy", "torch", "tqdm")
+"""The dependencies in ``pyproject.toml`` that the labs, and what they import of the library, use."""
+README = """# The labs
+
+Short notebooks from the book "Can You Win Everything with a Lottery Ticket?", one for each chapter on a method or a
+metric, and the library that they use. They load nothing from the network, train nothing, and take seconds each.
+
+    python -m venv env && . env/bin/activate
+    pip install torch --index-url https://download.pytorch.org/whl/cpu   # without CUDA, much smaller
+    pip install -r requirements.txt
+    jupyter lab
+
+Python 3.11 to 3.13. Open a notebook here, beside the folder lthlib. Guess, change the line marked `# change this`, run.
+"""
 _TOUCHED = re.compile(r"lthlib\.(\w+)|from lthlib import ([\w, ]+)")
 
 
@@ -64,6 +83,7 @@ def make_labs(workers: int) -> dict[str, str]:
         else:
             text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
         _write(MADE / f"{name}.md", text.encode())
+    _write(MADE / "labs.zip", archive())
     return lost
 
 
@@ -93,6 +113,22 @@ def fragment(lab: NotebookNode, name: str) -> str:
                 comment = re.match(r"#\s*([^\n\]]+)", cell.source)
                 parts.append(f"![{comment[1] if comment else 'Figure'}](/_generated/labs/{name}-{pictures}.png)")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def archive() -> bytes:
+    """Return the labs, the library and what to install as a ZIP file, the same bytes for the same contents."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = ["jupyterlab", *(line for line in asked if re.match(r"[\w-]+", line)[0] in NEEDED)]
+    files = {"README.md": README.encode(), "requirements.txt": "\n".join([*wanted, ""]).encode()}
+    files |= {path.name: path.read_bytes() for path in [ROOT / "LICENSE", *sorted(FOLDER.glob("*.ipynb"))]}
+    files |= {str(p.relative_to(ROOT)): p.read_bytes() for p in sorted((ROOT / "lthlib").rglob("*.py"))}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(f"labs/{name}")  # dated 1980
+            entry.external_attr = 0o644 << 16
+            file.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
 
 
 def _shown(cell: NotebookNode) -> Iterator[tuple[str, str]]:

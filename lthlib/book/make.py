@@ -111,6 +111,7 @@ def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     """Return the fingerprint of the built book: of all that stands in its folders, and of what should stand there."""
     files = [p for p in (ROOT / "book").rglob("*") if p.is_file() and not p.name.startswith(".")]
     read = [p for p in sorted(files) if not p.is_relative_to(ROOT / RESULTS)] + [ROOT / "_config.yml"]
+    read += sorted((ROOT / "lthlib").rglob("*.py"))  # the reference shows docstrings, the labs' archive holds all
     pages = [page_made_from(page, made) for page in every_page(grid)]
     every = [*pages, *map(lab_made_from, labs()), tables_made_from(made), front_made_from(grid, made)]
     return digest([*(f"{p} {sha256(p)}" for p in read), *every])

@@ -18,6 +18,7 @@ from lthlib.data.images import Images, OnDemand, Pixels
 from lthlib.data.sets import DATASETS, DataSet, check_name, decoded, kept_part, store_name
 
 OOD: Registry[Callable[[DataSet, int], Iterable[np.ndarray]]] = Registry("out-of-distribution set")
+"""The out-of-distribution sets that are made or shipped, by name; see `ood_images`."""
 
 
 def ood_set(name: str) -> Callable:

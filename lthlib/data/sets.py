@@ -89,6 +89,7 @@ class Source:
 
 
 DATASETS: Registry[Source] = Registry("data set")
+"""The built-in data sets by name; folders and zips are found beside them (`source`)."""
 
 
 def dataset(name: str, *, title: str, ood: tuple[str, ...], reference: str) -> Callable:

@@ -270,7 +270,7 @@ def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Ask whether tickets that are flat by the raw weight trace are flat by other measures: Kendall's tau.
 
     Args:
-        rows: The tidy table of `lthlib.results.evaluate.Results`, see `rank_agreement`.
+        rows: The tidy table of `lthlib.results.collect.Results`, see `rank_agreement`.
     """
     taus = rank_agreement(rows, "weight_hessian_trace", RANKED)
     by_round = taus.index.name == "round"

@@ -55,6 +55,7 @@ class Metric:
 
 INPUTS = ("logits", "probs", "errors")
 METRICS: Registry[Metric] = Registry("metric")
+"""Every metric by its name; full once `lthlib.metrics` is imported."""
 
 
 def describe(name: str, title: str, **fields: object) -> None:

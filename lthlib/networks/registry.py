@@ -25,6 +25,7 @@ class Architecture:
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")
+"""Every architecture by its name; full once `lthlib.networks` is imported."""
 
 
 def architecture(name: str, *, title: str, reference: str):

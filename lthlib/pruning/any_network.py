@@ -68,8 +68,9 @@ def scores(
 ) -> dict[str, Tensor]:
     """Return the number by which a method ranks each prunable weight; the highest stay. Arguments as for `prune`.
 
-    OMP: |w|; SNIP: |w dL/dw|; GraSP: w * Hg; SynFlow: |w| dR/d|w| of its first round, in float64; random methods:
-    uniform numbers in [0, 1). Those of rp-layerwise and rp-erk are compared within each layer, all others over all.
+    OMP: ``|w|``; SNIP: ``|w dL/dw|``; GraSP: ``w * Hg``; SynFlow: ``|w| dR/d|w|`` of its first round, in float64;
+    random methods: uniform numbers in [0, 1). Those of rp-layerwise and rp-erk are compared within each layer, all
+    others over all.
     """
     entry, moment = _moment(net, method, 0.0, batch, prunable, seed, options)
     with torch.random.fork_rng(), machine.one_thread():

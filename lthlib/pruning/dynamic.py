@@ -1,10 +1,10 @@
 """RigL (Evci et al. 2020) and SET (Mocanu et al. 2018): sparse networks that move their weights while they train.
 
 Both start from random masks, by default with Erdos-Renyi-kernel densities. Every ``delta_t`` steps, each layer drops
-its smallest |w| and grows as many weights elsewhere; counts by layer never change, and a new weight starts at 0, with
-its momentum at 0.
+its smallest ``|w|`` and grows as many weights elsewhere; counts by layer never change, and a new weight starts at 0,
+with its momentum at 0.
 
-*RigL* grows the places with the largest |dL/dw|. The gradient is that of *all* weights at the sparse network, so an
+*RigL* grows the places with the largest ``|dL/dw|``. The gradient is that of *all* weights at the sparse network, so an
 absent weight can show what it would do. The fraction that moves falls as a cosine, alpha_t = alpha / 2 (1 + cos(pi t /
 t_end)), and is 0 from t_end on. As published in code: a weight just dropped may grow again at once, and then keeps its
 value and momentum; a step that moves weights does nothing else, the optimizer's step is skipped. Both are options.
@@ -49,7 +49,7 @@ def move(
 
     Args:
         mask: Weights of the layer now kept.
-        magnitude: |w|, of the same shape.
+        magnitude: ``|w|``, of the same shape.
         growth: Score of the places to grow, of the same shape.
         n_move: At most as many as the mask keeps; fewer move where there are fewer places to go.
         regrow_dropped: Whether a weight just dropped may grow again.

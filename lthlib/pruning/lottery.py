@@ -2,7 +2,7 @@
 
 Train, remove the smallest fifth of the remaining weights, set the others back to where they were at step k of the dense
 run, train again; n rounds give 1 - 0.8^n (Frankle and Carbin 2019; rewinding to k > 0: Frankle et al. 2020).
-Score: |w| at the end of the previous round's training, over all layers together, among the weights still kept.
+Score: ``|w|`` at the end of the previous round's training, over all layers together, among the weights still kept.
 
 Everything is rewound: weights, batch normalisation with its running statistics, the linear layer; optimizer and
 schedule start again at step k. Known slips: ranking the rewound weights; a threshold that removes one too many or all

@@ -233,6 +233,7 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry("method")
+"""Every method by its name; full once `lthlib.pruning` is imported."""
 
 
 def method(name: str, *, options: Mapping[str, Option | bool] | None = None, **fields):

@@ -4,11 +4,11 @@ A channel of a residual stream is written by several layers and read by several;
 once. The channel groups of `networks` say which layers these are, as dependency graphs do for arbitrary networks (Fang
 et al. 2023). The score of a channel is the mean over the layers that write the group:
 
-* ``filter-l1`` (Li et al. 2017): the sum of |w| of the filter, divided by the layer's mean, so that layers with many
-  inputs do not win for being wide.
-* ``slimming`` (Liu et al. 2017): |gamma| of the batch normalisation, in a dense run of its own that has an L1 penalty
-  on gamma (option ``bn_l1``). That run chooses the channels and nothing else: the smaller network starts from the
-  rewind point that all methods share, and is trained without the penalty, as published.
+* ``filter-l1`` (Li et al. 2017): the sum of ``|w|`` of the filter, divided by the layer's mean, so that layers with
+  many inputs do not win for being wide.
+* ``slimming`` (Liu et al. 2017): ``|gamma|`` of the batch normalisation, in a dense run of its own that has an L1
+  penalty on gamma (option ``bn_l1``). That run chooses the channels and nothing else: the smaller network starts from
+  the rewind point that all methods share, and is trained without the penalty, as published.
 
 The rule: channels are ranked over all groups together and the lowest go, until the prunable weights are ``n_keep`` or
 fewer; then those gone are put back, best first, where the budget allows. The best channel of a group never goes.
@@ -47,7 +47,7 @@ def filter_l1(model: nn.Module) -> Channels:
 
 
 def bn_scale(model: nn.Module) -> Channels:
-    """Return the score of each channel by group: |gamma| of its batch normalisations."""
+    """Return the score of each channel by group: ``|gamma|`` of its batch normalisations."""
     return _mean_over_writers(model, nn.BatchNorm2d, lambda layer: layer.weight.detach().double().abs())
 
 
@@ -200,7 +200,7 @@ def find_filter_l1_macs(moment: Moment) -> Found:
 
 @method("slimming", title="Slimming", **SLIMMING)
 def find_slimming(moment: Moment) -> Found:
-    """Keep the channels with the largest |gamma|, as many weights as the sparse networks.
+    """Keep the channels with the largest ``|gamma|``, as many weights as the sparse networks.
 
     Options: ``bn_l1``, the L1 penalty on gamma in the dense run that is looked at (published: 1e-4 for VGG, 1e-5
     for others); 0 is the common dense run.
@@ -211,7 +211,7 @@ def find_slimming(moment: Moment) -> Found:
 
 @method("slimming-macs", title="Slimming, by MACs", **SLIMMING)
 def find_slimming_macs(moment: Moment) -> Found:
-    """Keep the channels with the largest |gamma|, as many multiply-accumulates as OMP's mask.
+    """Keep the channels with the largest ``|gamma|``, as many multiply-accumulates as OMP's mask.
 
     Options: ``bn_l1`` as in ``slimming``.
     """

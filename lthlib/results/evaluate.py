@@ -76,6 +76,7 @@ def _is_like(value: object, default: object) -> bool:
 
 
 DIMENSIONS: Registry[Dimension] = Registry("dimension")
+"""The four dimensions by name."""
 for _name in ("generalization", "calibration", "interpretability", "flatness"):
     DIMENSIONS[_name] = Dimension(_name, _name.capitalize(), f"lthlib.metrics.{_name}.measure")
 

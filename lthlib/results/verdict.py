@@ -91,7 +91,7 @@ def judge(
     without a vote are judged one at a time.
 
     Args:
-        rows: The table of `lthlib.results.evaluate.Results`: a line a number, dense tickets (round 0) among them.
+        rows: The table of `lthlib.results.collect.Results`: a line a number, dense tickets (round 0) among them.
         replicates: By ticket, arrays among which are those of `lthlib.metrics.resampling.kept`. Without them only the
             trainings are known to differ, and the verdict is about these images.
         n_classes: Number of classes, for the accuracy of guessing.

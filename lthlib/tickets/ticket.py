@@ -22,7 +22,7 @@ class Ticket:
 
     Attributes:
         data: Name of a data set (`lthlib.data.load`).
-        arch: Name of an architecture (`lthlib.networks.networks.ARCHITECTURES`).
+        arch: Name of an architecture (`lthlib.networks.registry.ARCHITECTURES`).
         method: Name of a sparsification method (`lthlib.pruning.METHODS`).
         round: n on the ladder of sparsities 1 - 0.8^n; 0 is dense.
         seed: Of the initial weights, the order of the images and whatever the method draws.

@@ -51,6 +51,7 @@ class Corruption:
 
 
 CORRUPTIONS: Registry[Corruption] = Registry("corruption")
+"""Every corruption by its name."""
 
 
 def corruption(title: str, group: str, *, cifar: Sequence, imagenet: Sequence) -> Callable:
@@ -88,7 +89,7 @@ class Draws:
         self.key, self.start, self.n, self.calls = tuple(key), start, n, 0
 
     def words(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return uniform uint32 of shape (n, *shape)."""
+        """Return uniform uint32 of shape ``(n, *shape)``."""
         size = math.prod(shape)
         stretch = (size + 1) // 2  # the generator makes 64 bits at a time
         generator = np.random.PCG64DXSM(np.random.SeedSequence((*self.key, self.calls)))
@@ -97,21 +98,21 @@ class Draws:
         return raw.view(np.uint32).reshape(self.n, 2 * stretch)[:, :size].reshape(self.n, *shape)
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Return float32 of shape (n, *shape), uniform on [low, high) in 2^24 steps."""
+        """Return float32 of shape ``(n, *shape)``, uniform on [low, high) in 2^24 steps."""
         unit = (self.words(shape) >> 8).astype(np.float32)
         unit *= np.float32((high - low) * 2.0**-24)
         unit += np.float32(low)
         return unit
 
     def normal(self, mean: float, std: float, shape: tuple[int, ...]) -> np.ndarray:
-        """Return normal float32 of shape (n, *shape), by Box and Muller's transform (tails to 5.8 std)."""
+        """Return normal float32 of shape ``(n, *shape)``, by Box and Muller's transform (tails to 5.8 std)."""
         unit = 1.0 - self.uniform(0, 1, shape)
         radius = np.sqrt(np.log(unit, out=unit) * np.float32(-2.0))
         radius *= np.cos(self.uniform(0, 2 * math.pi, shape))
         return radius * np.float32(std) + np.float32(mean)
 
     def integers(self, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Return int64 of shape (n, *shape), uniform on 0 ... high - 1 to within ``high`` 2^-32."""
+        """Return int64 of shape ``(n, *shape)``, uniform on 0 ... high - 1 to within ``high`` 2^-32."""
         return (self.words(shape).astype(np.uint64) * np.uint64(high) >> np.uint64(32)).astype(np.int64)
 
 

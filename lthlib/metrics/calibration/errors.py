@@ -57,10 +57,10 @@ def ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS, edges: str = 
     r"""Expected calibration error: $\sum_b \frac{n_b}{N}\,|\mathrm{acc}_b - \mathrm{conf}_b|$ over 15 right-closed bins
     of the top class's confidence.
 
-    By Naeini et al. (2015) and Guo et al. (2017). With one bin it is |accuracy - mean
-    confidence|, and splitting a bin never lowers it. It is zero for a network that always answers the base rates:
-    calibrated is not the same as useful. ``edges="left"`` is the convention of torchmetrics and netcal, but for a
-    confidence of exactly 1, which torchmetrics puts in a bin of its own.
+    By Naeini et al. (2015) and Guo et al. (2017). With one bin it is ``|accuracy - mean confidence|``, and splitting a
+    bin never lowers it. It is zero for a network that always answers the base rates: calibrated is not the same as
+    useful. ``edges="left"`` is the convention of torchmetrics and netcal, but for a confidence of exactly 1, which
+    torchmetrics puts in a bin of its own.
     """
     confidence, hits = top(*check_probs(probs, labels))
     return _gaps(bin_index(confidence, n_bins, edges), confidence, hits) / len(hits)
@@ -108,7 +108,7 @@ def adaptive_ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS) -> f
     Bin k ends with the ceil((k + 1) N / n_bins)-th smallest confidence: where N is no multiple of n_bins, the larger
     bins are spread evenly (as in Nixon's program, which rounds to the nearest instead of up), where `numpy.array_split`
     makes the first ones larger. Equal confidences are never split, so the order of the images does not matter; bins
-    that lose all their images this way are empty. With N bins and no ties the error is the mean |hit - confidence|.
+    that lose all their images this way are empty. With N bins and no ties the error is the mean ``|hit - confidence|``.
     """
     confidence, hits = top(*check_probs(probs, labels))
     return _gaps(_equal_mass(confidence, n_bins), confidence, hits) / len(hits)
@@ -145,7 +145,7 @@ class ReliabilityDiagram(NamedTuple):
 def reliability_diagram(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS) -> ReliabilityDiagram:
     """Confidence and accuracy by equal-width bin of the top-class confidence (DeGroot and Fienberg, 1983).
 
-    sum(count |accuracy - confidence|) / N over the bins that are not empty is `ece`.
+    ``sum(count |accuracy - confidence|) / N`` over the bins that are not empty is `ece`.
     """
     confidence, hits = top(*check_probs(probs, labels))
     bins = bin_index(confidence, n_bins)

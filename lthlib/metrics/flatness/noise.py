@@ -46,7 +46,7 @@ def weight_noise_tolerance(
     chunk: int = 250,
     loss: Loss = F.cross_entropy,
 ) -> NoiseTolerance:
-    """Find the largest σ with E[loss(w + σ |w| ε)] ≤ (1 + rise) loss(w), ε normal (higher is flatter).
+    """Find the largest σ with E[loss(w + σ ``|w|`` ε)] ≤ (1 + rise) loss(w), ε normal (higher is flatter).
 
     Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that
     pruned ones stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers:
@@ -185,5 +185,5 @@ def _mean_loss(
 
 
 def _in_proportion(weights: dict[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
-    """Return |w| ε; ε depends on (seed, draw) alone, so every σ meets the same."""
+    """Return ``|w|`` ε; ε depends on (seed, draw) alone, so every σ meets the same."""
     return {name: w.abs() * normal_like(w, seed, draw, position) for position, (name, w) in enumerate(weights.items())}

@@ -45,7 +45,7 @@ def rank_agreement(rows: pd.DataFrame, first: str, others: Sequence[str]) -> pd.
     than three methods, rounds of each method instead.
 
     Args:
-        rows: The tidy table of `lthlib.results.evaluate.Results`.
+        rows: The tidy table of `lthlib.results.collect.Results`.
         first: Name of the metric that the others are compared with.
         others: Their names.
 

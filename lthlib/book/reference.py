@@ -1,0 +1,69 @@
+"""The reference of the library in the book: a page a room, whose text Sphinx takes from the docstrings.
+
+It is an extension of Sphinx, too: what metrics define in LaTeX for Markdown becomes formulas.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import lthlib
+from lthlib.core.store import ROOT
+
+ROOMS = ("core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own")
+"""The rooms in the order in which they may import one another."""
+
+
+def setup(app) -> dict[str, bool]:
+    """Let Sphinx show ``$x$`` in a docstring as a formula."""
+
+    def formulas(app, what, name, obj, options, lines: list[str]) -> None:
+        lines[:] = re.sub(r"(?<!`)\$([^$`]+)\$", r":math:`\1`", "\n".join(lines)).split("\n")
+
+    app.connect("autodoc-process-docstring", formulas)
+    return {"parallel_read_safe": True}
+
+
+def reference_pages() -> dict[str, str]:
+    """Return the pages by file name, as Markdown: an index, and one page a room."""
+    return {"reference/index.md": _index(), **{f"reference/{room}.md": _room(room) for room in ROOMS}}
+
+
+def _index() -> str:
+    """Return the page with the names at the top, and the rooms."""
+    places = {name: place + ".registry" * name.isupper() for name, place in lthlib.PLACES.items()}
+    names = [f"| {{py:obj}}`lthlib.{name} <{place}.{name}>` | `{place}` |" for name, place in places.items()]
+    rooms = [f"| [`lthlib.{room}`]({room}.md) | {_says(_modules(room)[0])} |" for room in ROOMS]
+    return "\n".join(
+        [
+            "(reference)=\n# The library",
+            "What each function and class takes and returns, as its docstring says it. The rooms stand in the order in "
+            "which they may import one another ([](#inside)).\n",
+            "## At the top\n\n`import lthlib` gives what a notebook needs:\n",
+            "| name | defined in |\n|---|---|",
+            *names,
+            "\n## The rooms\n\n| room | |\n|---|---|",
+            *rooms,
+        ]
+    )
+
+
+def _room(room: str) -> str:
+    """Return the page of a room: a section a module."""
+    sections = [f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```" for name in _modules(room)]
+    return "\n\n".join([f"# `lthlib.{room}`", *sections])
+
+
+def _modules(room: str) -> list[str]:
+    """Return the modules of a room, the package itself first."""
+    paths = sorted(ROOT.glob(f"lthlib/{room}.py")) + sorted(ROOT.glob(f"lthlib/{room}/**/*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return sorted(names)
+
+
+def _says(module: str) -> str:
+    """Return the first line of a module's docstring."""
+    path = ROOT / module.replace(".", "/")
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    return ast.get_docstring(ast.parse(text)).split("\n")[0]
