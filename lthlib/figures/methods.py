@@ -132,7 +132,9 @@ def accuracy_beside(judged: pd.DataFrame, about: str) -> Figure:
     """
     part = judged[(judged["metric"] == "test_accuracy") & (judged["shift"] == "none")]
     part = part.drop_duplicates(["method", "round"]).sort_values("round")
-    figure, axis = plt.subplots(figsize=(4.6, 3.1), gridspec_kw={"left": 0.13, "right": 0.97, "bottom": 0.24})
+    figure, axis = plt.subplots(
+        figsize=(4.6, 3.1), gridspec_kw={"left": 0.13, "right": 0.97, "bottom": 0.24, "top": 0.95}
+    )
     for _, line in part[part["method"] != about].groupby("method"):
         axis.plot(line["round"], 100 * line["mean"], color="grey", lw=1, alpha=0.5)
     curve(axis, part[part["method"] == about], "test_accuracy")
