@@ -7,15 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lthlib.book import methods_page
-from lthlib.book.front import _methods
+from lthlib.book import front, methods_page
 from lthlib.book.grid import ON_METHODS, grid_from
 from lthlib.book.pages import Page
 from lthlib.book.plan import COMPARISON, pages
 from lthlib.core.errors import UserError
+from lthlib.figures import colours
 from lthlib.figures import methods as drawing
 from lthlib.pruning import METHODS, masks
 from lthlib.results import overlaps, verdict
+from lthlib.results.claims_parts import Evidence
 from lthlib.results.collect import collect
 from lthlib.results.recorded import read_records, write_records
 from lthlib.tickets.obtain import obtain
@@ -217,9 +218,46 @@ def test_every_study_has_a_page_on_its_methods_and_on_each_of_them():
     others = [plan for plan in pages(grid) if plan.topic == "calibration" and plan.method == "lth"]
     assert others[0].parameters["method"] == ["lth"]
     assert others[0].parameters["options"] == {}
-    said = _methods(pages(grid))
-    assert said.count("(/_generated/test/mnist5k-resnet8/methods/lth.ipynb)") == 1
-    assert "name `rp` among the `methods` of a grid" in said
+
+
+def test_a_chapters_part_has_the_curve_of_each_study_that_measured_the_method(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(front, "GENERATED", tmp_path)
+    grid = grid_from(
+        "test", {"methods": ["lth", "snip"], "rounds": [1], "seeds": [0], "dimensions": {"calibration": {}}}
+    )
+    (study,) = grid.studies
+    evidence = Evidence("A *study*", page.results.rows, 10)
+    said = dict(
+        re.findall(
+            r"<!-- (\S+): begin -->(.*?)<!-- \1: end -->",
+            front._methods(pages(grid), [(grid, study, evidence)]),
+            flags=re.S,
+        )
+    )
+    assert set(said) == set(METHODS) - {"dense"}
+    for name, part in said.items():
+        pictures = re.findall(r"!\[(.*)\]\(/_generated/(.*)\)", part)
+        assert bool(pictures) == (name in STUDY.methods)
+        assert ("was not measured" in part) == (name not in STUDY.methods)
+        for alt, file in pictures:
+            assert (tmp_path / file).read_text().rstrip().endswith("</svg>")
+            means = [100 * np.mean([accuracy(page, name, n, s) for s in (0, 1)]) for n in (1, 2)]
+            assert [f"{m:.1f} %" for m in means] == re.findall(r"([\d.]+ %) at", alt)
+    assert "A &#42;study&#42;" in said["lth"]
+    assert said["lth"].count("(/_generated/test/mnist5k-resnet8/methods/comparison.ipynb)") == 1
+    assert "methods/lth.ipynb" not in said["lth"]  # this grid makes no page a method
+
+
+def test_a_methods_curve_stands_in_front_of_the_others_in_grey(page):
+    axis = drawing.accuracy_beside(page.judged, "snip").axes[0]
+    grey = {tuple(np.round(line.get_ydata(), 6)) for line in axis.lines if line.get_color() == "grey"}
+    others = [m for m in STUDY.methods if m != "snip"]
+    wanted = {tuple(round(100 * np.mean([accuracy(page, m, n, s) for s in (0, 1)]), 6) for n in (1, 2)) for m in others}
+    assert grey == wanted
+    drawn = [line.get_ydata() for line in axis.lines if line.get_color() == colours()["snip"] and len(line.get_ydata())]
+    assert {round(y, 6) for line in drawn for y in line} == {
+        round(100 * np.mean([accuracy(page, "snip", n, s) for s in (0, 1)]), 6) for n in (1, 2)
+    }
 
 
 def test_every_chapter_on_a_method_shows_its_results():

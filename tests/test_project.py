@@ -114,6 +114,13 @@ class TestNotebook:
             if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
                 assert len(cell.source.splitlines()) <= 10
 
+    def test_it_shows_how_it_loads_then_rows_then_one_curve_then_figures(self, path):
+        cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        seen = [c.source for c in cells if not {"parameters", "hide-input"} & set(c.metadata.get("tags", []))]
+        places = [next(i for i, s in enumerate(seen) if word in s) for word in ("pages.load(", ".head(10)", "sns.")]
+        assert places == [0, 1, 2]
+        assert len(seen) >= 7  # and the figures
+
 
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_a_templates_defaults_are_those_of_the_default_grid(name):

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grid
 from lthlib.book.reference import reference_pages
 from lthlib.core import machine
 from lthlib.core.store import ROOT, Store, write_atomically
+from lthlib.figures import methods
 from lthlib.pruning import METHODS
 from lthlib.results import verdict
 from lthlib.results.claims_parts import Evidence
@@ -53,7 +55,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         "power.md": _power(),
         "answer.md": "\n\n".join(answers),
         "status.md": _status(plans),
-        "methods.md": _methods(plans),
+        "methods.md": _methods(plans, studies),
         "cost.md": cost.chapter_table(),
         **reproducibility.chapter_tables(),
         **reference_pages(),
@@ -148,10 +150,16 @@ def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job])
 
 
 def _picture(figure: Figure, name: str, caption: str) -> str:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", bbox_inches="tight")
-    write_atomically(GENERATED / name, drawn.getvalue())
+    _draw(figure, name, "tight")
     return f"```{{figure}} /_generated/{name}\n:width: 100%\n{caption}\n```"
+
+
+def _draw(figure: Figure, name: str, box: str | None = None) -> None:
+    """Write a figure of the front and close it; cut to its ``box`` it is drawn twice, which takes twice as long."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", bbox_inches=box)
+    plt.close(figure)
+    write_atomically(GENERATED / name, drawn.getvalue())
 
 
 def _scorecard(rows: pd.DataFrame, judged: pd.DataFrame, name: str) -> str:
@@ -227,25 +235,37 @@ def _status(plans: Sequence[PagePlan]) -> str:
     )
 
 
-def _methods(plans: Sequence[PagePlan]) -> str:
-    """List the generated pages on each method between two comments, for the chapter on it to include."""
+def _methods(plans: Sequence[PagePlan], studies: Sequence[tuple[Grid, Study, Evidence]]) -> str:
+    """Draw each method in every study between two comments, for the chapter on it to include, with links to pages."""
     parts = []
     for name, method in METHODS.items():
         if name == "dense":
             continue
-        mine = [page for page in plans if page.topic == ON_METHODS and page.method == name]
-        links = [f"- [{page.label}](/{page.file}), beside [all methods](/{_beside(plans, page).file})" for page in mine]
-        found = f"{method.title} (`{name}`):\n\n" + "\n".join(links)
-        if not mine:
-            found = f"{method.title} was not measured for this build: name `{name}` among the `methods` of a grid."
+        mine = [of for of in studies if name in set(of[2].judged["method"])]
+        found = f"{method.title} was not measured for this build: name `{name}` among the `methods` of a grid."
+        if mine:
+            cells = [f":::{{grid-item}}\n{_seen(plans, name, *of)}\n:::" for of in mine]
+            found = f"{method.title} (`{name}`):\n\n::::{{grid}} 1 1 2 2\n" + "\n".join(cells) + "\n::::"
         parts.append(f"<!-- {name}: begin -->\n\n{found}\n\n<!-- {name}: end -->\n")
     return "\n".join(parts)
 
 
-def _beside(plans: Sequence[PagePlan], page: PagePlan) -> PagePlan:
-    """Return the comparison of all methods that a method's page belongs to."""
-    wanted = (page.grid, page.study, page.topic, COMPARISON)
-    return next(p for p in plans if (p.grid, p.study, p.topic, p.method) == wanted)
+def _seen(plans: Sequence[PagePlan], method: str, grid: Grid, study: Study, evidence: Evidence) -> str:
+    """Draw a method's accuracy in one study, and name the pages on it there."""
+    judged, file = evidence.judged, f"method-{method}-{grid.name}-{study_name(study)}.svg"
+    _draw(methods.accuracy_beside(judged, method), file)
+    line = judged[(judged["method"] == method) & (judged["metric"] == "test_accuracy")].sort_values("round")
+    first, last = (
+        f"{100 * v['mean']:.1f} % at {100 * v['sparsity']:.1f} % sparsity" for _, v in line.iloc[[0, -1]].iterrows()
+    )
+    alt = f"Test accuracy of {METHODS[method].title}: {first}, {last}; dense {100 * line['dense'].iloc[0]:.1f} %"
+    there = {p.method: p for p in plans if (p.grid, p.study, p.topic) == (grid.name, study_name(study), ON_METHODS)}
+    links = [
+        f"[{text}](/{there[of].file})"
+        for of, text in ((method, "its masks"), (COMPARISON, "all methods"))
+        if of in there
+    ]
+    return f"![{alt}](/_generated/{file})\n\n{escaped(evidence.label)}: {', '.join(links)}"
 
 
 def _contents(plans: Sequence[PagePlan], template: Path) -> str:

@@ -9,8 +9,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lthlib.figures import WIDTH, colours, label, shades
+from lthlib.figures import WIDTH, colours, curve, label, shades
 from lthlib.pruning import METHODS, masks
 
 ANNOTATED = 16  # layers; more numbers side by side cannot be read
@@ -119,6 +120,27 @@ def overlap_bars(overlaps: pd.DataFrame, about: str) -> Figure:
     axis.legend(handles=axis.lines, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axis.set_xlim(0, 100)
     axis.grid(axis="y", visible=False)
+    return figure
+
+
+def accuracy_beside(judged: pd.DataFrame, about: str) -> Figure:
+    """Draw test accuracy against sparsity: one method in the style of every curve, the others of its study in grey.
+
+    Args:
+        judged: As `lthlib.results.verdict.judge` returns it; of its dimensions any one's accuracy is drawn.
+        about: The method in front.
+    """
+    part = judged[(judged["metric"] == "test_accuracy") & (judged["shift"] == "none")]
+    part = part.drop_duplicates(["method", "round"]).sort_values("round")
+    figure, axis = plt.subplots(
+        figsize=(4.6, 3.1), gridspec_kw={"left": 0.13, "right": 0.97, "bottom": 0.24, "top": 0.95}
+    )
+    for _, line in part[part["method"] != about].groupby("method"):
+        axis.plot(line["round"], 100 * line["mean"], color="grey", lw=1, alpha=0.5)
+    curve(axis, part[part["method"] == about], "test_accuracy")
+    named = {METHODS[about].title: (colours()[about], "-"), "dense": ("black", "--"), "other methods": ("grey", "-")}
+    lines = [Line2D([], [], color=colour, ls=style, label=name) for name, (colour, style) in named.items()]
+    figure.legend(handles=lines, loc="lower center", ncols=3, frameon=False)
     return figure
 
 
