@@ -29,27 +29,19 @@ def questions_pages(studies: Sequence[Evidence], plans: Sequence[PagePlan]) -> d
     beside = {topic: [p for p in plans if (p.topic, p.method) == (topic, COMPARISON)] for topic in DIMENSIONS}
     on_cifar = [p for p in plans if p.study.startswith("cifar") and p.method == "rigl"]
     every = [p for of in beside.values() for p in of if p.grid == Path(EVERY_METHOD).stem]
+    votes = [m for m in METRICS.values() if m.in_verdict]
+    four = {of.title: [m.name for m in votes if m.dimension == d] for d, of in DIMENSIONS.items()}
+    cut = [name for name, m in METHODS.items() if m.family == "structured"]
+    photos = [e for e in studies if e.rows["dataset"].iloc[0].startswith("imagenet")]
+    explained = {name: [name] for name in ("fidelity", "stability")}
     return {
-        "question-imagenet.md": imagenet(studies) + _pages(beside["interpretability"]),
+        "question-imagenet.md": _tallies(photos, METHODS, explained, PAPER[1]) + _pages(beside["interpretability"]),
         "question-settings.md": settings(studies) + _pages(beside["calibration"] + beside["flatness"]),
         "question-rigl.md": rigl_on_cifar(studies) + _pages(on_cifar),
-        "question-structured.md": structured(studies) + _pages(every),
+        "question-structured.md": _tallies(studies, cut, four, EVERY_METHOD) + _pages(every),
         "question-metrics.md": metrics_table(ROOT / "book" / "metrics"),
         "question-flat.md": "\n\n".join(map(less_flat, studies)) + _pages(beside["flatness"]),
     }
-
-
-def imagenet(studies: Sequence[Evidence]) -> str:
-    """Return how every method keeps fidelity and stability on ImageNet."""
-    mine = [e for e in studies if e.rows["dataset"].iloc[0].startswith("imagenet")]
-    return _tallies(mine, METHODS, {name: [name] for name in ("fidelity", "stability")}, PAPER[1])
-
-
-def structured(studies: Sequence[Evidence]) -> str:
-    """Return how structured methods keep the paper's metrics, by dimension."""
-    votes = [m for m in METRICS.values() if m.in_verdict]
-    columns = {of.title: [m.name for m in votes if m.dimension == d] for d, of in DIMENSIONS.items()}
-    return _tallies(studies, [n for n, m in METHODS.items() if m.family == "structured"], columns, EVERY_METHOD)
 
 
 def settings(studies: Sequence[Evidence]) -> str:
@@ -82,8 +74,7 @@ def rigl_on_cifar(studies: Sequence[Evidence]) -> str:
 def less_flat(e: Evidence) -> str:
     """Say of one study whether RigL is less flat than other methods, and which reasons its rows leave."""
     said, parts = why_less_flat(e)
-    numbers = "\n".join(f"- {part.said}" for part in parts)
-    return f"**{plain(e.label)}.** {said or NOTHING}\n\n{numbers}".strip()
+    return "\n".join([f"**{plain(e.label)}.** {said or NOTHING}\n", *(f"- {part.said}" for part in parts)])
 
 
 def metrics_table(folder: Path) -> str:
