@@ -47,7 +47,7 @@ def judged(studies: Sequence[Evidence]) -> dict[str, dict[str, Finding]]:
 def table(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding]] | None = None) -> str:
     """Return the table claims x studies with its legend, as Markdown."""
     found = found or judged(studies)
-    lines = [["claim", *(_plain(e.label) for e in studies)], ["---", *[":-:" for _ in studies]]]
+    lines = [["claim", *(plain(e.label) for e in studies)], ["---", *[":-:" for _ in studies]]]
     for claim in CLAIMS:
         marks = [MARKS[found[claim.name][e.label].outcome] for e in studies]
         lines.append([f"[{claim.title}](#claim-{claim.name})", *marks])
@@ -61,10 +61,10 @@ def _section(claim: Claim, found: Mapping[str, Finding], picture: str) -> str:
     for label, finding in found.items():
         if finding.outcome != UNMEASURED:
             numbers = "\n".join(f"- {MARKS[part.outcome]} {part.said}" for part in finding.parts)
-            head = f"**{_plain(label)}: {MARKS[finding.outcome]} {finding.outcome}.** {interpreted(claim, finding)}"
+            head = f"**{plain(label)}: {MARKS[finding.outcome]} {finding.outcome}.** {interpreted(claim, finding)}"
             parts.append(f"{head}\n\n{numbers}")
     if unmeasured:
-        names = "; ".join(map(_plain, unmeasured))
+        names = "; ".join(map(plain, unmeasured))
         parts.append(f"**{names}: {MARKS[UNMEASURED]} {UNMEASURED}.** The rule needs {claim.needs}.")
     if picture:
         drawn = "; ".join(METRICS[name].title for name in claim.figure if name in METRICS)
@@ -73,6 +73,6 @@ def _section(claim: Claim, found: Mapping[str, Finding], picture: str) -> str:
     return "\n\n".join(parts)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return what a person wrote so that Markdown reads nothing into it."""
     return "".join(c if c.isalnum() or c in " .,:;()%+-/'" else f"&#{ord(c)};" for c in text)

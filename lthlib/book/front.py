@@ -18,6 +18,7 @@ from lthlib.book import cost, explorer, reproducibility
 from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
+from lthlib.book.questions import questions_pages
 from lthlib.book.reference import reference_pages
 from lthlib.core import machine
 from lthlib.core.store import ROOT, Store, write_atomically
@@ -59,6 +60,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         "cost.md": cost.chapter_table(),
         **reproducibility.chapter_tables(),
         **reference_pages(),
+        **questions_pages([evidence for _, _, evidence in studies if not evidence.judged.empty], plans),
         "_toc.yml": _contents(plans, ROOT / "book" / "contents.yml"),
     }
     for name, text in pages.items():

@@ -127,6 +127,7 @@ def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     files = [
         *sorted((ROOT / RESULTS).rglob("*.json")),
         ROOT / "book" / "contents.yml",
+        *sorted((ROOT / "book" / "metrics").glob("*.md")),
         *(ROOT / name for name in PAPER),
     ]
     texts = [path.read_text() for path in files]

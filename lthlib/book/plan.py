@@ -262,7 +262,8 @@ def vocabulary() -> str:
 def recorded_grids(but: str) -> list[Grid]:
     """Return the grids of all recorded results, except the one of a name.
 
-    Where a grid asks for all methods, these are the methods of its results, not those added since.
+    Where a grid asks for all methods, these are the methods of its results, not those added since; and its dimensions
+    are those of its results.
     """
     found, records = [], read_records(ROOT / RESULTS)
     for folder in sorted(p.parent for p in (ROOT / RESULTS).glob(f"[!.]*/{MANIFEST}")):
@@ -273,7 +274,9 @@ def recorded_grids(but: str) -> list[Grid]:
             raise UserError(f"{folder} holds recorded results of a grid that has no file {path}.")
         known = {r.entry["info"]["ticket"]["method"] for r in records.values() if r.folder == folder}
         grid = read_grid(path, recorded=True)
-        found.append(replace(grid, studies=tuple(_with_methods(study, known) for study in grid.studies)))
+        held = {name: of for name, of in grid.dimensions.items() if (folder / f"{name}.json.gz").exists()}
+        studies = tuple(_with_methods(study, known) for study in grid.studies)
+        found.append(replace(grid, studies=studies, dimensions=held))
     return found
 
 

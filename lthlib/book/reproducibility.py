@@ -53,7 +53,7 @@ def errors_table(found: Mapping) -> str:
     made = (
         f"{found['studies']:,} studies a line, a fifth of that for the last column. {_provenance(found['provenance'])}"
     )
-    return f"{_markdown(head, lines)}\n\n{made}\n"
+    return f"{markdown_table(head, lines)}\n\n{made}\n"
 
 
 def synflow_table(found: Mapping) -> str:
@@ -90,7 +90,7 @@ def reruns_table(found: Mapping) -> str:
         counts = [str(len(line.get(kind, ()))) for kind in KINDS]
         rest = ", ".join(name for name in REST if line.get(name))
         lines.append([line["change"], *counts, rest or "–"])
-    return f"{_markdown(head, lines)}\n\n{_provenance(found['provenance'])}\n"
+    return f"{markdown_table(head, lines)}\n\n{_provenance(found['provenance'])}\n"
 
 
 def deviation(value: pd.Series, other: pd.Series) -> pd.Series:
@@ -110,7 +110,7 @@ def agreement_tables(found: Mapping) -> str:
         if run["way"].endswith(GIVEN):
             made = ["given"] * len(made)
         lines.append([run["precision"], run["way"], *made, _of(rows)])
-    same = _markdown(head, lines)
+    same = markdown_table(head, lines)
     return f"{same}\n\n{_tolerances(found)}\n\n{_provenance(found['provenance'])}\n"
 
 
@@ -123,7 +123,7 @@ def _tolerances(found: Mapping) -> str:
         [dimension.title, *(f"{column[name]['largest']:.1g} ({column[name]['median']:.1g})" for column in columns)]
         for name, dimension in DIMENSIONS.items()
     ]
-    return _markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def _of(pair: Sequence[int]) -> str:
@@ -136,7 +136,8 @@ def _masks(counts: Sequence[int]) -> str:
     return _of((same, every)) + (f"; {100 * differ / kept:.2g} % of the weights kept are others" if differ else "")
 
 
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     every = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
 
