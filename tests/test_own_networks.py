@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,28 @@ def test_normalisation_stands_before_the_network():
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     found = Normalised(nn.Flatten(), mean.tolist(), std.tolist())(x)
     torch.testing.assert_close(found, ((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).flatten(1))
+
+
+def test_the_chapter_s_loops_prune_to_ninety_per_cent(dense, images):
+    chapter = (Path(own.__file__).parents[2] / "book" / "own.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", chapter, flags=re.S) if "def lottery" in block)
+    scope: dict = {}
+    exec(code, scope)
+    x, y = as_input(images.pixels[:50]), images.labels[:50]
+
+    def train(net):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        return net
+
+    pruned = [
+        scope["one_shot"](copy.deepcopy(dense), train),
+        scope["snip"](copy.deepcopy(dense), train, (x, y)),
+        scope["lottery"](copy.deepcopy(dense), train),
+    ]
+    for net in pruned:
+        assert int(net.conv.weight.count_nonzero()) == 4  # of 36
+        assert not torch.equal(net.fc.weight, dense.fc.weight)
