@@ -13,7 +13,7 @@ from torch import nn
 
 from lthlib import data, networks
 from lthlib.book.grid import Grid, grid_from, read_yaml
-from lthlib.core.errors import UserError
+from lthlib.core.errors import UserError, shown
 from lthlib.core.store import Store, write_atomically
 from lthlib.networks.checkpoints import Normalised, builder, load_network
 from lthlib.own.compare import SIZES, Comparison, compare
@@ -76,6 +76,8 @@ def read_config(config: Path | None, images: str | None) -> tuple[Grid, str | No
     if not (images or given.get("data")):
         raise UserError("Name the images: --data, a folder or zip in $LTHLIB_DATA, or a built-in set such as mnist5k.")
     arch = given.get("arch")
+    if arch is not None and not isinstance(arch, str):
+        raise UserError(f"arch in {config} is {shown(arch)}; one name is needed.")
     content = {"rounds": [1], "seeds": [0], "dimensions": list(SIZES), **given}
     content |= {"data": images or given["data"], "arch": arch if arch in networks.ARCHITECTURES else "resnet8"}
     plan = grid_from(config.stem if config else "check", content)

@@ -129,7 +129,9 @@ def classes(found: Comparison) -> Figure:
     tickets = found.rows.drop_duplicates("ticket")[["ticket", "method", "round", "seed"]]
     cases = [(name, round) for _, name, round, _ in tickets.itertuples(index=False) if name != DENSE]
     changes = recall_changes(tickets, found.arrays, cases)
-    return recall_map(changes.rename(columns={case: case[0] for case in cases}))
+    figure = recall_map(changes.rename(columns={case: case[0] for case in cases}))
+    figure.axes[0].set_ylabel("class")
+    return figure
 
 
 def lost_images(found: Comparison) -> None:
@@ -137,7 +139,7 @@ def lost_images(found: Comparison) -> None:
     rows = {}
     for name, arrays in list(by_title(found).items())[1:]:
         lost, won, n = arrays["lost_counts"].tolist()
-        text = f"**{_plain(name)}** loses {lost:,} of {n:,} images that dense has right, and wins {won:,}."
+        text = f"Of {n:,} images **{_plain(name)}** loses {lost:,} that dense has right, and wins {won:,} others."
         show(Markdown(text))
         if lost:
             columns = dict(zip(("true", DENSE, "sparse"), arrays["lost_answers"], strict=True))
@@ -159,7 +161,8 @@ def flatness(found: Comparison) -> object:
         rows = rows[rows["metric"] != "test_accuracy"]
         values = rows.pivot(index="metric", columns="method", values="mean")[pruned(found)]
         values.insert(0, DENSE, rows.drop_duplicates("metric").set_index("metric")["dense"])
-        values = values.loc[rows["metric"].drop_duplicates()].map("{:.4g}".format)
+        values = values.loc[rows["metric"].drop_duplicates()].rename_axis(None, axis="columns")
+        values = values.mul(values.index.map(figures.factor), axis=0).map("{:.4g}".format)
         values.index = [figures.label(name) for name in values.index]
         show(html_table(values), html_table(method_table(by_title(found))))
         if found.facts["in_memory"]:
