@@ -1,7 +1,7 @@
 """Can you win everything with a lottery ticket? The library behind the book.
 
 The rooms, in the order in which they may import one another:
-core -> data, networks -> pruning -> training -> tickets -> metrics -> results -> figures -> book
+core -> data, networks -> pruning -> training -> tickets -> metrics -> results -> figures -> book -> own
 
 The names below are what a notebook needs; they are imported when they are first used.
 """
@@ -22,6 +22,7 @@ PLACES = {
     "Ticket": "lthlib.tickets.ticket",
     "obtain": "lthlib.tickets.obtain",
     "evaluate": "lthlib.results.evaluate",
+    "compare": "lthlib.own",
     "Store": "lthlib.core.store",
 }
 

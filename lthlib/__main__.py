@@ -4,7 +4,7 @@ python -m lthlib tickets GRID STUDY METHOD SEED --done FILE   train and measure 
 python -m lthlib book GRID --workers N                        make its pages, tables and front, and build the book
 python -m lthlib record GRID                                  put its results into book/results
 python -m lthlib estimate GRID                                say what training it costs, before it is run
-python -m lthlib check GRID DENSE PRUNED ...                  compare networks of your own with their dense parent
+python -m lthlib check DENSE PRUNED ... --data IMAGES          compare networks of your own with their dense parent
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     cost.add_argument("--record", action="store_true", help="put what is measured into book/results")
     check = commands.add_parser("check", help="compare pruned networks of your own with their dense parent")
-    check.add_argument("grid")
-    check.add_argument("dense", type=Path, help="its weights: a state dict, *.safetensors or as torch.save writes it")
+    check.add_argument("dense", type=Path, help="its weights, or a TorchScript, torch.export or ONNX file")
     check.add_argument("pruned", type=Path, nargs="+")
-    check.add_argument("--network", help="package.module:function that makes them (default: the grid's arch)")
+    check.add_argument("--data", help="images: a folder or zip in $LTHLIB_DATA, perhaps with @size, or a built-in set")
+    check.add_argument("--network", help="what makes them: a name of this book, torchvision or timm, module:function")
+    check.add_argument("--normalise", help="pixels first: images, imagenet, none or MEAN,.../STD,...")
     check.add_argument("--prunable", help="weights that count: conv, linear, all (default: conv, and what has zeros)")
-    check.add_argument("--normalise", help="of the grid's arch: images (default), imagenet, none or MEAN,.../STD,...")
+    check.add_argument("--config", type=Path, help="YAML file with dimensions, thresholds, precision, train_size")
+    check.add_argument("--report", type=Path, help="HTML file to write, which shows and explains everything")
+    check.add_argument("--json", type=Path, help="file to write the verdict to, for machines")
     check.add_argument("--rows", type=Path, help="where to write the tidy table of all numbers")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")

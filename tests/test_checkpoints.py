@@ -47,10 +47,10 @@ class Tied(Other):
 
 
 def test_a_builder_is_named_by_module_and_function():
-    assert builder("torch.nn:Identity") is nn.Identity
+    assert builder("torch.nn:Identity", 1, 28, 10) is nn.Identity
     for name in ("collections", "collections:nothing", "nowhere.to.be:found", ":", ""):
         with pytest.raises(UserError, match=r"package\.module:function"):
-            builder(name)
+            builder(name, 1, 28, 10)
 
 
 def averaged(model):

@@ -1,7 +1,9 @@
 """Networks from files: what is said of them is what is said of the same networks as tickets."""
 
 import copy
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,9 @@ from lthlib.core.errors import UserError
 from lthlib.data.corrupted import sample
 from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import used_weights
+from lthlib.own.command import normalisation
+from lthlib.own.subject import Label, OwnSubject, digest, few_images
+from lthlib.own.words import summary
 from lthlib.pruning import masks
 from lthlib.results import verdict
 from lthlib.results.collect import collect
@@ -85,7 +90,8 @@ def files(networks, store, tmp_path_factory):
 @pytest.mark.parametrize("name", ["plain.safetensors", "split.pth"])
 def test_numbers_are_those_of_the_same_networks_as_tickets(plan, files, store, monkeypatch, name):
     monkeypatch.setenv("LTHLIB_STORE", str(store.root))
-    rows, judged = own.compare_files(plan, files / "dense.pt", [files / name])
+    found = own.compare_files(plan, files / "dense.pt", [files / name], "resnet8")
+    rows, judged = found.rows, found.judged
     for dimension, parameters in DIMENSIONS.items():
         expected = collect(plan.studies[0], dimension, store, parameters=parameters, precision="float32").rows
         mine = rows[rows["dimension"] == dimension]
@@ -93,7 +99,7 @@ def test_numbers_are_those_of_the_same_networks_as_tickets(plan, files, store, m
         assert mine[keys].to_numpy().tolist() == expected[keys].to_numpy().tolist()
         np.testing.assert_allclose(mine["value"], expected["value"], rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(mine["sparsity"], expected["sparsity"])
-    said = own.summary(judged, Path(name).stem)
+    said = summary(judged, Path(name).stem)
     (passed,) = verdict.lth_pass(judged)["passed"]
     assert ("LTH-PASS" in said) == passed
     assert f"{100 * judged['sparsity'].iloc[0]:.1f} %" in said
@@ -115,7 +121,7 @@ def test_the_other_dimensions_measure_a_network_from_outside(files, plan, networ
         "interpretability": {"n_images": 2, "n_masks": 20, "n_concept_images": 20, "draws": 19},
     }
     size = dense.ticket.train_size
-    rows = own.compare(dense.model, {"mine": sparse.model}, images, store, few, train_size=size).rows
+    rows = own.compare(dense.model, {"mine": sparse.model}, images, store=store, dimensions=few, train_size=size).rows
     values = rows.set_index(["method", "metric"])["value"]
     assert values["dense", "loss_barrier"] == 0.0
     ticket = collect(
@@ -180,16 +186,16 @@ def test_a_network_of_any_class_is_measured_and_left_as_it_was(other, store):
     dense, pruned = copy.deepcopy(other).train(), copy.deepcopy(other)
     pruned.conv.weight.data[:2] = 0
     dense.fc.weight.grad = torch.ones_like(dense.fc.weight)
-    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW).rows
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store=store, dimensions=FEW).rows
     assert set(rows.loc[rows["method"] == "half", "sparsity"]) == {0.5}
     assert dense.training
     assert not pruned.training
     assert dense.fc.weight.requires_grad
     assert dense.fc.weight.grad is not None
     with pytest.raises(UserError, match=r"seven: .*\(7,\); .* 10 logits"):
-        own.compare(dense, {"seven": Other(7)}, "mnist5k", store, FEW)
+        own.compare(dense, {"seven": Other(7)}, "mnist5k", store=store, dimensions=FEW)
     with pytest.raises(UserError, match="cannot be named"):
-        own.compare(dense, {"dense": pruned}, "mnist5k", store, FEW)
+        own.compare(dense, {"dense": pruned}, "mnist5k", store=store, dimensions=FEW)
 
 
 class Masked(Other):
@@ -206,13 +212,11 @@ def test_networks_that_differ_in_a_plain_attribute_are_told_apart(other, store):
     dense.load_state_dict(other.state_dict())
     pruned = copy.deepcopy(dense)
     pruned.mask = (torch.rand(28, 28, generator=torch.Generator().manual_seed(0)) < 0.5).float()
-    few = own.few_images(data.load("mnist5k", store))
-    assert own.digest(dense, few) != own.digest(pruned, few)
-    families = [
-        own.OwnSubject(own.Label("mnist5k", "m", 0, "x"), m, None, store).family for m in (dense, pruned, dense)
-    ]
+    few = few_images(data.load("mnist5k", store))
+    assert digest(dense, few) != digest(pruned, few)
+    families = [OwnSubject(Label("mnist5k", "m", 0, "x"), m, None, store).family for m in (dense, pruned, dense)]
     assert families[0] == families[2] != families[1]
-    found = values(own.compare(dense, {"masked": pruned}, "mnist5k", store, FEW).rows)
+    found = values(own.compare(dense, {"masked": pruned}, "mnist5k", store=store, dimensions=FEW).rows)
     test = data.load("mnist5k", store).test
     test = test.subset(sample(test.labels, 200))
     with torch.no_grad():
@@ -238,7 +242,7 @@ def test_networks_that_differ_in_a_plain_attribute_are_told_apart(other, store):
 def test_no_verdict_without_a_dense_network_that_can_be_compared_with(other, store, wrap, words):
     torch.manual_seed(1)
     with pytest.raises(UserError, match=words):
-        own.compare(wrap(copy.deepcopy(other), store), {"mine": other}, "mnist5k", store, FEW)
+        own.compare(wrap(copy.deepcopy(other), store), {"mine": other}, "mnist5k", store=store, dimensions=FEW)
 
 
 class Active(nn.Module):
@@ -264,19 +268,19 @@ def test_linear_layers_are_pruned_too(store):
     pruned = copy.deepcopy(dense)
     layers = [(layer, "weight") for layer in (pruned.a, pruned.b, pruned.fc)]
     prune.global_unstructured(layers, prune.L1Unstructured, amount=0.5)
-    rows = own.compare(dense, {"half": pruned}, "mnist5k", store, FEW).rows
+    rows = own.compare(dense, {"half": pruned}, "mnist5k", store=store, dimensions=FEW).rows
     assert rows.loc[rows["method"] == "half", "sparsity"].iloc[0] == pytest.approx(0.5)
     assert prune.is_pruned(pruned)  # as found
     with pytest.raises(UserError, match="Allowed: conv, linear, all"):
-        own.compare(dense, {"half": pruned}, "mnist5k", store, FEW, prunable="convolution")
+        own.compare(dense, {"half": pruned}, "mnist5k", store=store, dimensions=FEW, prunable="convolution")
 
 
 def test_the_mask_is_the_zeros(networks, store):
     _, sparse = networks
-    found = own.OwnSubject(own.Label("mnist5k", "mine", 1, "x"), sparse.model, None, store).trained.masks
+    found = OwnSubject(Label("mnist5k", "mine", 1, "x"), sparse.model, None, store).trained.masks
     assert found.keys() == sparse.masks.keys()
     assert all(torch.equal(found[name], mask) for name, mask in sparse.masks.items())
-    few = own.few_images(data.load("mnist5k", store))
+    few = few_images(data.load("mnist5k", store))
     expected = 1 - masks.n_kept(found) / sum(m.numel() for m in found.values())
     used = used_weights(sparse.model, few)
     assert own.sparsity(used, used, "conv") == pytest.approx(expected)
@@ -289,7 +293,7 @@ def test_the_untrained_network_keeps_nothing_of_training(store):
             self.scale, self.norm = nn.Parameter(torch.linspace(0, 1, 784)), nn.BatchNorm1d(784)
 
     model = Free()
-    fresh = own.OwnSubject(own.Label("mnist5k", "mine", 1, "x"), model, None, store).untrained()
+    fresh = OwnSubject(Label("mnist5k", "mine", 1, "x"), model, None, store).untrained()
     assert not torch.equal(fresh.scale, model.scale)
     assert torch.equal(fresh.scale.sort().values, model.scale)
 
@@ -297,21 +301,22 @@ def test_the_untrained_network_keeps_nothing_of_training(store):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, ((0.1,), (0.3,))),
         ("images", ((0.1,), (0.3,))),
         ("none", ((0.0,), (1.0,))),
         ("0.5/0.25", ((0.5,), (0.25,))),
+        ("0.5/0", "needs a mean and a deviation above 0"),
         ("0.5", "must be images, none, imagenet or"),
+        ("1,2/1,2", "have 1 channels"),
         ("a/b", "must be images, none, imagenet or"),
     ],
 )
 def test_what_a_network_of_the_registry_does_with_pixels_is_the_callers_choice(given, expected):
     grey = SimpleNamespace(name="grey", channels=1, mean=(0.1,), std=(0.3,))
     if isinstance(expected, tuple):
-        assert own.normalisation(given, grey) == expected
+        assert normalisation(given, grey) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            own.normalisation(given, grey)
+            normalisation(given, grey)
 
 
 NETWORK = """
@@ -331,12 +336,7 @@ class Net(nn.Module):
         return self.fc(self.features(x))
 """
 
-GRID = """
-data: mnist5k
-arch: resnet8
-methods: [omp]
-rounds: [4]
-seeds: [0]
+CONFIG = """
 precision: float32
 dimensions:
   calibration: {n_test: 100, n_corrupted: 5, n_bootstrap: 20}
@@ -345,10 +345,10 @@ dimensions:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory, store):
-    """A folder with a network of somebody else's, its weights in four forms, and a grid."""
+    """A folder with a network of somebody else's, its weights in four forms, and a config."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "theirs.py").write_text(NETWORK)
-    (folder / "mine.yaml").write_text(GRID)
+    (folder / "mine.yaml").write_text(CONFIG)
     scope: dict = {}
     exec(NETWORK, scope)
     with torch.random.fork_rng():
@@ -360,6 +360,7 @@ def foreign(tmp_path_factory, store):
     torch.save({**weights, "conv.weight": 0 * weights["conv.weight"]}, folder / "empty.pt")
     torch.save({**weights, "fc.bias": weights["fc.bias"] / 0}, folder / "broken.pt")
     torch.save({"conv.weight": weights["conv.weight"]}, folder / "other.pt")
+    torch.save(nn.Linear(2, 2), folder / "whole.pt")
     prune.l1_unstructured(model.conv, "weight", amount=0.5)
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "half.pt")
     return folder
@@ -373,14 +374,18 @@ def test_the_command_judges_networks_from_files(foreign, store):
             "-m",
             "lthlib",
             "check",
-            "mine.yaml",
-            "dense.safetensors",
-            "half.pt",
-            "empty.pt",
-            "--network",
-            "theirs:Net",
-            "--rows",
-            "rows.csv",
+            *[
+                "dense.safetensors",
+                "half.pt",
+                "empty.pt",
+                "--data",
+                "mnist5k",
+                "--network",
+                "theirs:Net",
+                "--config",
+                "mine.yaml",
+            ],
+            *["--rows", "rows.csv", "--json", "verdict.json", "--report", "report.html"],
         ],
         cwd=foreign,
         capture_output=True,
@@ -396,6 +401,29 @@ def test_the_command_judges_networks_from_files(foreign, store):
     assert set(rows["method"]) == {"dense", "half", "empty"}
     assert rows.groupby("method")["sparsity"].first().to_dict() == {"dense": 0, "half": 0.5, "empty": 1}
     assert rows["value"].notna().all()
+    assert run.stderr.startswith("Assumed: pixels in [0, 1], 1 x 28 x 28, normalised by the network itself")
+    assert "10 classes in the order 0, 1, 2" in run.stderr
+    assert "half keeps 50.0 % (conv 50 %)" in run.stderr
+    verdicts = json.loads((foreign / "verdict.json").read_text())
+    assert verdicts["status"] == run.returncode
+    assert verdicts["networks"]["half"]["sparsity"] == 0.5
+    (ece,) = (line for line in verdicts["networks"]["half"]["metrics"] if line["metric"] == "ece")
+    assert ece["pruned"] - ece["dense"] == pytest.approx(ece["shortfall"])
+    check_report((foreign / "report.html").read_text(), run.stdout)
+
+
+def check_report(page, said):
+    """It loads nothing, begins with the verdict, and says it as the terminal does."""
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)|https?://|<script|<link|@import", page)
+    text = re.sub(r"<style>.*?</style>|<[^>]+>", "", page, flags=re.S)
+    for name in ("half", "empty"):
+        line = next(line for line in said.splitlines() if " kept. " in line)
+        assert text.index(name) < text.index("Each measurement")
+        assert line in text
+    for word in ("--config mine.yaml", "Not measured", "It was not asked for"):
+        assert word in text
+    assert page.count("<img ") >= 4
+    assert "Traceback" not in page
 
 
 @pytest.mark.parametrize(
@@ -404,6 +432,13 @@ def test_the_command_judges_networks_from_files(foreign, store):
         (["nowhere.pt"], "There is no file nowhere.pt"),
         (["broken.pt"], "fc.bias in broken.pt holds numbers that are not finite"),
         (["other.pt"], "other.pt does not fit the network: it lacks conv.bias"),
+        (["half.pt", "--network", "resnet8"], "does not fit the network"),
+        (["half.pt", "--network", "resnet9"], "There is no network 'resnet9'. Did you mean"),
+        (["half.pt", "--data", "minst5k"], "Did you mean 'mnist5k'"),
+        (["half.pt", "--data", ""], "Name the images: --data"),
+        (["half.pt", "--normalise", "0.5"], "must be images, none, imagenet or"),
+        (["half.pt", "--report", "no/where.html"], "cannot be written: name a file in a folder that exists"),
+        (["whole.pt"], "beside tensors it holds"),
         (["half.pt", "--network", "theirs:Nett"], "There is no function 'theirs:Nett'"),
         (["half.pt", "--network", "theirs:nn"], "'theirs:nn' is no function without arguments"),
         (["half.pt", "--network", "theirs:nn.Linear"], "There is no function 'theirs:nn.Linear'"),
@@ -416,13 +451,10 @@ def test_the_command_says_in_a_sentence_what_is_wrong(foreign, store, monkeypatc
     monkeypatch.syspath_prepend(str(foreign))
     monkeypatch.setenv("LTHLIB_STORE", str(store.root))
     network = [] if "--network" in arguments else ["--network", "theirs:Net"]
-    assert main(["check", "mine.yaml", "dense.safetensors", *arguments, *network]) == 1
-    said = capsys.readouterr().err
+    images = [] if "--data" in arguments else ["--data", "mnist5k"]
+    before = set(foreign.iterdir())
+    assert main(["check", "dense.safetensors", *arguments, *network, "--config", "mine.yaml", *images]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ")
     assert words in said
-
-
-def test_the_command_without_a_builder_names_the_layers_that_the_grid_s_network_lacks(foreign, monkeypatch, capsys):
-    monkeypatch.chdir(foreign)
-    assert main(["check", "mine.yaml", "dense.safetensors", "half.pt"]) == 1
-    assert "does not fit the network" in capsys.readouterr().err
+    assert set(foreign.iterdir()) == before  # nothing half-written

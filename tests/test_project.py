@@ -17,7 +17,7 @@ from lthlib.metrics import METRICS
 from lthlib.results.evaluate import DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+NOTEBOOKS = sorted(p for p in ROOT.glob("notebooks/*.ipynb") if p.stem != "own")  # that one is about no study
 LABS = sorted(ROOT.glob("notebooks/labs/*.ipynb"))
 
 

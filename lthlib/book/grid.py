@@ -109,17 +109,7 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
         raise UserError(
             f"The grid file {path} must be named in small letters, digits, - and _: pages are named after it."
         )
-    try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"The grid file {path} is larger than {LARGEST} bytes.")
-        content = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError as error:
-        known = sorted(str(p) for p in Path("workflow/grids").glob("*.yml"))
-        raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
-    except RecursionError:
-        raise UserError(f"The grid file {path} cannot be read: it is nested too deep.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, a date or number that cannot be
-        raise UserError(f"The grid file {path} cannot be read: {error}") from error
+    content = read_yaml(path)
     try:
         grid = grid_from(path.stem, content)
         for study in grid.studies if not recorded else ():
@@ -129,6 +119,21 @@ def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
         return grid
     except UserError as error:
         raise UserError(f"In {path}: {error}") from error
+
+
+def read_yaml(path: Path) -> object:
+    """Return the content of a YAML file of sane size, or raise a `UserError` that says why it cannot be read."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"The grid file {path} is larger than {LARGEST} bytes.")
+        return yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError as error:
+        known = sorted(str(p) for p in Path("workflow/grids").glob("*.yml"))
+        raise UserError(f"There is no grid file {path}. There are: {', '.join(known)}.") from error
+    except RecursionError:
+        raise UserError(f"The grid file {path} cannot be read: it is nested too deep.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, a date or number that cannot be
+        raise UserError(f"The grid file {path} cannot be read: {error}") from error
 
 
 def grid_from(name: str, content: object) -> Grid:

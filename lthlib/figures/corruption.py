@@ -30,8 +30,8 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
     tables = _in_order(tables)
     methods = list(dict.fromkeys(part["method"]))
     dense, sparse = tables["dense"][methods[0]], tables["mean"]
-    values = {"dense": dense} | ({METHODS[methods[0]].title: sparse[methods[0]]} if len(methods) == 1 else {})
-    changes = {f"{METHODS[m].title} − dense": sparse[m] - dense for m in methods}
+    values = {"dense": dense} | ({_title(methods[0]): sparse[methods[0]]} if len(methods) == 1 else {})
+    changes = {f"{_title(m)} − dense": sparse[m] - dense for m in methods}
     few, better = len(values) + len(changes) <= 3, METRICS[metric].higher_is_better
     figure, axes = plt.subplots(
         1, len(values) + len(changes), figsize=(WIDTH, 0.24 * len(dense) + 1.1), sharey=True, layout="constrained"
@@ -52,7 +52,8 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
             axis.grid(visible=False)
         figure.colorbar(shown, ax=list(mine), orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
     axes[0].set_yticks(range(len(dense)), [CORRUPTIONS[name].title for name in dense.index], fontsize=8)
-    figure.suptitle(f"{label(metric)}, sparse at {_percent(round)}", fontsize="medium")
+    at = f", sparse at {_percent(round)}" if methods[0] in METHODS else ""  # of a foreign network it need not be that
+    figure.suptitle(f"{label(metric)}{at}", fontsize="medium")
     return figure
 
 
@@ -105,6 +106,10 @@ def _lines(part: pd.DataFrame, round: int) -> tuple[pd.DataFrame, str, dict[obje
     rounds = sorted(set(part["round"]))
     of_rounds = zip(rounds, shades(len(rounds)), strict=True)
     return part, "round", {n: {"label": _percent(n), "color": shade} for n, shade in of_rounds}
+
+
+def _title(method: str) -> str:
+    return METHODS[method].title if method in METHODS else method
 
 
 def _percent(round: int) -> str:

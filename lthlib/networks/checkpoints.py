@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from lthlib.core.errors import UserError, suggest
 from lthlib.core.store import say
+from lthlib.networks.layers import Normalize
+from lthlib.networks.registry import ARCHITECTURES, build
+from lthlib.networks.whole import load_whole
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 """Keys under which training scripts put the weights beside an optimizer's state and an epoch."""
@@ -86,15 +90,55 @@ def _dense(value: Tensor, where: str) -> Tensor:
     return value
 
 
-def builder(network: str) -> Callable[[], nn.Module]:
-    """Return the function that ``package.module:function`` names; it makes your network, without weights.
+class Normalised(nn.Module):
+    """A network behind the normalisation that it expects: [0, 1] pixels in, logits out."""
 
-    The network takes [0, 1] pixels (N, C, H, W), normalises them itself, and returns logits.
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.normalize, self.network = Normalize(mean, std), network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of images (N, C, H, W)."""
+        return self.network(self.normalize(x))
+
+
+def builder(network: str, channels: int, size: int, n_classes: int) -> Callable[[], nn.Module]:
+    """Return the function that makes a network, without weights.
+
+    Args:
+        network: A name of this book's, of torchvision's or timm's (``torchvision:resnet18`` where several have it),
+            or ``package.module:function``, a function of your own without arguments.
+        channels: Of an image.
+        size: Its height and width.
+        n_classes: Number of logits.
 
     Raises:
         UserError: Where there is no such function, or what it returns is no network.
     """
-    module, _, name = network.partition(":")
+    from torchvision import models  # takes its time, and is needed here alone
+
+    module, _, name = network.rpartition(":")
+    if not module and name in ARCHITECTURES:
+        plain = {"mean": (0.0,) * channels, "std": (1.0,) * channels}  # what is done first is said elsewhere
+        return partial(build, name, in_channels=channels, num_classes=n_classes, image_size=size, **plain)
+    if module in ("", "torchvision") and name in models.list_models():
+        return partial(models.get_model, name, weights=None, num_classes=n_classes)
+    if module in ("", "timm"):
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError:
+            if module:
+                raise UserError(f"For {network!r}, install timm: pip install timm.") from None
+        else:
+            if timm.is_model(name):
+                return partial(timm.create_model, name, pretrained=False, num_classes=n_classes, in_chans=channels)
+    if module in ("", "torchvision", "timm"):
+        known = [*ARCHITECTURES, *models.list_models()]
+        raise UserError(
+            f"There is no network {network!r}.{suggest(name, known)} Give a name of this book "
+            f"({', '.join(ARCHITECTURES)}), of torchvision or timm where installed, or your own as "
+            "package.module:function."
+        )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -108,8 +152,8 @@ def builder(network: str) -> Callable[[], nn.Module]:
     return found
 
 
-def load_network(path: Path | str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Make a network and give it the weights of a file.
+def load_network(path: Path | str, make: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Make a network and give it the weights of a file, or return the one that a file holds (`load_whole`).
 
     The file's names are taken as they are where the network has them. Else they may differ by what wrappers put in
     front of a layer's name (`PREFIXES`), and `torch.nn.utils.prune`'s pairs of weight and mask are put together.
@@ -117,7 +161,12 @@ def load_network(path: Path | str, build: Callable[[], nn.Module]) -> nn.Module:
     Raises:
         UserError: Where they do not fit, naming the layers.
     """
-    model, weights = build(), read_weights(path)
+    if Path(path).is_file() and (whole := load_whole(Path(path))) is not None:
+        return whole
+    weights = read_weights(path)
+    if make is None:
+        raise UserError(f"{path} holds weights alone: say by --network what makes the network.")
+    model = make()
     wanted = model.state_dict()
     weights = _renamed(weights, wanted, path)
     if any(name not in wanted for name in weights):

@@ -14,8 +14,11 @@ from torch.overrides import TorchFunctionMode
 from lthlib.core.errors import UserError
 from lthlib.networks.checks import agree, answers, check_deterministic, copied
 
-KINDS = {"linear": "linear"} | {name: "conv" for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")}
-
+KINDS = {"linear": "linear", "multi_head_attention_forward": "linear"} | {
+    name: "conv" for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")
+}
+WEIGHTS = {"multi_head_attention_forward": ((5, "in_proj_weight"), (11, "out_proj_weight"))}
+"""Where a function's weights stand among its arguments, if not second."""
 
 Used = dict[str, tuple[str, Tensor]]
 """Name of a parameter -> "conv" or "linear", and the weights that such a layer multiplies with."""
@@ -46,9 +49,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        kind = KINDS.get(getattr(function, "__name__", ""))
-        if kind is not None:
-            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        named = getattr(function, "__name__", "").partition(".")[0]  # conv2d.default of torch.export
+        kind = KINDS.get(named)
+        for place, argument in WEIGHTS.get(named, ((1, "weight"),)) if kind is not None else ():
+            weight = kwargs[argument] if argument in kwargs else args[place]
             name = self.names.get(id(weight)) or f"{self.inside[-1]}.weight".removeprefix(".")
             while name in self.found and not torch.equal(self.found[name][1], weight):
                 name += "'"  # one module, several weights that it computes
