@@ -7,6 +7,9 @@ it has lost it, dash-dotted where neither is shown, dotted where it has collapse
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import textwrap
 from collections.abc import Sequence
 
@@ -14,11 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib_inline.config import InlineBackend
+from PIL import Image
 
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS, masks
@@ -33,10 +38,25 @@ MANY = 12  # cases of one metric that a table or a set of panels still shows leg
 
 def use_style() -> None:
     """Set the look of every figure of the book (call once a page)."""
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    # One font: each text would look through a list of them.
+    sns.set_theme(context="notebook", style="whitegrid", font="DejaVu Sans", font_scale=0.85)
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-    # Every layout is constrained, so nothing is cut off; "tight" would draw each figure once more to find that out.
-    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}
+    plt.rcParams["axes.titley"] = 1.0  # or each drawing measures all labels, lest one be as high
+    if get_ipython() is not None:
+        get_ipython().display_formatter.formatters["image/png"].for_type(Figure, png)
+        with contextlib.suppress(ValueError):  # it is not there
+            plt.uninstall_repl_displayhook()  # it draws every open figure after each cell, for windows
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG, laid out once and drawn once; every layout is constrained, so nothing is cut off.
+
+    Matplotlib's own way lays out and draws a figure first, to find its extent, and then again.
+    """
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=4)
+    return file.getvalue()
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
@@ -115,11 +135,16 @@ def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
         line = line.sort_values("round")
         x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
         axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
-        for i in range(1, len(x)):  # a segment has the style of the point it leads to
-            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["outcome"].iloc[i]], color=colour[method], lw=1.6)
+        outcomes = line["outcome"].to_numpy()
+        for outcome, run in itertools.groupby(range(1, len(x)), outcomes.__getitem__):
+            run = list(run)  # a segment has the style of the point it leads to
+            along = slice(run[0] - 1, run[-1] + 1)
+            axis.plot(x[along], y[along], STYLES[outcome], color=colour[method], lw=1.6)
         for outcome, fill in FILLS.items():
-            there = (line["outcome"] == outcome).to_numpy()
-            axis.plot(x[there], y[there], "o", color=colour[method], ms=5, fillstyle=fill, markerfacecoloralt="white")
+            there = outcomes == outcome
+            if there.any():
+                style = {"color": colour[method], "ms": 5, "fillstyle": fill, "markerfacecoloralt": "white"}
+                axis.plot(x[there], y[there], "o", **style)
     sparsity_axis(axis, sorted(set(part["round"])))
     axis.set_ylabel(label(metric))
 
