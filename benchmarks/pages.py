@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports
+from lthlib.book import make as book
 from lthlib.book.grid import read_grid
 from lthlib.book.plan import PagePlan, page_made_from, pages
 from lthlib.book.runner import execute
@@ -50,6 +50,7 @@ def main() -> None:
     plans = [page for page in pages(read_grid(options.grid)) if options.only in page.path]
     for page in plans:
         page_made_from(page, {})  # as a run does, so that the forks know the versions of the code
+    book.prepare()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).resolve()
         in_forks(((folder / f"{p.path}.log", lambda p=p: make(p, folder, options.profile)) for p in plans), 1)

@@ -11,7 +11,7 @@ import contextlib
 import io
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +20,7 @@ import seaborn as sns
 from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -179,25 +180,55 @@ def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
     text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}") + " " + ends.map(MARKS.__getitem__)
-    sns.heatmap(
-        100 * table.fillna(0.0),
-        annot=text,
-        fmt="",
-        cmap="crest",
-        vmin=0,
-        vmax=100,
-        linewidths=1,
-        ax=axis,
-        cbar_kws={"label": "kept up to sparsity [%]"},
-        xticklabels=titles,
-        yticklabels=[METHODS[m].title for m in table.index],
-    )
+    methods, bar = [METHODS[m].title for m in table.index], {"label": "kept up to sparsity [%]"}
+    heatmap(axis, 100 * table.fillna(0.0), text, titles, methods, bar, norm=Normalize(0, 100))
     for row, column in np.argwhere((ends == NOT_SHOWN).to_numpy()):
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", ec="white", lw=0, alpha=0.5))
-    for text in axis.get_xticklabels():
-        text.set(rotation=25, ha="right", rotation_mode="anchor")
-    axis.tick_params(axis="y", rotation=0)
     return figure
+
+
+def heatmap(
+    axis: Axes,
+    table: pd.DataFrame,
+    text: pd.DataFrame | None,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    bar: Mapping[str, object],
+    *,
+    norm: Normalize,
+    cmap: str = "crest",
+    lines: float = 1,
+    size: float | None = None,
+    degrees: int = 25,
+) -> None:
+    """Draw a table as coloured cells with numbers, as seaborn does, which draws the whole figure once more for it.
+
+    Args:
+        axis: Where.
+        table: Numbers; a cell that is NaN stays empty.
+        text: What is written into the cells; None for nothing.
+        columns: Names below, slanted by ``degrees``.
+        rows: Names on the left.
+        bar: Options of the colour bar.
+        norm: Of the numbers.
+        cmap: Colours.
+        lines: Width between cells.
+        size: Of the text.
+        degrees: Slant of the names below.
+    """
+    values = np.ma.masked_invalid(table.to_numpy(float))
+    shown = axis.pcolormesh(values, cmap=cmap, norm=norm, linewidths=lines, edgecolors="white")
+    colours = shown.to_rgba(values)
+    for (y, x), value in np.ndenumerate(np.empty((0, 0)) if text is None else text.to_numpy()):
+        if not np.ma.getmaskarray(values)[y, x]:
+            colour = ".15" if sns.utils.relative_luminance(colours[y, x]) > 0.408 else "w"
+            axis.text(x + 0.5, y + 0.5, value, color=colour, ha="center", va="center", size=size, in_layout=False)
+    axis.figure.colorbar(shown, ax=axis, **bar).outline.set_linewidth(0)
+    axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    slant = {"ha": "center"} if degrees == 90 else {"ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=degrees, **slant)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axis.spines[:].set_visible(False)
 
 
 def power_curves(table: pd.DataFrame) -> Figure:
