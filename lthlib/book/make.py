@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from tqdm import tqdm
 
+from lthlib import figures
 from lthlib.book import front
 from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid, study_name
@@ -37,7 +39,7 @@ from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, whole_folder, write_atomically
-from lthlib.core.versions import code_version, digest
+from lthlib.core.versions import code_version, digest, modules_of
 from lthlib.results import overlaps
 from lthlib.results.collect import COLUMNS, collect, rows_of
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
@@ -197,7 +199,7 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
         stub.unlink()
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
     if todo:
-        from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports: the forks have it at once
+        prepare()
     in_forks(((logs[page], _maker(page, of[page])) for page in todo), workers)
     found = []
     for page in plans:
@@ -209,6 +211,18 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
             reason = _last_words(logs[page])
         found.append(replace(page, missing=reason))
     return found
+
+
+def prepare() -> None:
+    """Do here what each page would do first, so that the forks have it: imports, versions of code, fonts."""
+    from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports
+
+    code_version(*(module for room in ("data", "pruning", "tickets", "metrics") for module in modules_of(room)))
+    for dimension in DIMENSIONS.values():
+        dimension.measure()
+    figures.use_style()
+    figures.png(figures.power_curves(pd.DataFrame({"loss": [0.0, 2.0], "seeds": 1, "images": 1, "kept": 1.0})))
+    plt.close("all")
 
 
 def _maker(page: PagePlan, of: str) -> Callable[[], None]:

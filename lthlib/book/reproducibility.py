@@ -78,7 +78,7 @@ def synflow_table(found: Mapping) -> str:
         for line in found["lines"]
     ]
     made = f"MNIST-5k, ResNet-8, {found['seeds']} pairs of trainings a line, in percentage points of the test images."
-    return f"{_markdown(head, lines)}\n\n{made} {_provenance(found['provenance'])}\n"
+    return f"{markdown_table(head, lines)}\n\n{made} {_provenance(found['provenance'])}\n"
 
 
 def reruns_table(found: Mapping) -> str:

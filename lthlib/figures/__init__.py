@@ -7,18 +7,24 @@ it has lost it, dash-dotted where neither is shown, dotted where it has collapse
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib_inline.config import InlineBackend
+from PIL import Image
 
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS, masks
@@ -33,10 +39,25 @@ MANY = 12  # cases of one metric that a table or a set of panels still shows leg
 
 def use_style() -> None:
     """Set the look of every figure of the book (call once a page)."""
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    # One font: each text would look through a list of them.
+    sns.set_theme(context="notebook", style="whitegrid", font="DejaVu Sans", font_scale=0.85)
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-    # Every layout is constrained, so nothing is cut off; "tight" would draw each figure once more to find that out.
-    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}
+    plt.rcParams["axes.titley"] = 1.0  # or each drawing measures all labels, lest one be as high
+    if get_ipython() is not None:
+        get_ipython().display_formatter.formatters["image/png"].for_type(Figure, png)
+        with contextlib.suppress(ValueError):  # it is not there
+            plt.uninstall_repl_displayhook()  # it draws every open figure after each cell, for windows
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG, laid out once and drawn once; every layout is constrained, so nothing is cut off.
+
+    Matplotlib's own way lays out and draws a figure first, to find its extent, and then again.
+    """
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=4)
+    return file.getvalue()
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
@@ -115,11 +136,16 @@ def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
         line = line.sort_values("round")
         x, y = line["round"].to_numpy(), scale * line["mean"].to_numpy()
         axis.fill_between(x, scale * line["low"], scale * line["high"], color=colour[method], alpha=0.15, lw=0)
-        for i in range(1, len(x)):  # a segment has the style of the point it leads to
-            axis.plot(x[i - 1 : i + 1], y[i - 1 : i + 1], STYLES[line["outcome"].iloc[i]], color=colour[method], lw=1.6)
+        outcomes = line["outcome"].to_numpy()
+        for outcome, run in itertools.groupby(range(1, len(x)), outcomes.__getitem__):
+            run = list(run)  # a segment has the style of the point it leads to
+            along = slice(run[0] - 1, run[-1] + 1)
+            axis.plot(x[along], y[along], STYLES[outcome], color=colour[method], lw=1.6)
         for outcome, fill in FILLS.items():
-            there = (line["outcome"] == outcome).to_numpy()
-            axis.plot(x[there], y[there], "o", color=colour[method], ms=5, fillstyle=fill, markerfacecoloralt="white")
+            there = outcomes == outcome
+            if there.any():
+                style = {"color": colour[method], "ms": 5, "fillstyle": fill, "markerfacecoloralt": "white"}
+                axis.plot(x[there], y[there], "o", **style)
     sparsity_axis(axis, sorted(set(part["round"])))
     axis.set_ylabel(label(metric))
 
@@ -154,25 +180,55 @@ def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
     text = table.map(lambda v: "–" if np.isnan(v) else f"{100 * v:.1f}") + " " + ends.map(MARKS.__getitem__)
-    sns.heatmap(
-        100 * table.fillna(0.0),
-        annot=text,
-        fmt="",
-        cmap="crest",
-        vmin=0,
-        vmax=100,
-        linewidths=1,
-        ax=axis,
-        cbar_kws={"label": "kept up to sparsity [%]"},
-        xticklabels=titles,
-        yticklabels=[METHODS[m].title for m in table.index],
-    )
+    methods, bar = [METHODS[m].title for m in table.index], {"label": "kept up to sparsity [%]"}
+    heatmap(axis, 100 * table.fillna(0.0), text, titles, methods, bar, norm=Normalize(0, 100))
     for row, column in np.argwhere((ends == NOT_SHOWN).to_numpy()):
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", ec="white", lw=0, alpha=0.5))
-    for text in axis.get_xticklabels():
-        text.set(rotation=25, ha="right", rotation_mode="anchor")
-    axis.tick_params(axis="y", rotation=0)
     return figure
+
+
+def heatmap(
+    axis: Axes,
+    table: pd.DataFrame,
+    text: pd.DataFrame | None,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    bar: Mapping[str, object],
+    *,
+    norm: Normalize,
+    cmap: str = "crest",
+    lines: float = 1,
+    size: float | None = None,
+    degrees: int = 25,
+) -> None:
+    """Draw a table as coloured cells with numbers, as seaborn does, which draws the whole figure once more for it.
+
+    Args:
+        axis: Where.
+        table: Numbers; a cell that is NaN stays empty.
+        text: What is written into the cells; None for nothing.
+        columns: Names below, slanted by ``degrees``.
+        rows: Names on the left.
+        bar: Options of the colour bar.
+        norm: Of the numbers.
+        cmap: Colours.
+        lines: Width between cells.
+        size: Of the text.
+        degrees: Slant of the names below.
+    """
+    values = np.ma.masked_invalid(table.to_numpy(float))
+    shown = axis.pcolormesh(values, cmap=cmap, norm=norm, linewidths=lines, edgecolors="white")
+    colours = shown.to_rgba(values)
+    for (y, x), value in np.ndenumerate(np.empty((0, 0)) if text is None else text.to_numpy()):
+        if not np.ma.getmaskarray(values)[y, x]:
+            colour = ".15" if sns.utils.relative_luminance(colours[y, x]) > 0.408 else "w"
+            axis.text(x + 0.5, y + 0.5, value, color=colour, ha="center", va="center", size=size, in_layout=False)
+    axis.figure.colorbar(shown, ax=axis, **bar).outline.set_linewidth(0)
+    axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    slant = {"ha": "center"} if degrees == 90 else {"ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=degrees, **slant)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axis.spines[:].set_visible(False)
 
 
 def power_curves(table: pd.DataFrame) -> Figure:

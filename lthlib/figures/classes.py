@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lthlib.figures import WIDTH
+from lthlib.figures import WIDTH, heatmap
 
 MOST_CLASSES = 20  # rows that a heat map still shows legibly
 IN_A_ROW = 8
@@ -32,12 +32,10 @@ def recall_map(changes: pd.DataFrame) -> Figure:
     names = [name if np.isnan(dense[name]) else f"{name}  (±{dense[name]:.1f})" for name in changes.index]
     most = max(1.0, float(np.nanmax(np.abs(changes.to_numpy()))))
     figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(changes) + 1.5), layout="constrained")
-    scale = {"label": "change of recall [points]"}
-    style = {"cmap": "RdBu", "vmin": -most, "vmax": most, "annot": True, "fmt": "+.1f", "linewidths": 0.5}
-    sns.heatmap(changes, ax=axis, yticklabels=names, cbar_kws=scale, **style)
-    axis.tick_params(axis="y", rotation=0)
-    plt.setp(axis.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
-    axis.set(ylabel="class (two dense seeds)", xlabel="")
+    style = {"cmap": "RdBu", "norm": Normalize(-most, most), "lines": 0.5}
+    text, bar = changes.map("{:+.1f}".format), {"label": "change of recall [points]"}
+    heatmap(axis, changes, text, list(changes), names, bar, **style)
+    axis.set_ylabel("class (two dense seeds)")
     return figure
 
 

@@ -42,10 +42,11 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
         for axis, (title, table) in zip(mine, panels.items(), strict=True):
             shown = axis.imshow(table, cmap=scheme if better else f"{scheme}_r", vmin=low, vmax=most, aspect="auto")
             digits = 0 if METRICS[metric].unit == "fraction" else 2
+            dark = shown.to_rgba(table.to_numpy())[..., :3].mean(axis=2) < 0.45
+            style = {"ha": "center", "va": "center", "fontsize": 7, "in_layout": False}
             for (y, x), value in np.ndenumerate(table.to_numpy() if few else np.empty((0, 0))):
-                light = np.mean(shown.cmap(shown.norm(value))[:3]) < 0.45
-                style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if light else "black"}
-                axis.text(x, y, f"{np.round(value, digits) + 0.0:.{digits}f}", **style)
+                colour = "white" if dark[y, x] else "black"
+                axis.text(x, y, f"{np.round(value, digits) + 0.0:.{digits}f}", color=colour, **style)
             axis.set_title(title, fontsize="small")
             axis.set_xticks(range(len(table.columns)), [f"{s:g}" for s in table.columns])
             axis.set_xlabel("severity")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lthlib.figures import WIDTH, colours, curve, label, shades
+from lthlib.figures import WIDTH, colours, curve, heatmap, label, shades
 from lthlib.pruning import METHODS, masks
 
 ANNOTATED = 16  # layers; more numbers side by side cannot be read
@@ -29,17 +27,11 @@ def density_map(densities: pd.DataFrame, round: int) -> Figure:
     table = 100 * densities.xs(round, level="round")
     few = len(table.columns) <= ANNOTATED
     floor = max(table.to_numpy()[table.to_numpy() > 0].min(), 0.01)
-    style = {"norm": LogNorm(floor, 100), "linewidths": 1 if few else 0, "fmt": ""}
-    figure, axis = _heatmap(
-        table.clip(lower=floor),
-        [name.removesuffix(".weight") for name in table],
-        table.index,
-        cell=0.34,
-        annot=table.map("{:.3g}".format) if few else False,
-        cbar_kws={"label": "density [%]", "format": "%g"},
-        degrees=35 if few else 90,
-        **style,
-    )
+    bar, titles = {"label": "density [%]", "format": "%g"}, [METHODS[m].title for m in table.index]
+    style = {"norm": LogNorm(floor, 100), "lines": 1 if few else 0, "size": 8, "degrees": 35 if few else 90}
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 2.0), layout="constrained")
+    text, layers = table.map("{:.3g}".format) if few else None, [name.removesuffix(".weight") for name in table]
+    heatmap(axis, table.clip(lower=floor), text, layers, titles, bar, **style)
     axis.set_title(f"density by layer at sparsity {100 * masks.sparsity_of(round):.1f} %, mean over seeds")
     axis.set(xlabel="layer, from input to output", ylabel="")
     return figure
@@ -55,32 +47,12 @@ def overlap_map(overlaps: pd.DataFrame) -> Figure:
     table = pd.DataFrame(np.nan, index=names, columns=names)
     for (a, b), pair in overlaps.groupby(["a", "b"], sort=False):
         table.loc[b, a], table.loc[a, b] = 100 * pair["jaccard"].mean(), 100 * pair["chance"].mean()
-    bar = {"label": "overlap (Jaccard) [%]"}
-    style = {"annot": True, "fmt": ".1f", "vmin": 0, "vmax": 100, "linewidths": 1, "cbar_kws": bar}
-    titles = [METHODS[m].title for m in names]
-    figure, axis = _heatmap(table, titles, names, cell=0.42, margin=2.2, degrees=35, **style)
+    bar, titles = {"label": "overlap (Jaccard) [%]"}, [METHODS[m].title for m in names]
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 2.2), layout="constrained")
+    text = table.map("{:.1f}".format)
+    heatmap(axis, table, text, titles, titles, bar, norm=Normalize(0, 100), size=8, degrees=35)
     axis.set_title("below the diagonal: measured; above: random masks of the same layer densities")
     return figure
-
-
-def _heatmap(
-    table: pd.DataFrame,
-    columns: list[str],
-    methods: list[str],
-    *,
-    cell: float,
-    degrees: int,
-    margin: float = 2.0,
-    **style,
-) -> tuple[Figure, Axes]:
-    """Draw numbers with a row a method, its column names slanted."""
-    figure, axis = plt.subplots(figsize=(WIDTH, cell * len(table) + margin), layout="constrained")
-    rows = [METHODS[m].title for m in methods]
-    style = {"cmap": "crest", "annot_kws": {"size": 8}, "xticklabels": columns, "yticklabels": rows, **style}
-    sns.heatmap(table, ax=axis, **style)
-    axis.tick_params(axis="y", rotation=0)
-    plt.setp(axis.get_xticklabels(), rotation=degrees, ha="right" if degrees < 90 else "center")
-    return figure, axis
 
 
 def density_lines(densities: pd.DataFrame, about: str, round: int) -> Figure:

@@ -123,7 +123,8 @@ def table_of(found: Iterable[tuple[Ticket, float, Sequence[Value]]], dimension: 
     lines = []
     for ticket, sparsity, values in found:
         which = ticket.data, ticket.arch, ticket.method, sparsity, ticket.seed, dimension
-        lines += [(*which, v.metric, v.shift, v.severity, v.n, v.value, ticket.id, ticket.round) for v in values]
+        of = ticket.id, ticket.round  # named once: an id is hashed anew each time
+        lines += [(*which, v.metric, v.shift, v.severity, v.n, v.value, *of) for v in values]
     return pd.DataFrame(lines, columns=[*COLUMNS, "round"])
 
 
