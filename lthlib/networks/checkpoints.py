@@ -24,13 +24,9 @@ HOW = "Save a state dict alone: torch.save(model.state_dict(), file)."
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Read a state dict, with its names as they are.
+    """Read a state dict that safetensors or `torch.save` wrote, with its names as they are.
 
-    Args:
-        path: What safetensors or `torch.save` wrote.
-
-    Raises:
-        UserError: For a file that is missing, damaged, holds more than tensors, or no state dict.
+    `UserError` for a file that is missing, damaged, holds more than tensors, or no state dict.
     """
     path = Path(path)
     if not path.exists():
@@ -90,9 +86,6 @@ def builder(network: str) -> Callable[[], nn.Module]:
     """Return the function that ``package.module:function`` names; it makes your network, without weights.
 
     The network takes [0, 1] pixels (N, C, H, W), normalises them itself, and returns logits.
-
-    Raises:
-        UserError: Where there is no such function, or what it returns is no network.
     """
     module, _, name = network.partition(":")
     try:

@@ -7,7 +7,7 @@ the spectrum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,8 @@ from lthlib.metrics.flatness.frozen import Frozen, normal_like, rademacher_like,
 class WeightHessian:
     """The Hessian of the mean cross-entropy in the active weights, as a symmetric operator with ``@``.
 
-    One graph of the gradient over the whole batch is kept, and differentiated for every product.
-
-    Attributes:
-        shape: (n, n) with n active weights.
-        dtype: The type of the weights.
-        device: Where they are.
-        sizes: How many of them each parameter has, in order.
-        products: How many Hessian-vector products were computed.
+    One graph of the gradient over the whole batch is kept, and differentiated for every product. ``shape`` is (n, n)
+    with n active weights, ``sizes`` says how many of them each parameter has; ``products`` are counted.
     """
 
     def __init__(self, frozen: Frozen):
@@ -64,11 +58,7 @@ class WeightHessian:
         return self._gather(self._gradients).detach()
 
     def _symmetric(self, vector: Tensor, image: Tensor) -> Tensor:
-        """Return the image, after a look at u·Hv = v·Hu: PyTorch's second derivatives are not all right.
-
-        Raises:
-            UserError: Where that does not hold.
-        """
+        """Return the image, after a look at u·Hv = v·Hu: PyTorch's second derivatives are not all right."""
         if self._first is None:
             self._first = vector.detach().clone(), image
         other, its_image = self._first
@@ -154,40 +144,61 @@ def top_eigenvalue(
     if near is not None and bool(near.any()):
         start = start / start.norm() + near.double() / near.double().norm()
     found = None
-    for alphas, betas in _lanczos(operator, start, min(max_products, n)):
+    for alphas, betas in lanczos(_one(operator), start[None], min(max_products, n), operator.dtype):
         found = _ends(alphas, betas, tolerance)
-        if found.converged and len(alphas) > 1:
+        if found.converged and alphas.shape[1] > 1:
             break
     return found
 
 
-def _lanczos(operator: WeightHessian | Tensor, start: Tensor, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the diagonal and off-diagonal of the tridiagonal matrix after each step.
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run Lanczos on B symmetric matrices at once; yield diagonals and off-diagonals (B, steps so far) after each step.
 
-    The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that
-    the Ritz values are exact. Vectors are kept in float64: sums over a million weights in float32 cost more digits
-    than the products do.
+    The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that the Ritz
+    values are exact. Vectors are kept in float64: sums over a million weights in float32 cost more digits than the
+    products do.
+
+    Args:
+        product: Takes a vector for each matrix, (B, n), to their images.
+        start: (B, n).
+        steps: At most.
+        dtype: In which the products are computed.
     """
-    vector, basis, alphas, betas = start.double() / start.double().norm(), [], [], []
+    vector, basis, alphas, betas = start.double(), [], [], []
+    vector = vector / vector.norm(dim=1, keepdim=True)
+    live = torch.ones(len(start), dtype=torch.bool, device=start.device)
     for _ in range(steps):
         basis.append(vector)
-        image = (operator @ vector.to(operator.dtype)).double()
-        alphas.append(float(vector @ image))
+        image = product(vector.to(dtype)).double()
+        alpha = (vector * image).sum(1)
+        # An exhausted matrix goes on with zeros; its first entry again is no new end of its spectrum.
+        alphas.append(torch.where(live, alpha, alphas[0]) if alphas else alpha)
         for known in [*basis, *basis]:
-            image = image - (known @ image) * known
-        beta = float(image.norm())
-        scale = max(map(abs, [*alphas, *betas]))
-        exhausted = beta <= 10 * torch.finfo(operator.dtype).eps * scale or len(basis) == len(start)
-        betas.append(0.0 if exhausted else beta)
-        yield np.array(alphas), np.array(betas)
-        if exhausted:
+            image = image - (known * image).sum(1, keepdim=True) * known
+        beta = image.norm(dim=1)
+        rounding = 10 * torch.finfo(dtype).eps * torch.stack([*alphas, *betas]).abs().amax(0)
+        live = live & (beta > rounding) & (len(basis) < start.shape[1])
+        betas.append(torch.where(live, beta, 0.0))
+        yield torch.stack(alphas, 1), torch.stack(betas, 1)
+        if not live.any():
             return
-        vector = image / beta
+        vector = torch.where(live[:, None], image / beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None], 0.0)
 
 
-def _ends(alphas: np.ndarray, betas: np.ndarray, tolerance: float) -> Extremes:
-    values, vectors = _tridiagonal(alphas, betas)
-    residuals = np.abs(betas[-1] * vectors[-1])
+def tridiagonal(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (B, k), ascending, and eigenvectors of what `lanczos` yields."""
+    return torch.linalg.eigh(torch.diag_embed(alphas) + sum(torch.diag_embed(betas[:, :-1], i) for i in (-1, 1)))
+
+
+def _one(operator: WeightHessian | Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: (operator @ vectors[0])[None]
+
+
+def _ends(alphas: Tensor, betas: Tensor, tolerance: float) -> Extremes:
+    values, vectors = (found[0].numpy(force=True) for found in tridiagonal(alphas, betas))
+    residuals = np.abs(float(betas[0, -1]) * vectors[-1])
     rivals = len(values) > 1 and residuals[0] - values[0] > values[-1]
     asked = [-1, 0] if rivals else [-1]
     bounds = np.array([_bound(values, residuals, i) for i in asked])
@@ -198,7 +209,7 @@ def _ends(alphas: np.ndarray, betas: np.ndarray, tolerance: float) -> Extremes:
         residual=float(residuals[-1]),
         error_bound=float(bounds[0]),
         smallest=float(values[0]),
-        products=len(alphas),
+        products=len(values),
         converged=bool(close.all()),
     )
 
@@ -207,12 +218,6 @@ def _bound(values: np.ndarray, residuals: np.ndarray, i: int) -> float:
     """Return min(residual, residual²/gap), the gap up to the interval of the nearest other Ritz value."""
     gap = np.delete(np.abs(values - values[i]) - residuals, i).min(initial=np.inf)
     return residuals[i] ** 2 / gap if np.isfinite(gap) and gap > residuals[i] else residuals[i]
-
-
-def _tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.linalg import eigh_tridiagonal
-
-    return eigh_tridiagonal(alphas, betas[:-1])
 
 
 # ------------------------------------------------------------------------------------------------ the density
@@ -255,9 +260,6 @@ def spectral_density(
         points: Size of the grid.
         width: Width of the smoothing as a fraction of the spectrum's range.
         seed: Of the start vectors.
-
-    Raises:
-        UserError: For fewer than one probe or step.
     """
     if probes < 1 or steps < 1 or points < 2 or width <= 0:
         raise UserError("The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0.")
@@ -265,8 +267,8 @@ def spectral_density(
     steps = min(steps, operator.shape[0])
     nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
     for probe in range(probes):
-        *_, (alphas, betas) = _lanczos(operator, rademacher_like(like, seed, probe), steps)
-        values, vectors = _tridiagonal(alphas, betas)
+        *_, found = lanczos(_one(operator), rademacher_like(like, seed, probe)[None], steps, operator.dtype)
+        values, vectors = (part[0].numpy(force=True) for part in tridiagonal(*found))
         nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2
     low, high = np.nanmin(nodes), np.nanmax(nodes)
     sigma = width * ((high - low) or abs(high) or 1.0)
