@@ -106,9 +106,6 @@ def load_network(path: Path | str, build: Callable[[], nn.Module]) -> nn.Module:
 
     The file's names are taken as they are where the network has them. Else they may differ by what wrappers put in
     front of a layer's name (`PREFIXES`), and `torch.nn.utils.prune`'s pairs of weight and mask are put together.
-
-    Raises:
-        UserError: Where they do not fit, naming the layers.
     """
     model, weights = build(), read_weights(path)
     wanted = model.state_dict()

@@ -24,7 +24,7 @@ def for_inference(model: nn.Module, pixels: Pixels, precision: str = "auto") -> 
 
     ``precision`` is "float32", "bfloat16" or "auto".
     """
-    return inference_copy(model, machine.resolve_precision(precision), as_input(pixels[:4])).to(machine.device())
+    return inference_copy(model, as_input(pixels[:4]), machine.resolve_precision(precision)).to(machine.device())
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:

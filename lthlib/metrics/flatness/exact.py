@@ -239,23 +239,14 @@ def input_hessian_trace(
 ) -> InputHessian:
     """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
 
-    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the
-    normalisation inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and
-    one (C - 1) x (C - 1) Gram matrix per image; estimated otherwise, and said so.
+    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the normalisation
+    inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and one (C - 1) x (C -
+    1) Gram matrix per image, whatever the labels; estimated otherwise, and said so, from ``probes`` Hessian-vector
+    products for the trace and as many for the eigenvalue. ``chunk`` images at a time; None: as many as keep their
+    Jacobians below 256 MB.
 
     In float32 two processors agree to 1e-5 of each number, but for the few images with a ReLU within rounding of its
     kink: a trace or eigenvalue of such an image may differ by 1e-2 of itself.
-
-    Args:
-        model: Any network that can be differentiated twice.
-        images: See above, as for labels.
-        labels: In a piecewise-linear network they do not matter.
-        chunk: Images at a time, exact method only; None: as many as keep their Jacobians below 256 MB.
-        probes: Hessian-vector products for the trace, and as many for the eigenvalue; estimator only.
-        seed: Of the estimator.
-
-    Raises:
-        UserError: For a loss that is not finite, and what `Frozen` refuses.
     """
     frozen = Frozen(model, images, labels)
     reasons = curved_parts(frozen, weights=False)

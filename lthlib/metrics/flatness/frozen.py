@@ -81,11 +81,7 @@ class Frozen:
         return torch.cat([self(part, weights) for part in images.split(chunk)])
 
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean cross-entropy over the batch in nats, to be differentiated.
-
-        Raises:
-            UserError: Where it is not finite.
-        """
+        """Return the mean cross-entropy over the batch in nats, with a graph; `UserError` where it is not finite."""
         return check_finite(F.cross_entropy(self(self.images, weights), self.labels))
 
     def active(self, name: str) -> int:
@@ -94,11 +90,7 @@ class Frozen:
 
 
 def check_finite(values: Tensor) -> Tensor:
-    """Return ``values``.
-
-    Raises:
-        UserError: Where one of them is NaN or infinite.
-    """
+    """Return ``values``; `UserError` where one of them is NaN or infinite."""
     if not bool(torch.isfinite(values.detach()).all()):
         raise UserError(
             "The network's loss on this batch is not finite, so no curvature exists there: "
@@ -109,11 +101,7 @@ def check_finite(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Say in words which operation PyTorch can differentiate only once.
-
-    Raises:
-        UserError: Where the network holds one.
-    """
+    """Say in words, as a `UserError`, which operation PyTorch can differentiate only once."""
     try:
         yield
     except RuntimeError as error:

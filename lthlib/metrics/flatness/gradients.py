@@ -22,9 +22,6 @@ def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
     Where they are, second derivatives are exactly zero: PyTorch's derivatives of ReLU, pooling, convolution and the
     like hold no rounding there. They are not behind a smooth activation, a product or quotient of things that depend on
     the image, or a weight that is used twice.
-
-    Raises:
-        UserError: For an operation that PyTorch cannot differentiate twice.
     """
     pixels = frozen.images[: TRIED_WEIGHTS if weights else TRIED].detach().requires_grad_()
     leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()} if weights else {}

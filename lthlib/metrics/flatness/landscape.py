@@ -26,12 +26,9 @@ STATISTICS = ("interpolate", "recompute")
 
 @dataclass(frozen=True)
 class LossPath:
-    """Loss and error on the straight line between two networks.
+    """Loss (mean cross-entropy in nats) and error (fraction misclassified) on the straight line between two networks.
 
-    Attributes:
-        t: Positions, from 0 (the first network) to 1 (the second), shape (points,).
-        loss: Mean cross-entropy there, in nats.
-        error: Fraction of images misclassified there.
+    At the positions ``t``, from 0 (the first network) to 1 (the second); all of shape (points,).
     """
 
     t: np.ndarray
@@ -51,13 +48,7 @@ class LossPath:
 
 @dataclass(frozen=True)
 class LossSurface:
-    """Loss on a plane.
-
-    Attributes:
-        a: Steps along the first direction, shape (points,).
-        b: Steps along the second direction, shape (points,).
-        loss: Mean cross-entropy, shape (points of a, points of b).
-    """
+    """Mean cross-entropy on a plane, (points of a, points of b), at steps ``a`` and ``b`` along two directions."""
 
     a: np.ndarray
     b: np.ndarray
@@ -77,8 +68,10 @@ def interpolate(
 ) -> LossPath:
     """Measure loss and error between two networks of one architecture (linear mode connectivity).
 
+    The model's own weights play no part.
+
     Args:
-        model: The architecture; its own weights play no part.
+        model: The architecture.
         state_a: ``state_dict`` at t = 0, for instance of the dense network.
         state_b: ``state_dict`` at t = 1, for instance of the ticket (pruned weights as zeros).
         images: On which loss and error are means.
@@ -88,10 +81,6 @@ def interpolate(
             measures them anew at every point, ends included, as the mean over ``statistics_images``.
         statistics_images: Training images for ``"recompute"``, in batches of ``chunk``.
         chunk: Images at a time.
-
-    Raises:
-        UserError: For states that do not fit the model, fewer than three points, missing images, an end whose loss is
-            not finite, and as in `Frozen`.
     """
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
     if points < 3:
@@ -227,20 +216,10 @@ def _measure_statistics(model: nn.Module, images: Tensor, chunk: int) -> None:
 def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) -> nn.Module:
     """Return a copy with one convolution's weights multiplied, and the batch norm behind it set to undo that.
 
-    The copy computes the same function (in eval mode), yet its Hessian in that layer's weights is the
-    original's divided by factor²: a trace says nothing before the scale of the weights is taken into account
-    (Dinh et al. 2017). The running mean takes the factor, the running variance its square, the norm's epsilon
-    included.
-
-    Args:
-        model: The network; left as it is.
-        layer: Name of a convolution whose output goes into one batch norm and nowhere else.
-        factor: What its weights (and bias) are multiplied with, above 0.
-        images: Some, to see which batch norm follows, and that the logits stay.
-
-    Raises:
-        UserError: For an unknown layer, a factor that is not positive and finite, and where no batch norm
-            follows.
+    The copy computes the same function (in eval mode), yet its Hessian in that layer's weights is the original's
+    divided by factor²: a trace says nothing before the scale of the weights is taken into account (Dinh et al. 2017).
+    The running mean takes the factor, the running variance its square, the norm's epsilon included. The output of the
+    convolution goes into one batch norm and nowhere else; some images show which, and that the logits stay.
     """
     choose(layer, [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)], "convolution")
     if not (math.isfinite(factor) and factor > 0):

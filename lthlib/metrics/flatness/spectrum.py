@@ -7,7 +7,7 @@ the spectrum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ class WeightHessian:
         self.dtype, self.device = first.dtype, first.device
         self.sizes = [frozen.active(name) for name in frozen.weights]
         self.shape = (sum(self.sizes), sum(self.sizes))
-        self._active = {name: mask.flatten().nonzero()[:, 0] for name, mask in frozen.masks.items()}
+        masks = (frozen.masks.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in frozen.weights.items())
+        self._active = torch.cat([mask.flatten() for mask in masks])
         self._first: tuple[Tensor, Tensor] | None = None
         self._leaves = [w.clone().requires_grad_() for w in frozen.weights.values()]
         with torch.enable_grad():
@@ -51,7 +52,7 @@ class WeightHessian:
 
     def weights(self) -> Tensor:
         """Return the active weights as one vector."""
-        return self._gather(list(self.frozen.weights.values()))
+        return self._gather(self.frozen.weights.values())
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss in the active weights; it costs nothing more."""
@@ -72,16 +73,12 @@ class WeightHessian:
         return image
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
-        full = []
-        for (name, weight), part in zip(self.frozen.weights.items(), vector.split(self.sizes), strict=True):
-            if name in self._active:
-                part = torch.zeros_like(weight).flatten().index_copy(0, self._active[name], part)
-            full.append(part.view_as(weight))
-        return full
+        full = torch.zeros_like(self._active, dtype=vector.dtype).masked_scatter(self._active, vector)
+        parts = full.split([leaf.numel() for leaf in self._leaves])
+        return [part.view_as(leaf) for part, leaf in zip(parts, self._leaves, strict=True)]
 
-    def _gather(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        named = zip(self.frozen.weights, tensors, strict=True)
-        return torch.cat([t.flatten()[self._active[n]] if n in self._active else t.flatten() for n, t in named])
+    def _gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in tensors])[self._active]
 
 
 # --------------------------------------------------------------------------------------------------- the ends
@@ -129,15 +126,9 @@ def top_eigenvalue(
     """Compute the largest eigenvalue (of the weight Hessian: lower is flatter) with bounds on its error.
 
     Lanczos with full reorthogonalisation, until the error bound falls below ``tolerance`` times the largest magnitude
-    (`Extremes.converged`). Memory: one vector, in float64, per product.
-
-    Args:
-        operator: `WeightHessian`, or any symmetric matrix.
-        near: Where to start, for instance the gradient, which lies for a large part in the few sharp directions; as
-            much of a random vector is added, for it may lack some of them.
-        tolerance: Relative error asked for.
-        max_products: Where to stop all the same; ``converged`` is then False.
-        seed: Of the random part of the start vector.
+    (`Extremes.converged`), or ``max_products``. Memory: one vector, in float64, per product. It starts ``near`` some
+    vector, for instance the gradient, which lies for a large part in the few sharp directions; as much of a random
+    vector is added, for it may lack some of them.
     """
     n = operator.shape[0]
     start = normal_like(torch.empty(n, dtype=torch.float64, device=operator.device), seed)
@@ -157,14 +148,8 @@ def lanczos(
     """Run Lanczos on B symmetric matrices at once; yield diagonals and off-diagonals (B, steps so far) after each step.
 
     The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that the Ritz
-    values are exact. Vectors are kept in float64: sums over a million weights in float32 cost more digits than the
-    products do.
-
-    Args:
-        product: Takes a vector for each matrix, (B, n), to their images.
-        start: (B, n).
-        steps: At most.
-        dtype: In which the products are computed.
+    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``. Vectors are
+    kept in float64: sums over a million weights in float32 cost more digits than the products do.
     """
     vector, basis, alphas, betas = start.double(), [], [], []
     vector = vector / vector.norm(dim=1, keepdim=True)
@@ -227,12 +212,9 @@ def _bound(values: np.ndarray, residuals: np.ndarray, i: int) -> float:
 class SpectralDensity:
     """An estimate of the distribution of the Hessian's eigenvalues.
 
-    Attributes:
-        grid: Eigenvalues at which the density is given, shape (points,).
-        density: Density there, integrating to 1 over the real line; bumps have the width ``width``.
-        nodes: Ritz values, shape (probes, steps): the unsmoothed quadrature, padded with NaN.
-        weights: Their weights, each probe's summing to 1, padded with 0.
-        width: Standard deviation of the Gaussian that smooths the density.
+    At the eigenvalues ``grid`` it is ``density``, which integrates to 1; bumps are Gaussians of standard deviation
+    ``width``. The unsmoothed quadrature are Ritz values, ``nodes`` (probes, steps), padded with NaN, and their
+    ``weights``, each probe's summing to 1.
     """
 
     grid: np.ndarray
