@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from lthlib.data.corruptions import CORRUPTIONS, common
@@ -40,18 +41,14 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
         most = max(float(np.abs(table).max().max()) for table in panels.values()) or 1.0
         low = -most if scheme == "RdBu" else min(float(table.min().min()) for table in panels.values())
         for axis, (title, table) in zip(mine, panels.items(), strict=True):
-            shown = axis.imshow(table, cmap=scheme if better else f"{scheme}_r", vmin=low, vmax=most, aspect="auto")
             digits = 0 if METRICS[metric].unit == "fraction" else 2
-            for (y, x), value in np.ndenumerate(table.to_numpy() if few else np.empty((0, 0))):
-                light = np.mean(shown.cmap(shown.norm(value))[:3]) < 0.45
-                style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if light else "black"}
-                axis.text(x, y, f"{np.round(value, digits) + 0.0:.{digits}f}", **style)
+            style = {"cmap": scheme if better else f"{scheme}_r", "vmin": low, "vmax": most, "cbar": False}
+            style |= {"annot": table.round(digits) + 0.0 if few else False, "fmt": f".{digits}f"}  # no "-0"
+            sns.heatmap(table, ax=axis, annot_kws={"size": 7}, xticklabels=[f"{s:g}" for s in table.columns], **style)
             axis.set_title(title, fontsize="small")
-            axis.set_xticks(range(len(table.columns)), [f"{s:g}" for s in table.columns])
-            axis.set_xlabel("severity")
-            axis.grid(visible=False)
-        figure.colorbar(shown, ax=list(mine), orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
-    axes[0].set_yticks(range(len(dense)), [CORRUPTIONS[name].title for name in dense.index], fontsize=8)
+            axis.set(xlabel="severity", ylabel="")
+        figure.colorbar(axis.collections[0], ax=list(mine), orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
+    axes[0].set_yticks(np.arange(len(dense)) + 0.5, [CORRUPTIONS[name].title for name in dense.index], fontsize=8)
     figure.suptitle(f"{label(metric)}, sparse at {_percent(round)}", fontsize="medium")
     return figure
 

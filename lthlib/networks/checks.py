@@ -128,16 +128,10 @@ def _line(error: Exception) -> str:
 
 
 def check_classifier(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Refuse a dense network with which nothing can be compared.
+    """Refuse a dense network with which nothing can be compared, by its logits (N, C) for all test images.
 
-    Args:
-        logits: Its answers (N, C) for all test images.
-        labels: Theirs, (N,).
-        classes: The C names.
-
-    Raises:
-        UserError: For outputs that are probabilities, classes in another order, and accuracy no better than guessing
-            (the most frequent class, and three standard errors).
+    That is one with outputs that are probabilities, classes in another order than their names, or accuracy no better
+    than guessing (the most frequent class, and three standard errors).
     """
     order = f"here they are, in order: {', '.join(classes[:12])}{' ...' if len(classes) > 12 else ''}"
     if logits.min() >= 0 and logits.max() <= 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lthlib.core import machine
 from lthlib.core.errors import UserError
+from lthlib.networks.checks import copied
 from lthlib.pruning import masks as masking
 from lthlib.pruning.masks import Masks
 from lthlib.pruning.registry import METHODS, SOURCES, Found, Method, Moment
@@ -118,10 +118,7 @@ def _run(
                 f"{name!r} is computed from other parameters: make it permanent first, by torch.nn.utils.prune.remove "
                 "or torch.nn.utils.parametrize.remove_parametrizations."
             )
-    try:
-        net = copy.deepcopy(net).requires_grad_(True)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{type(net).__name__} cannot be copied, and is not to be changed ({error}).") from error
+    net = copied(net).requires_grad_(True)
     if not {p.dtype for p in net.parameters()} <= {torch.float32, torch.float64}:
         net.float()
     net.register_forward_hook(_check_logits)

@@ -74,14 +74,9 @@ class WeightTrace:
 class InputHessian:
     """The Hessian of each image's own cross-entropy in its pixels, units nats per pixel², pixels in [0, 1].
 
-    Attributes:
-        trace: Per image, shape (N,). ``float()`` of the whole is the mean.
-        top: Largest eigenvalue per image, shape (N,).
-        method: ``"exact"``, or ``"hutchinson+lanczos"`` for a network that is not piecewise linear.
-        trace_standard_error: Per image, from the random probes; zeros for the exact method.
-        top_residual: Per image: an eigenvalue lies within this distance of ``top``; zeros for the exact
-            method.
-        reason: Why the estimator was used; empty for the exact method.
+    ``trace`` and ``top``, the largest eigenvalue, are given per image, (N,). The method is ``"exact"``, or
+    ``"hutchinson+lanczos"`` for the ``reason`` given; then random probes leave a ``trace_standard_error``, and an
+    eigenvalue lies within ``top_residual`` of ``top``; both are zeros for the exact method.
     """
 
     trace: Tensor

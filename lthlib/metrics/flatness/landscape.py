@@ -63,7 +63,6 @@ def interpolate(
     labels: Tensor,
     points: int = 11,
     statistics: str = "interpolate",
-    statistics_images: Tensor | None = None,
     chunk: int = 250,
 ) -> LossPath:
     """Measure loss and error between two networks of one architecture (linear mode connectivity).
@@ -78,15 +77,14 @@ def interpolate(
         labels: Class indices.
         points: Positions, both ends included; barriers are maxima over these.
         statistics: ``"interpolate"`` draws the line in batch norm's running statistics too; ``"recompute"``
-            measures them anew at every point, ends included, as the mean over ``statistics_images``.
-        statistics_images: Training images for ``"recompute"``, in batches of ``chunk``.
+            measures them anew at every point, ends included, as the mean over the images, in batches of ``chunk``.
         chunk: Images at a time.
     """
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
     if points < 3:
         raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
-    if statistics == "recompute" and (statistics_images is None or min(len(statistics_images), chunk) < 2):
-        raise UserError("statistics='recompute' needs statistics_images (two or more) and a chunk of 2 or more.")
+    if statistics == "recompute" and min(len(images), chunk) < 2:
+        raise UserError("Batch norm's statistics need two images or more at a time.")
     frozen = Frozen(model, images, labels)
     for state in (state_b, state_a):
         try:
@@ -101,7 +99,7 @@ def interpolate(
     for t in ts:
         frozen.model.load_state_dict(_mix(state_a, state_b, float(t)))
         if statistics == "recompute":
-            _measure_statistics(frozen.model, statistics_images, chunk)
+            _measure_statistics(frozen.model, images, chunk)
         logits = frozen.logits(chunk=chunk)
         rows.append((float(F.cross_entropy(logits, labels)), float((logits.argmax(1) != labels).double().mean())))
     loss, error = np.array(rows).T

@@ -283,8 +283,7 @@ def _line(subject: Subject, start: nn.Module, batch: Batch, points: int, statist
     first, last = ({name: value.shape for name, value in end.items()} for end in ends)
     if first != last:
         return None
-    again = batch[0] if statistics == "recompute" else None
-    return interpolate(subject.model, *ends, *batch, points, statistics, again)
+    return interpolate(subject.model, *ends, *batch, points, statistics)
 
 
 def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:

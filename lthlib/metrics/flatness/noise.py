@@ -20,12 +20,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class NoiseTolerance:
     """The largest noise that keeps the mean loss within its bound (higher is flatter).
 
-    Attributes:
-        sigma: The noise level at which the mean loss over the draws first meets the bound; ``sigma_max``
-            where it stays below.
-        low: Lower end of the 95 % interval for ``sigma`` over independent draws (Student's t, delta method).
-        high: Upper end; infinite where ``sigma_max`` was reached: ``sigma`` is then a lower bound.
-        loss: The loss without noise.
+    ``sigma`` is the noise level at which the mean loss over the draws first meets the bound, or ``sigma_max`` where it
+    stays below. Its 95 % interval over independent draws (Student's t, delta method) reaches from ``low`` to ``high``,
+    which is infinite where ``sigma_max`` was reached: ``sigma`` is then a lower bound. ``loss`` is the loss without
+    noise.
     """
 
     sigma: float
@@ -49,20 +47,12 @@ def weight_noise_tolerance(
 
     Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that
     pruned ones stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers:
-    the mean is a smooth function of σ), each with its negative (the odd terms of the expansion cancel). The
-    published code draws anew at every step of its bisection, may return a σ that violates the bound, and
+    the mean is a smooth function of σ), each with its negative (the odd terms of the expansion cancel), ``pairs`` in
+    all. The published code draws anew at every step of its bisection, may return a σ that violates the bound, and
     leaves the weights perturbed.
 
-    Args:
-        model: See `Frozen`, as for images, labels and masks.
-        images: On which the loss is a mean.
-        labels: Class indices.
-        masks: None for a dense network.
-        rise: The relative rise of the loss allowed.
-        pairs: Independent draws, each used with both signs.
-        sigma_max: Where to stop looking.
-        seed: Of the draws.
-        loss: Mean loss of (logits, labels).
+    Model, images, labels and masks are as `Frozen` takes them; ``loss`` is a mean over (logits, labels). Beyond
+    ``sigma_max`` nothing is looked for.
 
     Raises:
         UserError: For a loss without noise that is zero, negative or not finite, fewer than two pairs, a

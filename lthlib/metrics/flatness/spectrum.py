@@ -235,13 +235,8 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate a symmetric operator's spectral density by stochastic Lanczos quadrature (Ghorbani et al. 2019).
 
-    Args:
-        operator: `WeightHessian`, or any symmetric matrix.
-        probes: Random start vectors (Rademacher), whose quadratures are averaged.
-        steps: Lanczos steps for each; a quadrature of m steps is exact for polynomials of degree 2m - 1.
-        points: Size of the grid.
-        width: Width of the smoothing as a fraction of the spectrum's range.
-        seed: Of the start vectors.
+    The quadratures of some random start vectors (Rademacher, ``probes``) are averaged; one of m steps is exact for
+    polynomials of degree 2m - 1. ``width`` is that of the smoothing as a fraction of the spectrum's range.
     """
     if probes < 1 or steps < 1 or points < 2 or width <= 0:
         raise UserError("The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0.")

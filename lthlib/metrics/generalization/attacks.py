@@ -85,18 +85,10 @@ def pgd(
     PGD far below that under FGSM shows that one step flatters; one above it is a sign of masked gradients (Athalye et
     al., 2018).
 
-    Args:
-        model: Takes [0, 1] pixels; normalisation inside.
-        images: (N, C, H, W), floats in [0, 1] or uint8.
-        labels: True classes, (N,).
-        epsilon: Largest change of a pixel, in [0, 1]; the paper uses 8 / 255.
-        steps: Number of steps, at least 1.
-        step_size: Length of a step; epsilon / 4 by default (2 / 255 for 8 / 255, as Madry et al. on CIFAR-10).
-        seed: Seed of the random start; None starts at the image itself.
-        chunk: Images per pass (fewer where they exceed 64 pixels); bounds the memory, changes nothing else.
-
-    Returns:
-        Images in [0, 1], on the device of ``images``; in float64 for a network in float64, else in float32.
+    The model takes [0, 1] pixels and normalises them inside. Images are (N, C, H, W), floats in [0, 1] or uint8; those
+    returned are in [0, 1], on the same device, in float64 for a network in float64, else in float32. ``epsilon`` is the
+    largest change of a pixel (the paper's is 8 / 255), ``step_size`` by default epsilon / 4 (2 / 255, as Madry et al.
+    on CIFAR-10). Without ``seed`` the start is the image itself. ``chunk`` images at a time bound the memory.
     """
     _check_epsilon(epsilon)
     step_size = epsilon / 4 if step_size is None else step_size

@@ -64,9 +64,6 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
     estimates it by a sketch that keeps a sample, and reads entry int(1000 (1 - q) - 1) of 1,000 off that, counted from
     0: entry 994, the quantile 994/999, for q = 0.005, and 899/999 for q = 0.1. ``quantile=1 - 994/999`` (0.005005) asks
     for the same point here; on 367 street photographs it moved no IoU by more than 2.4e-4.
-
-    Raises:
-        UserError: If the quantile is outside (0, 1) or an activation is not finite.
     """
     if not 0 < quantile < 1:
         raise UserError(f"The quantile is the fraction of activations above the threshold, in (0, 1), not {quantile}.")
@@ -89,12 +86,8 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
 class Tally:
     """Pixel counts over a concept set, int64; tallies of parts of a set add up with ``+``.
 
-    Attributes:
-        both: Pixels where unit and label hold, (U, L).
-        concept: Pixels where the label holds, (L,).
-        touching: Pixels where the unit is active, in images where one of them has a label of the category, (U,
-            categories).
-        category_of: Category of each label, (L,).
+    ``both`` (U, L): unit and label hold; ``concept`` (L,): the label holds; ``touching`` (U, categories): the unit is
+    active, in images where one of its active pixels has a label of the category; ``category_of`` (L,) each label.
     """
 
     both: np.ndarray

@@ -75,20 +75,14 @@ def expo(
     neighbourhood; its features are the means of each superpixel and channel. By Stein's lemma its coefficients are the
     mean gradient there, summed over each superpixel, which needs far fewer draws than the regression itself.
 
-    * fidelity :math:`E_{x'} (f(x') - g_x(x'))^2`, on neighbours that g_x was not fitted to;
+    * fidelity :math:`E_{x'} (f(x') - g_x(x'))^2`, on ``n_eval`` neighbours that g_x was not fitted to;
     * stability :math:`E_{x'} \lVert c_x - c_{x'} \rVert^2`, g_x' fitted to neighbours *of x'*; intercepts left out.
 
     (The code published with that paper fits around x again, ``x`` for ``x_pert``: the noise of sampling alone.)
 
     Model, images, segments, method and batch are as in `lime.fidelity_stability`; a segment number for each pixel makes
-    pixels the features.
-
-    Args:
-        sigma: Standard deviation of the neighbours, in units of the [0, 1] pixel range.
-        n_fit: Neighbours that each linear model is fitted to.
-        n_eval: Fresh neighbours for the fidelity.
-        n_neighbours: Neighbours around which g is fitted again.
-        seed: Of all noise, together with the image.
+    pixels the features. ``sigma`` is in units of the [0, 1] pixel range. Each model is fitted to ``n_fit`` neighbours,
+    and again around ``n_neighbours`` of them.
 
     Returns:
         A row an image: ``label``, the explained class; the scores in `SCORES`, the scale-free ones NaN where f is

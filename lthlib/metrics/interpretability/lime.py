@@ -155,15 +155,13 @@ def fidelity_stability(
     that is one superpixel is not scored.
 
     Args:
-        model: As in `explain`.
+        model: As in `explain`, and batch as well.
         images: uint8 images, (N, H, W, C) or (N, H, W), or an iterator that yields them one at a time.
-        segments: One (H, W) array of superpixel numbers for each image; None for those of `segment`. They do not depend
-            on the network: make them once where many networks are compared.
-        method: The segmentation to use where ``segments`` is None.
+        segments: One (H, W) array of superpixel numbers for each image; None for those of `segment` by ``method``.
+            They do not depend on the network: make them once where many networks are compared.
         n_masks: Rows for each image.
         n_perturb: Other reference rows for each image.
         seed: Of masks and reference rows.
-        batch: As in `explain`.
         precision: ``"float32"`` or ``"bfloat16"``, which is faster where the processor multiplies it, and moves a score
             by much less than another seed of the masks does.
 

@@ -272,17 +272,11 @@ class _Resized(Sequence):
 
 @dataclass(frozen=True)
 class Dissection:
-    """What the units of one layer stand for.
+    """What the U units of one layer stand for.
 
-    Attributes:
-        layer: Its name.
-        limits: The units' activation thresholds, (U,).
-        scores: IoU of every unit with every concept, (U, L).
-        replicates: The numbers of `dissection.summary` on resampled images.
-        floor: The best IoU that a unit must exceed to be above chance, (U,).
-        formulas: The best formula of every unit.
-        detectors: Unique detectors by category.
-        peaks: Every unit's largest activation in every image, (N, U).
+    ``scores`` (U, L) are their IoU with every concept at the activation thresholds ``limits`` (U,), ``replicates`` the
+    numbers of `dissection.summary` on resampled images, ``floor`` (U,) the best IoU that a unit must exceed to be above
+    chance. ``detectors`` counts unique ones by category; ``peaks`` (N, U) are the largest activations in every image.
     """
 
     layer: str

@@ -109,10 +109,8 @@ class Upsampler:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which labels hold in some pictures, and where.
 
-        Args:
-            pictures: K arrays of label planes (D, H, W), 0 for none.
-            shifts: How far to roll each around the torus, (K, 2); None leaves them.
-            entries: `occurring` of each, where it is known already.
+        Pictures are K arrays of label planes (D, H, W), 0 for none, each rolled around the torus by its shift, if any;
+        their entries (`occurring`) may be known already.
 
         Returns:
             Picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
