@@ -99,7 +99,7 @@ def test_a_fast_copy_answers_as_the_network_does(make, threads):
     net, before = make(), torch.get_num_threads()
     with torch.no_grad():
         expected = net(X.contiguous())
-    network = inference_copy(net, images=X[:4])
+    network = inference_copy(net, X[:4])
     torch.set_num_threads(threads)
     found = predict(network, PIXELS, batch=3)
     torch.set_num_threads(before)
@@ -110,7 +110,7 @@ def test_a_network_that_needs_images_in_one_layout_gets_them():
     net = Viewing()
     with torch.no_grad():
         expected = net(X.contiguous())
-    network = inference_copy(plain_copy(net, X), images=X)
+    network = inference_copy(plain_copy(net, X), X)
     torch.testing.assert_close(predict(network, PIXELS), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_logits_of_half_precision_become_float32():
     net = Halved()
     with torch.no_grad():
         expected = net(X).float()
-    torch.testing.assert_close(predict(inference_copy(net, images=X), PIXELS), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(predict(inference_copy(net, X), PIXELS), expected, rtol=0.02, atol=0.02)
 
 
 def test_a_network_that_computes_with_anothers_weights_is_refused():
@@ -127,9 +127,9 @@ def test_a_network_that_computes_with_anothers_weights_is_refused():
 
 
 def test_threads_share_only_what_keeps_nothing():
-    assert runs_in_parallel(inference_copy(Net(), images=X))
+    assert runs_in_parallel(inference_copy(Net(), X))
     for make in (hooked, replaced, stashing_in_a_closure, Branching):
-        assert not runs_in_parallel(inference_copy(make(), images=X))
+        assert not runs_in_parallel(inference_copy(make(), X))
 
 
 class Chance(Net):
@@ -211,13 +211,13 @@ class Returning(Net):
 )
 def test_anything_but_a_row_of_logits_an_image_is_refused(change, words):
     with pytest.raises(UserError, match=words) as caught:
-        inference_copy(Returning(change), images=X)
+        inference_copy(Returning(change), X)
     assert "\n" not in str(caught.value)
 
 
 def test_rows_that_are_missing_or_broken_later_are_refused():
     for change in (lambda y: y[:30], lambda y: y / (len(y) < 30)):
-        network = inference_copy(Returning(change), images=X)
+        network = inference_copy(Returning(change), X)
         with pytest.raises(UserError, match=r"one row of logits|not finite"):
             predict(network, PIXELS, batch=40)
 

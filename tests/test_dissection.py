@@ -45,7 +45,7 @@ def loop_tally(acts, limits, concepts):
     """Count unit by unit, image by image, with PIL's resize: the definition, written out."""
     units, labels, categories = len(limits), len(concepts.labels), len(concepts.categories)
     both, unit = np.zeros((units, labels), int), np.zeros(units, int)
-    touching, labelled = np.zeros((units, categories), int), np.zeros((units, categories), int)
+    touching = np.zeros((units, categories), int)
     for maps, planes in zip(acts, concepts.planes, strict=True):
         masks = [(planes == c + 1).any(0) for c in range(labels)]
         for u in range(units):
@@ -58,8 +58,7 @@ def loop_tally(acts, limits, concepts):
                 for k in range(categories):
                     own = concepts.category_of == k
                     touching[u, k] += region.sum() * bool(hits[own].any())
-                    labelled[u, k] += region.sum() * any(m.any() for m, o in zip(masks, own, strict=True) if o)
-    return both, unit, touching, labelled
+    return both, unit, touching
 
 
 # --- enlargement and thresholds --------------------------------------------------------------------------
@@ -130,38 +129,31 @@ class _Blocks:
 )
 def test_counts_equal_a_loop_over_units_and_images(seed, shapes, rate):
     acts, limits, concepts = random_case(seed, low=shapes[0], high=shapes[1], rate=rate)
-    both, unit, touching, labelled = loop_tally(acts, limits, concepts)
+    both, _, touching = loop_tally(acts, limits, concepts)
     counts = dissection.tally(acts, limits, concepts)
     assert (counts.both == both).all()
-    assert (counts.unit == unit).all()
     assert (counts.touching == touching).all()
-    assert (counts.labelled == labelled).all()
     assert (counts.concept == concepts.areas()).all()
-    of = concepts.category_of
-    for name, area in (("lite", touching[:, of]), ("paper", labelled[:, of]), ("plain", unit[:, None])):
-        expected = both / np.maximum(area + concepts.areas() - both, 1)
-        np.testing.assert_allclose(dissection.iou(counts, name), expected, rtol=1e-15)
+    expected = both / np.maximum(touching[:, concepts.category_of] + concepts.areas() - both, 1)
+    np.testing.assert_allclose(dissection.iou(counts), expected, rtol=1e-15)
 
 
 def test_counts_do_not_depend_on_chunks():
     acts, limits, concepts = random_case(5, n=9)
     whole, parts = (dissection.tally(a, limits, concepts) for a in (acts, _Blocks(acts, 2)))
-    for name in ("both", "concept", "unit", "touching", "labelled"):
+    for name in ("both", "concept", "touching"):
         assert (getattr(whole, name) == getattr(parts, name)).all()
 
 
-def test_denominators_differ_only_where_nothing_of_the_category_is_labelled():
+def test_a_unit_is_not_charged_for_images_without_a_label_of_the_category():
     planes = np.zeros((2, 1, 4, 4), int)
     planes[0, 0, :, :2] = 1  # the second image has no label, the first half of one
     acts = np.zeros((2, 2, 4, 4), np.float32)
     acts[0, 0, :, 1:3] = acts[1, 0] = 1  # 8 pixels, 4 of them on the label; and 16 without any
     acts[0, 1, :, 2:] = 1  # 8 pixels beside the label
     counts = dissection.tally(acts, np.zeros(2, np.float32), concept_set(planes))
-    assert dissection.iou(counts, "lite")[:, 0].tolist() == [4 / (8 + 8 - 4), 0]
-    assert dissection.iou(counts, "paper")[:, 0].tolist() == [4 / (8 + 8 - 4), 0]
-    assert dissection.iou(counts, "plain")[:, 0].tolist() == [4 / (24 + 8 - 4), 0]
+    assert dissection.iou(counts)[:, 0].tolist() == [4 / (8 + 8 - 4), 0]
     assert counts.touching[:, 0].tolist() == [8, 0]
-    assert counts.labelled[:, 0].tolist() == [8, 8]
 
 
 def test_iou_of_equal_disjoint_and_half_overlapping_regions():
@@ -172,8 +164,7 @@ def test_iou_of_equal_disjoint_and_half_overlapping_regions():
     acts[:, 1, 8:, :] = 1
     acts[:, 2, 2:8, 6:12] = 1
     counts = dissection.tally(acts, np.full(3, 0.5, np.float32), concept_set(planes))
-    for name in dissection.DENOMINATORS:
-        assert dissection.iou(counts, name)[:, 0].tolist() == [1, 0, 1 / 3]
+    assert dissection.iou(counts)[:, 0].tolist() == [1, 0, 1 / 3]
 
 
 def test_enlarged_unit_equal_to_its_mask_has_iou_one():
@@ -181,7 +172,7 @@ def test_enlarged_unit_equal_to_its_mask_has_iou_one():
     limits = dissection.thresholds(acts, 0.2)
     masks = activation_regions(acts, limits, (20, 20))
     concepts = concept_set(masks * np.arange(1, 5)[:, None, None])
-    scores = dissection.iou(dissection.tally(acts, limits, concepts), "plain")
+    scores = dissection.iou(dissection.tally(acts, limits, concepts))
     assert (np.diag(scores) == 1).all()
     assert (scores[~np.eye(4, dtype=bool)] < 1).all()
 
@@ -193,13 +184,13 @@ def test_iou_of_a_perfect_detector_at_another_quantile_is_the_attainable_one(kep
     acts = np.arange(10, 0, -1, dtype=np.float32)[None, None, None].repeat(4, 0).repeat(10, 2)
     concepts = concept_set(planes)
     counts = dissection.tally(acts, dissection.thresholds(acts, kept), concepts)
-    assert dissection.iou(counts, "plain") == pytest.approx(min(kept, 0.2) / max(kept, 0.2))
+    assert dissection.iou(counts) == pytest.approx(min(kept, 0.2) / max(kept, 0.2))
 
 
 def test_only_values_strictly_above_the_threshold_count():
     acts = np.full((2, 1, 3, 3), 2.0, np.float32)
     counts = dissection.tally(acts, np.array([2.0], np.float32), concept_set(np.ones((2, 1, 6, 6))))
-    assert counts.unit.tolist() == [0]
+    assert counts.both.sum() == counts.touching.sum() == 0
 
 
 def test_concept_that_never_occurs_and_silent_unit_have_iou_zero():
@@ -212,12 +203,11 @@ def test_concept_that_never_occurs_and_silent_unit_have_iou_zero():
     assert scores.tolist() == [[1, 0], [0, 0]]
 
 
-def test_images_without_any_label_count_for_the_unit_only():
+def test_images_without_any_label_count_for_nothing():
     counts = dissection.tally(
         np.ones((2, 1, 2, 2), np.float32), np.zeros(1, np.float32), concept_set(np.zeros((2, 1, 4, 4)), category_of=[0])
     )
-    assert counts.unit.tolist() == [32]
-    assert counts.both.sum() == counts.touching.sum() == counts.labelled.sum() == 0
+    assert counts.both.sum() == counts.touching.sum() == 0
 
 
 def test_summary_counts_distinct_best_labels_above_the_limit():
@@ -313,9 +303,7 @@ def test_bad_arguments_are_told():
         dissection.thresholds(acts, 1.5)
     with pytest.raises(UserError, match="not finite"):
         dissection.thresholds(acts * np.inf)
-    with pytest.raises(UserError, match="Did you mean 'plain'"):
-        dissection.iou(dissection.tally(acts, limits, concepts), "plane")
-    with pytest.raises(UserError, match="19 for"):
+    with pytest.raises(UserError, match="19 draws"):
         dissection.null_floor(acts, limits, concepts, draws=18)
     with pytest.raises(UserError, match="1 to 10 labels"):
         composition.best_formulas(composition.census(acts, limits, concepts), max_length=11)
@@ -347,8 +335,8 @@ def test_floor_is_an_order_statistic_of_what_shuffled_labels_give():
         planes = [np.roll(concepts.planes[i], shift, (1, 2)) for i, shift in zip(order, shifts, strict=True)]
         shuffled = concept_set(planes, concepts.category_of)
         null.append(dissection.iou(dissection.tally(acts, limits, shuffled)).max(1))
-    for draws, alpha, rank in ((39, 0.05, 38), (19, 0.05, 19), (39, 0.5, 20)):
-        floor = dissection.null_floor(acts, limits, concepts, draws=draws, alpha=alpha, seed=5)
+    for draws, rank in ((39, 38), (19, 19)):
+        floor = dissection.null_floor(acts, limits, concepts, draws=draws, seed=5)
         assert (floor == np.sort(null[:draws], 0)[rank - 1]).all()
 
 
@@ -431,7 +419,8 @@ def test_wide_beam_finds_what_brute_force_finds(seed, length):
 def test_longer_formulas_are_never_worse_and_begin_with_netdissects_plain_iou(seed):
     acts, limits, concepts = random_case(seed, labels=6, depth=3)
     counts = composition.census(acts, limits, concepts)
-    plain = dissection.iou(dissection.tally(acts, limits, concepts), "plain")
+    both, unit, _ = loop_tally(acts, limits, concepts)
+    plain = both / np.maximum(unit[:, None] + concepts.areas() - both, 1)
     short = composition.best_formulas(counts, max_length=3)
     for u, e in enumerate(composition.best_formulas(counts, max_length=10)):
         assert len(e.by_length) == 10
@@ -445,7 +434,7 @@ def test_census_agrees_with_the_tally():
     counts, tally = composition.census(acts, limits, concepts), dissection.tally(acts, limits, concepts)
     assert (counts.members @ counts.pixels == tally.concept).all()
     assert (counts.units @ counts.members.T.toarray() == tally.both).all()
-    assert (counts.units.sum(1) == tally.unit).all()
+    assert (counts.units.sum(1) == loop_tally(acts, limits, concepts)[1]).all()
     assert counts.pixels.sum() == concepts.planes[:, 0].size
 
 

@@ -367,12 +367,12 @@ def test_the_inference_copy_computes_the_same_logits(kind):
     x = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(x)
-        torch.testing.assert_close(inference_copy(model)(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inference_copy(model, x)(x), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.1
 
 
 def test_a_traceable_network_is_folded():
-    layers = [type(module) for module in inference_copy(Small(), images=torch.rand(1, 3, 12, 12)).modules()]
+    layers = [type(module) for module in inference_copy(Small(), torch.rand(1, 3, 12, 12)).modules()]
     assert nn.Conv2d in layers
     assert nn.BatchNorm2d not in layers
 
@@ -585,7 +585,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(UserError, match="The reference rows have the shape"):
         lime.explain(model, image, blocks(), references=[0, 1])
     with pytest.raises(
-        UserError, match=r"returns the shape \(6144,\) for 8 images; it must return one row of logits an image"
+        UserError, match=r"returns the shape \(3840,\) for 5 images; it must return one row of logits an image"
     ):
         lime.explain(nn.Flatten(0), image, blocks())
     nn.init.constant_(model.head.bias, float("nan"))

@@ -65,8 +65,6 @@ def test_scores_have_their_closed_forms():
     np.testing.assert_allclose(msp_score(logits), 1 - np.array([np.e**2 / (np.e**2 + 2), 1 / 3]))
     np.testing.assert_array_equal(max_logit_score(logits), [-3, -2])
     np.testing.assert_allclose(energy_score(logits), [-np.log(np.e**3 + 2 * np.e), -(2 + np.log(3))])
-    np.testing.assert_allclose(energy_score(logits, 2.0), -2 * np.log(np.exp(logits / 2).sum(axis=1)))
-    np.testing.assert_allclose(energy_score(logits, 1e-3), max_logit_score(logits), atol=2e-3)
 
 
 def test_msp_orders_confidences_that_every_softmax_rounds_to_one():
@@ -385,19 +383,6 @@ def test_attacks_leave_network_and_random_states_as_found(attack, context):
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
 
 
-class Noisy(nn.Module):
-    def forward(self, x):
-        return nn.functional.dropout(x, 0.5, training=True)
-
-
-@pytest.mark.parametrize("attack", [fgsm, pgd])
-def test_a_network_that_draws_numbers_does_not_move_the_random_state(attack):
-    net, (images, labels) = nn.Sequential(Noisy(), small_net()), batch()
-    random_state = torch.get_rng_state()
-    attack(net, images, labels, 0.1)
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
 def test_training_flags_come_back_after_an_error():
     net, (images, labels) = small_net().train(), batch()
     with pytest.raises(UserError):
@@ -467,7 +452,6 @@ def test_one_backward_pass_serves_every_epsilon():
         (lambda: detection(np.zeros((2, 3)), np.zeros((0, 3))), "empty"),
         (lambda: aupr([1], [2], "odo"), "Did you mean 'ood'"),
         (lambda: fpr_at_tpr([1], [2], 95), r"\(0, 1\]"),
-        (lambda: energy_score(np.zeros((1, 2)), 0), "positive"),
         (lambda: corruption_error(errors_of(0.1, COMMON_CORRUPTIONS[1:])), "gaussian_noise"),
         (lambda: corruption_error(errors_of(0.1) | {"fog": [0.1]}), "same number"),
         (lambda: corruption_error(errors_of(10)), "fractions"),

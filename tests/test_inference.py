@@ -39,7 +39,7 @@ def test_the_low_precision_copy_rounds_no_more_than_autocast(arch):
         exact = model(x)
         with torch.autocast("cpu", torch.bfloat16):
             usual = (model(x) - exact).abs().max()
-        copy = inference_copy(model, torch.bfloat16, x)(x)
+        copy = inference_copy(model, x, torch.bfloat16)(x)
         error = (copy - exact).abs().max()
     assert copy.dtype == torch.float32
     assert 0 < error < 2 * usual

@@ -157,7 +157,7 @@ class TestMeasure:
             ({"layer": "layer4"}, "no layer 'layer4'.*layer3"),
             ({"concepts": "scene"}, "Did you mean 'scenes'"),
             ({"n_concept_images": 5}, "at least 20"),
-            ({"draws": 5}, "at least 1/level - 1"),
+            ({"draws": 5}, "at least 19 draws"),
         ],
     )
     def test_wrong_parameters_are_named(self, subjects, wrong, message):

@@ -97,33 +97,36 @@ def voting(judged: pd.DataFrame, also: Sequence[str] = ()) -> list[tuple[str, st
 
 
 def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2) -> Figure:
-    """Draw metric against sparsity, one panel a metric and shift.
+    """Draw metric against sparsity, one panel a metric and shift, of what `lthlib.results.verdict.judge` returns.
 
-    Args:
-        judged: As `lthlib.results.verdict.judge` returns it.
-        panels: Pairs (metric, shift); by default every pair that occurs at one severity and has a direction, of
-            metrics with at most `MANY` such pairs.
-        columns: Panels side by side.
+    By default every pair that occurs at one severity and has a direction, of metrics with at most `MANY` such pairs.
     """
     if panels is None:
         groups = judged[judged["metric"].isin(readable(judged))].groupby(["metric", "shift"], sort=False)
         panels = [key for key, g in groups if (g["outcome"] != "").all() and g["severity"].nunique() == 1]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 3.1 * rows + 0.6), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (metric, shift) in zip(axes.flat, panels, strict=False):
+    figure, axes = grid(len(panels), columns, 3.1, 0.6)
+    for axis, (metric, shift) in zip(axes, panels, strict=True):
         part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]
         curve(axis, part, metric)
         only = judged.loc[judged["metric"] == metric, "shift"].nunique() == 1
         title = METRICS[metric].title + ("" if only else f": {shift}")
-        axis.set_title(textwrap.fill(title, 99 // columns))  # a longer line would run off the figure
+        axis.set_title(textwrap.fill(title, 99 // min(columns, len(panels))))  # a longer line would run off the figure
     methods = list(dict.fromkeys(judged["method"]))
     handles = legend(methods)
     in_a_row = len(handles) if len(handles) <= 7 else 6  # more would run off the figure
     figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
     return figure
+
+
+def grid(n: int, columns: int, height: float, margin: float, **style: object) -> tuple[Figure, list[Axes]]:
+    """Return a figure with n axes, at most so many side by side; each is ``height`` inches high."""
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    size = WIDTH, height * rows + margin
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **style)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return figure, list(axes.flat[:n])
 
 
 def curve(axis: Axes, part: pd.DataFrame, metric: str) -> None:
@@ -173,9 +176,7 @@ def legend(methods: Sequence[str]) -> list[Line2D]:
 def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
     """Draw how far each method keeps each metric or dimension, and what ended it: a loss, or that no more is shown.
 
-    Args:
-        table: As `lthlib.results.verdict.reach` returns it.
-        ends: As `lthlib.results.verdict.ends` returns it. Cells that end in "not shown" are hatched.
+    Of what `lthlib.results.verdict.reach` and ``ends`` return. Cells that end in "not shown" are hatched.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(table) + 1.6), layout="constrained")
     titles = [METRICS[c].title + " " + METRICS[c].arrow if c in METRICS else c.capitalize() for c in table]
@@ -234,9 +235,8 @@ def heatmap(
 def power_curves(table: pd.DataFrame) -> Figure:
     """Draw how often a metric is called kept, against images, a line for each number of seeds.
 
-    Args:
-        table: As `lthlib.results.simulation.power` returns it. On the left networks equal to their parent, which are
-            to be called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
+    Of what `lthlib.results.simulation.power` returns: on the left networks equal to their parent, which are to be
+    called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     titles = {0.0: ("equal to its parent", 80), 2.0: ("worse by twice the tolerance", 5)}

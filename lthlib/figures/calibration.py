@@ -12,11 +12,7 @@ from lthlib.figures import WIDTH
 
 
 def reliability(diagrams: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Draw reliability diagrams side by side: accuracy against confidence by bin, and how many images a bin holds.
-
-    Args:
-        diagrams: Title -> arrays ``count``, ``confidence``, ``accuracy`` by bin.
-    """
+    """Draw reliability diagrams side by side, by title: accuracy against confidence by bin, and the count of images."""
     shape = {"sharex": True, "sharey": "row", "height_ratios": [3, 1], "squeeze": False}
     figure, axes = plt.subplots(2, len(diagrams), figsize=(WIDTH, 3.6), layout="constrained", **shape)
     for (top, bottom), (title, bins) in zip(axes.T, diagrams.items(), strict=True):

@@ -17,14 +17,9 @@ MOST_STUDIES, MOST_METRICS = 3, 4
 
 
 def claim_figure(claim: Claim, judged: Mapping[str, pd.DataFrame]) -> Figure | None:
-    """Draw what a claim is about.
+    """Draw the metrics and methods that a claim is about, of the first studies that have such; None where none has.
 
-    Args:
-        claim: Whose metrics and methods are drawn.
-        judged: By study, as `lthlib.results.verdict.judge` returns it; the first three with such metrics are drawn.
-
-    Returns:
-        The figure, or None where no study has any of the metrics.
+    ``judged``: by study, as `lthlib.results.verdict.judge` returns it.
     """
     chosen = {label: _chosen(claim, table) for label, table in judged.items()}
     chosen = dict([(label, table) for label, table in chosen.items() if len(table)][:MOST_STUDIES])

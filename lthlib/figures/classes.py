@@ -19,11 +19,9 @@ IN_A_ROW = 8
 def recall_map(changes: pd.DataFrame) -> Figure:
     """Draw by how much the recall of each class changes, in percentage points: red loses, blue gains.
 
-    Of more than `MOST_CLASSES` classes, those that lose most and gain most on average.
-
-    Args:
-        changes: A line a class, a column a sparse network by its title, as fractions; ``"dense"``, what two dense
-            networks differ by, stands beside the name of each class.
+    Of more than `MOST_CLASSES` classes, those that lose most and gain most on average. The table has a line a class, a
+    column a sparse network by its title, as fractions; ``"dense"``, what two dense networks differ by, stands beside
+    the name of each class.
     """
     dense, changes = 100 * changes["dense"], 100 * changes.drop(columns="dense")
     changes = changes.loc[changes.mean(axis=1).sort_values(kind="stable").index]
@@ -42,8 +40,7 @@ def recall_map(changes: pd.DataFrame) -> Figure:
 def exemplar_gallery(rows: Mapping[str, tuple[np.ndarray, pd.DataFrame]]) -> Figure:
     """Draw some exemplars of each sparse network, a row each, with true class, dense answer and sparse answer.
 
-    Args:
-        rows: By title, uint8 images (n, h, w, channels) and the lines of `lthlib.results.classes.odd_ones` about them.
+    By title, uint8 images (n, h, w, channels) and the lines of `lthlib.results.classes.odd_ones` about them.
     """
     figure, axes = plt.subplots(len(rows), 1, figsize=(WIDTH, 1.75 * len(rows)), squeeze=False, layout="constrained")
     for axis, (title, (images, odd)) in zip(axes.flat, rows.items(), strict=True):

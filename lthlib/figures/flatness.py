@@ -1,4 +1,7 @@
-"""Figures and tables of flatness; each takes the small arrays of some tickets by title, "dense" among them."""
+"""Figures and tables of flatness; each takes the arrays of some tickets by title, "dense" among them.
+
+They are those that `lthlib.metrics.flatness.measure.measure` returns.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy.stats import bootstrap, kendalltau
 
 from lthlib.figures import WIDTH, colours, label
 from lthlib.metrics import METRICS
-from lthlib.metrics.flatness.statistics import batch_means, image_interval, rank_agreement
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
 
@@ -30,6 +33,7 @@ PANELS = (
     "pac_bayes_input_sigma",
     "error_barrier",
 )
+RAW = "weight_hessian_trace"
 RANKED = (
     "weight_hessian_trace_per_weight",
     "relative_flatness",
@@ -70,11 +74,7 @@ def _drawn(tickets: Mapping[str, Arrays]) -> Iterator[tuple[str, dict, Arrays]]:
 
 
 def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
-    """Draw the distribution of the input-Hessian trace over images: quartiles, 5 to 95 %, mean and its interval.
-
-    Args:
-        tickets: Title -> arrays with ``input_traces``.
-    """
+    """Draw the distribution of the input-Hessian trace over images: quartiles, 5 to 95 %, mean and its interval."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.36 * len(tickets) + 1.1), layout="constrained")
     for place, (title, style, arrays) in enumerate(_drawn(tickets)):
         values = np.maximum(arrays["input_traces"].astype(float), 1e-12)
@@ -100,11 +100,7 @@ def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
 
 
 def layers(tickets: Mapping[str, Arrays]) -> Figure:
-    """Draw the trace layer by layer: per active weight, and scale-invariant.
-
-    Args:
-        tickets: Title -> arrays with ``layers``, ``layer_trace``, ``layer_relative``, ``layer_active``.
-    """
+    """Draw the trace layer by layer: per active weight, and scale-invariant."""
     figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.6), sharex=True, layout="constrained")
     for title, style, arrays in _drawn(tickets):
         where = np.arange(len(arrays["layers"]))
@@ -124,12 +120,7 @@ def layers(tickets: Mapping[str, Arrays]) -> Figure:
 
 
 def lines(tickets: Mapping[str, Arrays], start: str) -> Figure:
-    """Draw loss and error on the straight line from another network (t = 0) to each ticket (t = 1).
-
-    Args:
-        tickets: Title -> arrays with ``<start>_t``, ``<start>_loss``, ``<start>_error``.
-        start: ``"dense"`` or ``"partner"``.
-    """
+    """Draw loss and error on the line from ``start``, "dense" or "partner" (t = 0), to each ticket (t = 1)."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
     for title, style, arrays in _drawn(tickets):
         for axis, part, scale in zip(axes, ("loss", "error"), (1, 100), strict=True):
@@ -142,11 +133,7 @@ def lines(tickets: Mapping[str, Arrays], start: str) -> Figure:
 
 
 def densities(tickets: Mapping[str, Arrays]) -> Figure:
-    """Draw the spectrum of the weight Hessian: how many eigenvalues there are, per unit of their size.
-
-    Args:
-        tickets: Title -> arrays with ``density_at``, ``density``, ``layer_active``.
-    """
+    """Draw the spectrum of the weight Hessian: how many eigenvalues there are, per unit of their size."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     for title, style, arrays in _drawn(tickets):
         count = arrays["density"] * arrays["layer_active"].sum()
@@ -158,12 +145,7 @@ def densities(tickets: Mapping[str, Arrays]) -> Figure:
 
 
 def surfaces(tickets: Mapping[str, Arrays], most: int = 4) -> Figure:
-    """Draw the loss on a plane of weights (above) and on a plane of pixels (below), one column a ticket.
-
-    Args:
-        tickets: Title -> arrays ``surface_a``, ``surface_b``, ``surface_loss``, and the same with ``slice_``.
-        most: Columns at most.
-    """
+    """Draw the loss on a plane of weights (above) and on a plane of pixels (below), at most so many columns."""
     shown = dict(list(tickets.items())[:most])
     figure, axes = plt.subplots(
         2, len(shown), figsize=(WIDTH, 6.0), squeeze=False, sharex="row", sharey="row", layout="constrained"
@@ -197,35 +179,28 @@ def _contours(axis: Axes, x: np.ndarray, y: np.ndarray, loss: np.ndarray, levels
 def batch_table(tickets: Mapping[str, Arrays], batch: int = 50) -> pd.DataFrame:
     """Say what another choice of images would change in the exact weight-Hessian trace.
 
-    All tickets see the same images, so a difference to dense is more certain than either trace.
-
-    Args:
-        tickets: Title -> arrays with ``weight_per_image``; "dense" first. Where there is ``wide_per_image``,
-            its mean is shown, and it is cut into batches.
-        batch: Images of such a batch.
+    All tickets see the same images, so a difference to dense, which comes first, is more certain than either trace.
+    Where there is ``wide_per_image``, its mean is shown, and it is cut into batches.
     """
     dense = next(iter(tickets.values()))["weight_per_image"].astype(float)
     rows = {}
     for title, arrays in tickets.items():
         mine = arrays["weight_per_image"].astype(float)
         wide = arrays.get("wide_per_image", np.empty(0)).astype(float)
+        batches = wide[: len(wide) // batch * batch].reshape(-1, batch)
         rows[title] = {
             f"trace on {len(mine)} images": f"{mine.mean():.4g}",
             "95 % over images": _range(image_interval(mine)),
             "minus dense, same images": "" if mine is dense or title == "dense" else f"{(mine - dense).mean():.4g}",
             "95 % of that": "" if title == "dense" else _range(image_interval(mine - dense)),
             "on more images": f"{wide.mean():.4g} ({len(wide)})" if len(wide) else "",
-            f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in batch_means(wide, batch)),
+            f"batches of {batch}": ", ".join(f"{mean:.4g}" for mean in batches.mean(1)),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def rescaled_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
-    """Show what multiplying one convolution, undone by the norm behind it, does to the trace.
-
-    Args:
-        tickets: Title -> arrays ``rescaled_...`` beside ``weight_per_image``.
-    """
+    """Show what multiplying one convolution, undone by the norm behind it, does to the trace."""
     rows = []
     for title, arrays in tickets.items():
         traces = [
@@ -247,11 +222,7 @@ def rescaled_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
 
 
 def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
-    """Say how each number was found, and how far it may be off for other reasons than the choice of images.
-
-    Args:
-        tickets: Title -> arrays of `lthlib.metrics.flatness.measure.measure`.
-    """
+    """Say how each number was found, and how far it may be off for other reasons than the choice of images."""
     rows = {}
     for title, arrays in tickets.items():
         error = float(arrays["weight_standard_error"][0])
@@ -269,15 +240,29 @@ def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
 def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Ask whether tickets that are flat by the raw weight trace are flat by other measures: Kendall's tau.
 
-    Args:
-        rows: The tidy table of `lthlib.results.collect.Results`, see `rank_agreement`.
+    "Flatter" is lower or higher as each metric has it. Methods are ranked at each round (means over seeds); with fewer
+    than three methods, rounds of each method instead. "–": no order.
     """
-    taus = rank_agreement(rows, "weight_hessian_trace", RANKED)
-    by_round = taus.index.name == "round"
-    table = taus.map(lambda tau: "–" if np.isnan(tau) else f"{tau:.2f}")
-    table.index = [f"{100 * sparsity_of(key):.1f} %" if by_round else METHODS[key].title for key in taus.index]
-    titles = {name: METRICS[name].title for name in RANKED}
-    return table.rename(columns=titles).rename_axis("methods at" if by_round else "rounds of")
+    sparse = rows[(rows["method"] != "dense") & (rows["shift"] == "none")]
+    table = sparse.pivot_table(index=["method", "round"], columns="metric", values="value")
+    by_round = table.index.get_level_values("method").nunique() >= 3
+    found = {}
+    for key, group in table.groupby(level="round" if by_round else "method"):
+        line = f"{100 * sparsity_of(key):.1f} %" if by_round else METHODS[key].title
+        flatter = {name: group[name] * (1 if METRICS[name].higher_is_better else -1) for name in (RAW, *RANKED)}
+        taus = {
+            name: kendalltau(flatter[RAW], flatter[name]).statistic if len(group) > 1 else np.nan for name in RANKED
+        }
+        found[line] = {METRICS[name].title: "–" if np.isnan(tau) else f"{tau:.2f}" for name, tau in taus.items()}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("methods at" if by_round else "rounds of")
+
+
+def image_interval(per_image: np.ndarray) -> tuple[float, float]:
+    """Return a 95 % bootstrap interval (BCa) for the mean over two images or more, as if they were drawn again."""
+    values = np.asarray(per_image, dtype=float)
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    return tuple(bootstrap((values,), np.mean, n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval)
 
 
 def _range(interval: tuple[float, float] | np.ndarray) -> str:

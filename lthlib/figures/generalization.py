@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lthlib.data.corruptions import CORRUPTIONS
-from lthlib.figures import WIDTH, label, shades
+from lthlib.figures import WIDTH, grid, label, shades
 from lthlib.pruning import METHODS, masks
 
 
@@ -18,14 +18,8 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
     """Draw accuracy under FGSM against its strength, PGD-20 as crosses: dense and sparse, one panel a method."""
     fgsm, pgd = (judged[judged["metric"] == name] for name in ("adversarial_accuracy", "pgd_accuracy"))
     methods, rounds = list(dict.fromkeys(fgsm["method"])), sorted(set(fgsm["round"]))
-    columns = min(4, len(methods))
-    rows = -(-len(methods) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 2.4 * rows + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
-    for axis in axes.flat[len(methods) :]:
-        axis.remove()
-    for axis, method in zip(axes.flat, methods, strict=False):
+    figure, axes = grid(len(methods), 4, 2.4, 0.4, sharex=True, sharey=True)
+    for axis, method in zip(axes, methods, strict=True):
         by_fgsm, by_pgd = (dict(list(p[p["method"] == method].groupby("round"))) for p in (fgsm, pgd))
         for shade, n in zip(shades(len(rounds)), by_fgsm, strict=False):
             sparsity = f"{100 * masks.sparsity_of(n):.3g} %"
@@ -36,17 +30,16 @@ def attack_curves(judged: pd.DataFrame) -> Figure:
         axis.plot(by_fgsm[first]["severity"], 100 * by_fgsm[first]["dense"], color="black", ls="--", label="dense")
         axis.set_title(METHODS[method].title)
         axis.set_xlabel("ε [1/255]")
-    axes[0, 0].set_ylabel(label("adversarial_accuracy"))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    axes[0].set_ylabel(label("adversarial_accuracy"))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     return figure
 
 
 def roc_curves(curves: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[str, object]) -> Figure:
     """Draw ROC curves of out-of-distribution detection, a panel a foreign set.
 
-    Args:
-        curves: Set -> title -> true positive rates on an even grid of false positive rates; dense under ``"dense"``.
-        colours: Title -> colour, dense excepted.
+    ``curves``: set -> title -> true positive rates on an even grid of false positive rates; dense under "dense", which
+    has no colour of its own.
     """
     figure, axes = plt.subplots(1, len(curves), figsize=(WIDTH, 3.8), squeeze=False, sharey=True, layout="constrained")
     for axis, (name, lines) in zip(axes[0], curves.items(), strict=True):
@@ -61,19 +54,11 @@ def roc_curves(curves: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[
 
 
 def gallery(pictures: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw one image under every corruption.
-
-    Args:
-        pictures: uint8 (1 + corruptions, severities, h, w, C), the first row clean.
-        names: Of the corruptions.
-    """
+    """Draw an image, clean in the first row and under each corruption: (1 + corruptions, severities, h, w, C)."""
     titles = ["clean", *(CORRUPTIONS[name].title for name in names)]
-    columns = 10
-    rows = -(-len(titles) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.75 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat:
+    figure, axes = grid(len(titles), 10, 2.75, 0)
+    for axis, title, row in zip(axes, titles, pictures, strict=False):
         axis.axis("off")
-    for axis, title, row in zip(axes.flat, titles, pictures, strict=False):
         if title == "clean":
             row = np.concatenate([row[:1], np.full_like(row[1:], 255)])
         axis.imshow(np.concatenate(row).squeeze(), cmap="gray", vmin=0, vmax=255)

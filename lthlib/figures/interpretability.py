@@ -1,4 +1,7 @@
-"""Figures of interpretability: curves over their floors, units, formulas, explanations."""
+"""Figures of interpretability: curves over their floors, units, formulas, explanations.
+
+``networks`` are the arrays of some tickets by title, dense first.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,7 @@ Arrays = Mapping[str, np.ndarray]
 def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Draw metrics against sparsity over their floors: random weights, and what the mask seed alone moves.
 
-    Args:
-        judged: As `lthlib.results.verdict.judge` returns it.
-        rows: The rows behind it, the floors among them.
-        metrics: Which, in this order; those that nothing defined are left out.
+    Of what `lthlib.results.verdict.judge` returns, and the rows behind it; metrics that nothing defined are left out.
     """
     metrics = [metric for metric in metrics if (judged["metric"] == metric).any()]
     figure = figures.curves(judged, [(metric, "none") for metric in metrics])
@@ -83,23 +83,11 @@ def detectors_by_category(results: Results) -> Figure:
     """Draw unique detectors by category against sparsity, one panel a method, and those of random weights."""
     table = _by_category(results)
     methods = [m for m in dict.fromkeys(table["method"]) if m not in ("dense", "random")]
-    columns = min(4, len(methods))
-    lines = -(-len(methods) // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(WIDTH, 2.3 * lines + 0.9),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
+    figure, axes = figures.grid(len(methods), 4, 2.3, 0.9, sharex=True, sharey=True)
     categories = list(dict.fromkeys(table["category"]))
     colours = dict(zip(categories, sns.color_palette("deep", len(categories)), strict=True))
-    for axis in axes.flat[len(methods) :]:
-        axis.remove()
     rounds = sorted(set(table["round"]))
-    for axis, method in zip(axes.flat, methods, strict=False):
+    for axis, method in zip(axes, methods, strict=True):
         for category, colour in colours.items():
             part = table[table["category"] == category]
             mine = part[part["method"].isin(["dense", method])].groupby("round")["detectors"].mean()
@@ -110,9 +98,9 @@ def detectors_by_category(results: Results) -> Figure:
         axis.tick_params(axis="x", labelsize="small")
         axis.set_title(METHODS[method].title)
     means = table.groupby(["method", "round", "category"])["detectors"].mean()
-    axes[0, 0].set_ylim(-0.15, max(1, means.max()) + 0.15)
-    axes[0, 0].set_ylabel("unique detectors")
-    handles, names = axes[0, 0].get_legend_handles_labels()
+    axes[0].set_ylim(-0.15, max(1, means.max()) + 0.15)
+    axes[0].set_ylabel("unique detectors")
+    handles, names = axes[0].get_legend_handles_labels()
     handles.append(Line2D([], [], **_RANDOM, label="random weights"))
     figure.legend(handles, [*names, "random weights"], loc="outside lower center", ncols=6, frameon=False)
     return figure
@@ -167,15 +155,9 @@ def _length_line(
 
 
 def units(networks: Mapping[str, Arrays]) -> Figure:
-    """Draw the best units of some networks: the images each likes most, its region outlined, label, formula, IoU.
-
-    Args:
-        networks: Title -> arrays of a ticket.
-    """
-    count = max(len(arrays["unit_number"]) for arrays in networks.values())
-    figure, axes = plt.subplots(
-        len(networks), count, figsize=(WIDTH, 1.6 * len(networks)), squeeze=False, layout="constrained"
-    )
+    """Draw the best units of some networks: the images each likes most, its region outlined, label, formula, IoU."""
+    rows, count = len(networks), max(len(arrays["unit_number"]) for arrays in networks.values())
+    figure, axes = plt.subplots(rows, count, figsize=(WIDTH, 1.6 * rows), squeeze=False, layout="constrained")
     for line, (title, arrays) in zip(axes, networks.items(), strict=True):
         for k, axis in enumerate(line):
             axis.axis("off")
@@ -213,19 +195,11 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
     """Draw explanations of the same test images by some networks: red speaks for the predicted class, blue against.
 
     Full tint is the largest coefficient that any of these networks has on the image.
-
-    Args:
-        networks: Title -> arrays of a ticket, dense first.
     """
-    first = next(iter(networks.values()))
-    pictures = first["explained_images"]
-    figure, axes = plt.subplots(
-        len(networks) + 1,
-        len(pictures),
-        figsize=(WIDTH, 1.75 * (len(networks) + 1)),
-        squeeze=False,
-        layout="constrained",
-    )
+    pictures = next(iter(networks.values()))["explained_images"]
+    rows = len(networks) + 1
+    size = WIDTH, 1.75 * rows
+    figure, axes = plt.subplots(rows, len(pictures), figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
@@ -243,15 +217,9 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
 
 
 def explanation_map(image: np.ndarray, coef: np.ndarray, scale: float) -> np.ndarray:
-    """Return an image in gray, tinted red where a superpixel speaks for the class and blue where against.
+    """Return a uint8 image in gray, RGB in [0, 1], tinted red where a superpixel speaks for the class, else blue.
 
-    Args:
-        image: uint8, (H, W), (H, W, 1) or (H, W, 3).
-        coef: Each pixel's coefficient, (H, W): ``coef[segments]`` of `lthlib.metrics.interpretability.lime.explain`.
-        scale: The coefficient that gets the full tint; the same for maps that will be compared.
-
-    Returns:
-        Float RGB (H, W, 3) in [0, 1].
+    ``coef`` is each pixel's coefficient, (H, W); that of size ``scale`` gets the full tint.
     """
     strength = np.clip(coef / scale if scale > 0 else 0 * coef, -1, 1)[..., None]
     gray = image.reshape(*image.shape[:2], -1).mean(axis=2, keepdims=True) / 255
@@ -261,16 +229,11 @@ def explanation_map(image: np.ndarray, coef: np.ndarray, scale: float) -> np.nda
 
 
 def gallery(arrays: Arrays) -> Figure:
-    """Draw some images of the concept set and, category by category, which concept each pixel has.
-
-    Args:
-        arrays: Of a dense ticket.
-    """
+    """Draw some images of the concept set and, category by category, which concept each pixel has."""
     pictures, planes = arrays["gallery_images"], arrays["gallery_planes"]
     categories = arrays["categories"]
-    figure, axes = plt.subplots(
-        1 + len(categories), figsize=(WIDTH, 1.15 * (1 + len(categories))), layout="constrained"
-    )
+    rows = 1 + len(categories)
+    figure, axes = plt.subplots(rows, figsize=(WIDTH, 1.15 * rows), layout="constrained")
     for axis, title in zip(axes, ["image", *categories], strict=True):
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(str(title))

@@ -38,11 +38,7 @@ def density_map(densities: pd.DataFrame, round: int) -> Figure:
 
 
 def overlap_map(overlaps: pd.DataFrame) -> Figure:
-    """Draw the overlap of every two masks, mean over seeds: below the diagonal measured, above it by chance.
-
-    Args:
-        overlaps: As `lthlib.results.overlaps.compare` returns it, of one round.
-    """
+    """Draw the overlap of every two masks, mean over seeds: below the diagonal measured, above it by chance."""
     names = list(dict.fromkeys([*overlaps["a"], *overlaps["b"]]))
     table = pd.DataFrame(np.nan, index=names, columns=names)
     for (a, b), pair in overlaps.groupby(["a", "b"], sort=False):
@@ -120,11 +116,7 @@ def accuracy_by_cost(costs: pd.DataFrame, about: str | None = None) -> Figure:
     """Draw test accuracy against parameters, MACs of kept weights, and MACs that a dense kernel does.
 
     Circles are unstructured masks, triangles controls, squares smaller dense networks (structured, small dense), the
-    star is the dense network.
-
-    Args:
-        costs: As `lthlib.book.methods_page.costs` returns it.
-        about: A method in front of the others.
+    star is the dense network. The method that it is ``about`` stands in front of the others.
     """
     figure, axes = plt.subplots(1, len(COSTS), figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
     dense = costs[costs["method"] == "dense"].iloc[0]

@@ -1,4 +1,4 @@
-"""What every metric on logits asks of its input, and the softmax they share."""
+"""What every metric on logits asks of its input, else `UserError`, and the softmax they share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from lthlib.core.errors import UserError
 
 
 def as_array(values: ArrayLike, name: str) -> np.ndarray:
-    """Return ``values`` (numpy, torch on any device and of any float type, nested lists) as an array.
-
-    Raises:
-        UserError: If it holds NaN or infinity, or something else than numbers.
-    """
+    """Return ``values`` (numpy, torch of any device and float type, nested lists) as an array of finite numbers."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
@@ -31,11 +27,7 @@ def as_array(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def check_logits(logits: ArrayLike, name: str = "logits") -> np.ndarray:
-    """Return logits as a float64 array (N, C), N >= 1 and C >= 2, all finite.
-
-    Raises:
-        UserError: For another shape, an empty set, NaN or infinity.
-    """
+    """Return logits as a float64 array (N, C), N >= 1 and C >= 2, all finite."""
     array = as_array(logits, name)
     if array.ndim != 2 or array.shape[1] < 2:
         raise UserError(f"The {name} have the shape {array.shape}; (images, classes >= 2) is needed.")
@@ -45,11 +37,7 @@ def check_logits(logits: ArrayLike, name: str = "logits") -> np.ndarray:
 
 
 def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> np.ndarray:
-    """Return labels as an (N,) array of integers in [0, C); a class that never occurs is allowed.
-
-    Raises:
-        UserError: For a wrong length, labels that are no integers, or labels out of range.
-    """
+    """Return labels as an (N,) array of integers in [0, C); a class that never occurs is allowed."""
     array = as_array(labels, "labels")
     if array.shape != (n_images,):
         raise UserError(f"The labels have the shape {array.shape}; one per image is needed, ({n_images},).")
@@ -67,10 +55,8 @@ def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> np.ndarray
 def check_probs(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities as an (N, C) float64 array inside [0, 1], and labels as `check_labels` does.
 
-    A softmax in float32 or bfloat16 rounds: entries up to 1 + 1e-3 are clipped to 1, row sums may be off by 1e-2.
-
-    Raises:
-        UserError: As `check_logits` and `check_labels`, and where a row is no distribution (logits given by mistake).
+    A softmax in float32 or bfloat16 rounds: entries up to 1 + 1e-3 are clipped to 1, row sums may be off by 1e-2. Rows
+    that are no distribution are refused (logits given by mistake).
     """
     array = check_logits(probs, "probabilities")
     if array.min() < 0 or array.max() > 1 + 1e-3 or np.abs(array.sum(axis=1) - 1).max() > 1e-2:
@@ -82,9 +68,5 @@ def check_probs(probs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.nda
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Softmax probabilities in float64, (N, C) -> (N, C).
-
-    Raises:
-        UserError: For NaN or infinite logits, an empty set, or a wrong shape.
-    """
+    """Softmax probabilities in float64, (N, C) -> (N, C)."""
     return special.softmax(check_logits(logits), axis=1)

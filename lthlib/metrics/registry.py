@@ -93,13 +93,9 @@ def code_of_metrics(dimension: str) -> str:
 
 
 def computed(names: Iterable[str], logits: np.ndarray, labels: np.ndarray, **options: object) -> dict[str, float]:
-    """Compute metrics that are functions of logits or probabilities, from one softmax in float64.
+    """Compute metrics that are functions of logits (N, C) or probabilities, from one softmax in float64.
 
-    Args:
-        names: Names in `METRICS`.
-        logits: Network outputs, (N, C).
-        labels: True classes, (N,).
-        options: Passed on to the functions that take them.
+    Options are passed on to the functions that take them.
     """
     given, found = {"logits": logits, "probs": softmax(logits)}, {}
     for name in names:
@@ -113,12 +109,8 @@ def computed(names: Iterable[str], logits: np.ndarray, labels: np.ndarray, **opt
 class Value:
     """One measured number, on its way into a row.
 
-    Attributes:
-        metric: A name in `METRICS`.
-        value: In the metric's unit.
-        n: Number of images (or other cases) it was measured on.
-        shift: What was done to the data: ``"none"``, an out-of-distribution set, a corruption, an attack.
-        severity: How much of it; 0 where that means nothing.
+    ``value`` of the metric of that name, in its unit, measured on ``n`` images or other cases. ``shift`` says what was
+    done to the data: "none", an out-of-distribution set, a corruption, an attack; ``severity`` how much of it, or 0.
     """
 
     metric: str

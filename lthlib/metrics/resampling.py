@@ -24,12 +24,8 @@ def resamples(n: int, images: str = "test", replicates: int = REPLICATES) -> np.
 
     The bootstrap is balanced (Davison, Hinkley and Schechtman, 1986): all resamples together hold each image equally
     often. So the replicates of a mean have that mean as their own, exactly, and where those of another statistic do
-    not, the difference is its bias and no accident of the draw.
-
-    Args:
-        n: Number of images, or of other cases that are drawn as a whole.
-        images: Names the set; two sets of one size are drawn independently of each other.
-        replicates: Number of resamples.
+    not, the difference is its bias and no accident of the draw. ``images`` names the set (or other cases that are drawn
+    as wholes); two sets of one size are drawn independently of each other.
     """
     if n < 1 or replicates < 2:
         raise UserError(f"{n} images in {replicates} resamples: at least one image and two resamples are needed.")
@@ -54,11 +50,8 @@ def resampled_mean(terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def resampled_auroc(known: np.ndarray, foreign: np.ndarray, of_known: np.ndarray, of_foreign: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each resample, (B,): P(foreign > known) + P(equal) / 2.
 
-    Args:
-        known: Scores of in-distribution images, (n,), higher = more foreign.
-        foreign: Scores of foreign images, (m,).
-        of_known: Resamples of the known images, (B, n).
-        of_foreign: Resamples of the foreign ones, (B, m).
+    Of scores of in-distribution images (n,) and of foreign ones (m,), higher = more foreign, and their resamples (B,
+    n), (B, m).
     """
     _, place = np.unique(np.concatenate([known, foreign]), return_inverse=True)
     levels = place.max() + 1
@@ -73,11 +66,9 @@ def resampled_auroc(known: np.ndarray, foreign: np.ndarray, of_known: np.ndarray
 def kept(value: Value, replicates: np.ndarray, step: float = 0.0) -> dict[str, np.ndarray]:
     """Return what an evaluation keeps of a metric's replicates, under the name by which a verdict finds it.
 
-    Args:
-        value: What the metric is on the images as they are; ``n`` of them were resampled.
-        replicates: What it is on each resample, (B,).
-        step: The least by which the answer for one image can change the metric, 1/n for an accuracy; 0 where there is
-            no such least. Where all answers agree, the replicates do, too; this says how little that shows.
+    ``value`` is what the metric is on the n images as they are, ``replicates`` (B,) on each resample. ``step`` is the
+    least by which the answer for one image can change it, 1/n for an accuracy; 0 where there is no such least. Where
+    all answers agree, the replicates do, too; this says how little that shows.
     """
     apart = np.concatenate([[value.n, step], np.asarray(replicates, np.float64) - value.value]).astype(np.float32)
     apart[2:] = _rounded(apart[2:])

@@ -28,13 +28,9 @@ HOW = "Save a state dict alone: torch.save(model.state_dict(), file)."
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Read a state dict, with its names as they are.
+    """Read a state dict that safetensors or `torch.save` wrote, with its names as they are.
 
-    Args:
-        path: What safetensors or `torch.save` wrote.
-
-    Raises:
-        UserError: For a file that is missing, damaged, holds more than tensors, or no state dict.
+    `UserError` for a file that is missing, damaged, holds more than tensors, or no state dict.
     """
     path = Path(path)
     if not path.exists():
@@ -157,9 +153,6 @@ def load_network(path: Path | str, make: Callable[[], nn.Module] | None = None) 
 
     The file's names are taken as they are where the network has them. Else they may differ by what wrappers put in
     front of a layer's name (`PREFIXES`), and `torch.nn.utils.prune`'s pairs of weight and mask are put together.
-
-    Raises:
-        UserError: Where they do not fit, naming the layers.
     """
     if Path(path).is_file() and (whole := load_whole(Path(path))) is not None:
         return whole

@@ -27,11 +27,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def check_rows(logits: object, n: int) -> Tensor:
-    """Return a network's output for n images in float32, if it is one finite row of logits an image.
-
-    Raises:
-        UserError: Where it is anything else.
-    """
+    """Return a network's output for n images in float32; `UserError` unless it is one finite row of logits an image."""
     if not isinstance(logits, Tensor):
         raise UserError(
             f"The network returns a {type(logits).__name__}; it must return one tensor of logits (images, classes): "
@@ -51,11 +47,7 @@ def check_rows(logits: object, n: int) -> Tensor:
 
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Return a network's logits (N, classes) for float images (N, C, H, W).
-
-    Raises:
-        UserError: Where the network fails on them, or its output is not as `check_rows` wants it.
-    """
+    """Return a network's logits (N, classes) for float images (N, C, H, W); `UserError` where it fails on them."""
     try:
         logits = model(images)
     except Exception as error:  # a foreign forward() may raise anything
@@ -68,15 +60,11 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
 def check_deterministic(model: nn.Module, images: Tensor) -> Answered:
     """Refuse a network whose answer for an image depends on chance, on its neighbours or on what was asked before.
 
-    Args:
-        model: Any network, in the mode in which it is to be used.
-        images: At least one image, [0, 1] floats (N, C, H, W); four are asked about, among noise and alone.
+    Of the images, [0, 1] floats (N, C, H, W), four are asked about, among noise and alone, in the mode that the network
+    is in. `UserError` for dropout left active, batch normalisation without running statistics, noise, a memory.
 
     Returns:
         Two batches and the answers to them.
-
-    Raises:
-        UserError: For dropout left active, batch normalisation without running statistics, noise, a memory.
     """
     first, second = _batches(images)
     devices = [images.device] if images.is_cuda else []
@@ -99,6 +87,18 @@ def check_deterministic(model: nn.Module, images: Tensor) -> Answered:
     return found
 
 
+def check_own_weights(network: nn.Module, found: Answered) -> None:
+    """Refuse a copy that gives these answers, whatever its weights are: it computes with those of another network."""
+    blank = copied(network)
+    for parameter in blank.parameters():
+        parameter.data.zero_()
+    if agree(blank, found, 1e-4) and any(logits.any() for _, logits in found):
+        raise UserError(
+            "The network does not compute with its own weights (a replaced forward that holds another network?): "
+            "write it as a class, or bind the function with types.MethodType."
+        )
+
+
 def near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether logits agree up to a fraction of the largest expected one (float32 sums in other orders: 1e-6)."""
     same = logits.shape == expected.shape
@@ -114,11 +114,13 @@ def agree(model: nn.Module, found: Answered, tolerance: float) -> bool:
 
 
 def _batches(images: Tensor) -> list[Tensor]:
-    """Return two batches of unlike sizes: images among fixed noise of several brightnesses."""
+    """Return two batches of unlike sizes, laid out in memory as the images are: these among fixed noise."""
     noise = torch.rand(7, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
-    noise *= torch.linspace(0.1, 1, 7).to(images).view(-1, 1, 1, 1)
+    noise *= torch.linspace(0.1, 1, 7).to(images).view(-1, *[1] * (images.ndim - 1))  # of several brightnesses
     parts = ([images[:4], noise[:4]], [noise[4:], images[:2]])
-    return [torch.cat(part).contiguous(memory_format=torch.channels_last) for part in parts]
+    by_pixel = images.ndim == 4 and images.stride(1) == 1
+    layout = torch.channels_last if by_pixel else torch.contiguous_format
+    return [torch.cat(part).contiguous(memory_format=layout) for part in parts]
 
 
 def _line(error: Exception) -> str:
@@ -126,16 +128,10 @@ def _line(error: Exception) -> str:
 
 
 def check_classifier(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Refuse a dense network with which nothing can be compared.
+    """Refuse a dense network with which nothing can be compared, by its logits (N, C) for all test images.
 
-    Args:
-        logits: Its answers (N, C) for all test images.
-        labels: Theirs, (N,).
-        classes: The C names.
-
-    Raises:
-        UserError: For outputs that are probabilities, classes in another order, and accuracy no better than guessing
-            (the most frequent class, and three standard errors).
+    That is one with outputs that are probabilities, classes in another order than their names, or accuracy no better
+    than guessing (the most frequent class, and three standard errors).
     """
     order = f"here they are, in order: {', '.join(classes[:12])}{' ...' if len(classes) > 12 else ''}"
     if logits.min() >= 0 and logits.max() <= 1:

@@ -9,25 +9,18 @@ from torch.fx.experimental.optimization import fuse
 from lthlib.networks.checks import agree, check_deterministic, copied
 
 
-def inference_copy(model: nn.Module, precision: torch.dtype = torch.float32, images: Tensor | None = None) -> nn.Module:
+def inference_copy(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32) -> nn.Module:
     """Return a copy that computes the same logits faster, in evaluation mode and without gradients.
 
     Batch normalisation is folded into the convolutions before it, and the memory layout is channels_last. The network
     itself stays as it is. Tracing may lose what a foreign network does (hooks, a replaced ``forward``, control flow):
     the copy must give its answers on two batches, or it is a plain copy. So must low precision, within a tenth.
 
-    Args:
-        model: Any network.
-        precision: ``torch.float32``, or ``torch.bfloat16``: convolutions and linear layers multiply in it, everything
-            else stays in float32, as under autocast, but their weights are rounded once and not at every pass.
-        images: Some of those it is for, at least one: [0, 1] floats (N, C, H, W); without them the copy is made when
-            the first batch comes.
-
-    Raises:
-        UserError: For a network whose answers depend on chance, neighbours or the past, or are no logits.
+    ``precision`` is ``torch.float32``, or ``torch.bfloat16``: convolutions and linear layers multiply in it, everything
+    else stays in float32, as under autocast, but their weights are rounded once and not at every pass. The images are
+    some of those it is for, at least one: [0, 1] floats (N, C, H, W), laid out in memory as all of them will be.
+    `UserError` for a network whose answers depend on chance, neighbours or the past, or are no logits.
     """
-    if images is None:
-        return _Later(model, precision)
     network = copied(model).cpu().eval().requires_grad_(False)
     found = check_deterministic(network, images.cpu())
     try:
@@ -47,20 +40,6 @@ def runs_in_parallel(network: nn.Module) -> bool:
     traced = network.network if isinstance(network, _LowPrecision) else network
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in traced.modules())
     return isinstance(traced, fx.GraphModule) and not hooks
-
-
-class _Later(nn.Module):
-    """Becomes an `inference_copy` when it meets its first images."""
-
-    def __init__(self, model: nn.Module, precision: torch.dtype):
-        super().__init__()
-        self.network, self.how = None, (model, precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.network is None:
-            with torch.inference_mode(False):  # what is made in that mode can never be differentiated
-                self.network = inference_copy(*self.how, x[:4].detach().clone())
-        return self.network(x)
 
 
 class _LowPrecision(nn.Module):

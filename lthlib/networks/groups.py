@@ -37,12 +37,8 @@ def convolution_cost(
     """Return a function that counts the convolution weights ``model`` would have at other widths.
 
     Nothing is built: a convolution has in * out * height * width weights. The function takes channels by
-    group name; groups left out keep their size.
-
-    Args:
-        model: Made by `build`.
-        per_weight: Count these layers instead: name -> what one weight of it costs, such as its output pixels
-            for multiply-accumulates.
+    group name; groups left out keep their size. With ``per_weight`` these layers are counted instead: name -> what one
+    weight of it costs, such as its output pixels for multiply-accumulates.
     """
     spec, layers = spec_of(model), dict(model.named_modules())
     if per_weight is None:
@@ -61,17 +57,10 @@ def convolution_cost(
 
 
 def macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
-    """Count the multiply-accumulates of each convolution and linear layer for one image.
+    """Count the multiply-accumulates of each convolution and linear layer for one image (C, H, W), in order of use.
 
     Padding counts as if multiplied, biases and normalisations are left out, as is usual. Counted in one forward pass of
-    a copy in evaluation mode.
-
-    Args:
-        model: Any network; shared layers count once per use.
-        input_shape: (C, H, W) of an image.
-
-    Returns:
-        Layer name -> multiply-accumulates, in the order of the forward pass.
+    a copy in evaluation mode; layers that are used twice count twice.
     """
     counts: dict[str, int] = {}
 

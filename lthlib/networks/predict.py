@@ -20,14 +20,11 @@ LANES = 8  # batches at a time at most on a CPU, whose activations are in memory
 
 
 def for_inference(model: nn.Module, pixels: Pixels, precision: str = "auto") -> nn.Module:
-    """Return an `inference_copy` on this machine's device.
+    """Return an `inference_copy` on this machine's device, for pixels (N, H, W, C) of which some are given.
 
-    Args:
-        model: Any network.
-        pixels: Some of the images it is for, at least one: uint8 (N, H, W, C).
-        precision: ``"float32"``, ``"bfloat16"`` or ``"auto"``.
+    ``precision`` is "float32", "bfloat16" or "auto".
     """
-    return inference_copy(model, machine.resolve_precision(precision), as_input(pixels[:4])).to(machine.device())
+    return inference_copy(model, as_input(pixels[:4]), machine.resolve_precision(precision)).to(machine.device())
 
 
 def scaled_to(size: tuple[int, int], count: int) -> int:
@@ -36,21 +33,11 @@ def scaled_to(size: tuple[int, int], count: int) -> int:
 
 
 def predict(model: nn.Module, pixels: Pixels, *, batch: int | None = None) -> Tensor:
-    """Compute logits.
+    """Compute logits of uint8 pixels (N, H, W, C), a tensor or read on demand: float32 (N, classes) on the CPU.
 
-    On a CPU each thread takes batches of its own: threads that share every layer wait for one another after each.
-
-    Args:
-        model: As `for_inference` returns it, which decides the precision; networks that may keep something on
-            themselves get one batch at a time.
-        pixels: uint8 (N, H, W, C), a tensor or read on demand.
-        batch: Images a forward pass; by default what suits the device, the precision and the size of the images.
-
-    Returns:
-        float32 tensor (N, classes) on the CPU.
-
-    Raises:
-        UserError: For anything but one finite row of logits an image.
+    On a CPU each thread takes batches of its own: threads that share every layer wait for one another after each. The
+    model is as `for_inference` returns it, which decides the precision; networks that may keep something on themselves
+    get one batch at a time. ``batch`` is by default what suits the device, the precision and the size of the images.
     """
     first = next(model.parameters())
     in_lanes = first.device.type == "cpu" and runs_in_parallel(model)

@@ -52,23 +52,12 @@ def build(
     """Make a network with fresh weights that depend on ``seed`` alone; global random state stays untouched.
 
     Convolutions are drawn from a normal law with variance 2/fan_out (He et al. 2015), batch normalisations start as the
-    identity, linear layers as torch makes them.
-
-    Args:
-        arch: A name in `ARCHITECTURES`.
-        in_channels: Channels of an image.
-        num_classes: Number of logits.
-        image_size: Height and width of an image in pixels; below 64 the ResNets have the stem used for CIFAR.
-        mean: Mean of each input channel over the training images, in [0, 1] pixels.
-        std: Standard deviation of each input channel, in the same unit.
-        channels: Channel counts by group name where they differ from the architecture's own, see `all_groups`.
-        seed: Of the initial weights.
+    identity, linear layers as torch makes them. Below 64 pixels (``image_size``) the ResNets have the stem used for
+    CIFAR. ``mean`` and ``std`` are those of each input channel over the training images, in [0, 1] pixels. ``channels``
+    has counts by group name where they differ from the architecture's own, see `all_groups`.
 
     Returns:
         A network in training mode, float32; its first submodule is ``normalize``, its `Spec` is ``model.spec``.
-
-    Raises:
-        UserError: For an unknown architecture or group, or a width, mean or std that cannot be.
     """
     entry = ARCHITECTURES[arch]
     spec = Spec(arch, in_channels, num_classes, image_size, tuple(mean), tuple(std), dict(channels or {}) or None, seed)
@@ -93,11 +82,7 @@ def rebuild(model: nn.Module, channels: Mapping[str, int]) -> nn.Module:
 
 
 def spec_of(model: nn.Module) -> Spec:
-    """Return how ``model`` was built.
-
-    Raises:
-        UserError: Where it was not made by `build`.
-    """
+    """Return how ``model`` was built; `UserError` where it was not made by `build`."""
     if not isinstance(getattr(model, "spec", None), Spec):
         raise UserError(
             f"{type(model).__name__} does not say how to rebuild it at other widths: make it by "

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from lthlib.core.errors import UserError
-from lthlib.networks.checks import agree, answers, check_deterministic, copied
+from lthlib.networks.checks import agree, answers, check_deterministic, check_own_weights, copied
 
 KINDS = {"linear": "linear", "multi_head_attention_forward": "linear"} | {
     name: "conv" for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")
@@ -64,15 +64,9 @@ def plain_copy(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy on the CPU, float32 and in evaluation mode, whose parameters are what its layers compute with.
 
     Masks of `torch.nn.utils.prune`, parametrisations, weight and spectral norms are worked into the weights, and so are
-    masks that a layer of one's own applies. Where that would change the network's answers, it stays as it is.
-
-    Args:
-        model: Any network; it is left as found.
-        images: Some of those it is for, at least one: [0, 1] floats (N, C, H, W).
-
-    Raises:
-        UserError: For a network whose answers depend on chance, neighbours, the past or other networks, or are no
-            logits.
+    masks that a layer of one's own applies. Where that would change the network's answers, it stays as it is. The
+    images are some of those it is for. `UserError` as in `check_deterministic`, and for a network that computes with
+    another's weights.
     """
     network = copied(model).cpu().float().eval()
     try:
@@ -80,14 +74,8 @@ def plain_copy(model: nn.Module, images: Tensor) -> nn.Module:
     except UserError:  # `view` fails on channels_last
         network.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     found = check_deterministic(copied(network), images)
-    blank, written = copied(network), copied(network)
-    for parameter in blank.parameters():
-        parameter.data.zero_()
-    if agree(blank, found, 1e-4) and any(logits.any() for _, logits in found):
-        raise UserError(
-            "The network does not compute with its own weights (a replaced forward that holds another network?): "
-            "write it as a class, or bind the function with types.MethodType."
-        )
+    check_own_weights(network, found)
+    written = copied(network)
     for module in list(written.modules()):
         _remove_reparametrisations(module)
     parameters = dict(written.named_parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from lthlib.core import machine
 from lthlib.core.errors import UserError
+from lthlib.networks.checks import copied
 from lthlib.pruning import masks as masking
 from lthlib.pruning.masks import Masks
-from lthlib.pruning.registry import METHODS, SOURCES, Method, Moment
+from lthlib.pruning.registry import METHODS, SOURCES, Found, Method, Moment
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,16 +45,9 @@ def prune(
 
     Returns:
         Name of the weight -> bool tensor on its device, True where it stays.
-
-    Raises:
-        UserError: For an unknown method or option, a method that has to train, a missing or unusable batch, a network
-            without prunable weights, or one that answers with something else than logits.
     """
     masking.check_sparsity(sparsity)
-    entry, moment = _moment(net, method, sparsity, batch, prunable, seed, options)
-    with torch.random.fork_rng(), machine.one_thread():
-        torch.manual_seed(seed)
-        return entry.run(moment).masks
+    return _run(net, method, sparsity, batch, prunable, seed, options).masks
 
 
 def scores(
@@ -72,10 +65,8 @@ def scores(
     random methods: uniform numbers in [0, 1). Those of rp-layerwise and rp-erk are compared within each layer, all
     others over all.
     """
-    entry, moment = _moment(net, method, 0.0, batch, prunable, seed, options)
-    with torch.random.fork_rng(), machine.one_thread():
-        torch.manual_seed(seed)
-        return {name: score.detach() for name, score in entry.run(moment).scores.items()}
+    found = _run(net, method, 0.0, batch, prunable, seed, options)
+    return {name: score.detach() for name, score in found.scores.items()}
 
 
 def apply(net: nn.Module, masks: Masks) -> ExitStack:
@@ -83,12 +74,7 @@ def apply(net: nn.Module, masks: Masks) -> ExitStack:
 
     Their gradients are set to zero, so that optimizers leave them at zero, with weight decay too, if they are made
     after this call (a momentum from before would move them). A copy of the network has to be given its masks again.
-
-    Returns:
-        What holds them; its ``close()`` lets them go.
-
-    Raises:
-        UserError: For a mask without parameter, of another shape, or not bool (names the layer).
+    What is returned holds them; its ``close()`` lets them go.
     """
     masking.apply_(net, masks)
     held = ExitStack()
@@ -107,7 +93,7 @@ def sparsity(net_or_masks: nn.Module | Mapping[str, Tensor], prunable: str | Ite
     return 1 - kept / sum(tensor.numel() for tensor in net_or_masks.values())
 
 
-def _moment(
+def _run(
     net: nn.Module,
     method: str,
     sparsity: float,
@@ -115,8 +101,8 @@ def _moment(
     prunable: str | Iterable[str],
     seed: int,
     options: Mapping[str, object],
-) -> tuple[Method, Moment]:
-    """Return the method, and what it is given: a copy of the network, and the caller's batch whatever it asks for."""
+) -> Found:
+    """Run a method on a copy of the network, and on the caller's batch whatever it asks for."""
     entry = METHODS[method]
     if reason := _needs_training(entry):
         raise UserError(
@@ -133,10 +119,7 @@ def _moment(
                 f"{name!r} is computed from other parameters: make it permanent first, by torch.nn.utils.prune.remove "
                 "or torch.nn.utils.parametrize.remove_parametrizations."
             )
-    try:
-        net = copy.deepcopy(net).requires_grad_(True)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{type(net).__name__} cannot be copied, and is not to be changed ({error}).") from error
+    net = copied(net).requires_grad_(True)
     if not {p.dtype for p in net.parameters()} <= {torch.float32, torch.float64}:
         net.float()
     net.register_forward_hook(_check_logits)
@@ -155,7 +138,7 @@ def _moment(
             )
         return images.to(weight.device, weight.dtype), labels.to(weight.device)
 
-    return entry, Moment(
+    moment = Moment(
         model=net,
         masks=masks,
         n_keep=n - round(sparsity * n),
@@ -165,6 +148,9 @@ def _moment(
         options={**entry.options, **options},
         density=1 - sparsity,
     )
+    with torch.random.fork_rng(), machine.one_thread():
+        torch.manual_seed(seed)
+        return entry.run(moment)
 
 
 def _needs_training(entry: Method) -> str:

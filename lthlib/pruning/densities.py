@@ -20,10 +20,6 @@ def erk_densities(shapes: Shapes, density: float) -> dict[str, float]:
 
     eps is the same for every layer that is not full, and such that ``density`` of all weights stays; layers that would
     pass 1 are made dense and eps is solved for again (rigl/sparse_utils.py).
-
-    Args:
-        shapes: Name -> shape of the weight, for a convolution (out, in, height, width).
-        density: Fraction of all weights to keep, in [0, 1].
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / size[name] for name, shape in shapes.items()}
@@ -50,13 +46,7 @@ def erk_counts(shapes: Shapes, n_keep: int) -> dict[str, int]:
 def uniform_counts(shapes: Shapes, n_keep: int, full: Sequence[str] = ()) -> dict[str, int]:
     """Return how many weights each layer keeps at one density for all, in total ``n_keep``.
 
-    Args:
-        shapes: Name -> shape of the weight.
-        n_keep: Weights to keep.
-        full: Layers that stay dense; the others share what is left.
-
-    Raises:
-        UserError: Where the full layers alone have more than ``n_keep`` weights.
+    Layers that are ``full`` stay dense, the others share what is left; `UserError` where that is less than nothing.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     _fraction(n_keep, size)

@@ -45,14 +45,9 @@ def drop_fraction(step: int, end: int, alpha: float) -> float:
 def move(
     mask: Tensor, magnitude: Tensor, growth: Tensor, n_move: int, *, regrow_dropped: bool
 ) -> tuple[Tensor, Tensor]:
-    """Drop the ``n_move`` lowest magnitudes of one layer and grow as many of the highest ``growth``.
+    """Drop the ``n_move`` lowest magnitudes of one layer and grow as many of the highest ``growth``, all of one shape.
 
-    Args:
-        mask: Weights of the layer now kept.
-        magnitude: ``|w|``, of the same shape.
-        growth: Score of the places to grow, of the same shape.
-        n_move: At most as many as the mask keeps; fewer move where there are fewer places to go.
-        regrow_dropped: Whether a weight just dropped may grow again.
+    Fewer move where there are fewer places to go. ``regrow_dropped``: whether a weight just dropped may grow again.
 
     Returns:
         The new mask, with the old one's count, and the places that were not kept before.

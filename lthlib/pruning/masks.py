@@ -2,7 +2,7 @@
 
 Sparsity is the fraction of prunable weights removed; prunable are the weights of the convolutions, unless said
 otherwise. Round n removes 20 % of what round n - 1 left, so it stands near 1 - 0.8^n; the count follows the recurrence
-of `kept`.
+of `kept`. Masks that do not fit a network, or one another, raise `UserError` that names the layer.
 """
 
 from __future__ import annotations
@@ -29,13 +29,8 @@ PRUNABLE = {"conv": CONVOLUTIONS, "linear": (nn.Linear,), "all": (*CONVOLUTIONS,
 def prunable(model: nn.Module, which: str | Iterable[str] = "conv") -> dict[str, Tensor]:
     """Return the weights that may be pruned, in the order of the modules; one that layers share comes once.
 
-    Args:
-        model: Any network.
-        which: "conv" (all convolutions, first one and shortcuts included), "linear", "all" (both), or the names of
-            parameters.
-
-    Raises:
-        UserError: Where there are none, or no parameter of a given name.
+    ``which`` is "conv" (all convolutions, first one and shortcuts included), "linear", "all" (both), or the names of
+    parameters. `UserError` where there are none, or no parameter of a given name.
     """
     if isinstance(which, str):
         choose(which, PRUNABLE, "kind of prunable weights")
@@ -59,11 +54,7 @@ def prunable(model: nn.Module, which: str | Iterable[str] = "conv") -> dict[str,
 
 
 def kept(n_weights: int, round: int) -> int:
-    """Count the weights left after ``round`` rounds: n -= round(0.2 n), repeated, not n 0.8^round at once.
-
-    Raises:
-        UserError: For a round that is not a whole number from 0 on.
-    """
+    """Count the weights left after a round, from 0 on: n -= round(0.2 n), repeated, not n 0.8^round at once."""
     if round != int(round) or round < 0:
         raise UserError(f"A round is a whole number from 0 (dense) on, got {round}.")
     n = n_weights
@@ -88,13 +79,9 @@ def check_sparsity(sparsity: object) -> None:
 
 
 def rounds_of(sparsities: Iterable[float]) -> list[int]:
-    """Return the round nearest to each sparsity.
+    """Return the round nearest to each sparsity, a fraction in [0, 1) within half a percentage point of the ladder.
 
-    Args:
-        sparsities: Fractions of weights removed, in [0, 1), each within half a percentage point of the ladder.
-
-    Raises:
-        UserError: For a value outside [0, 1) or off the ladder, with the nearest values allowed.
+    `UserError` for a value outside [0, 1) or off the ladder, with the nearest values allowed.
     """
     return [_round_of(s) for s in sparsities]
 
@@ -115,20 +102,10 @@ def _round_of(sparsity: float) -> int:
 
 
 def keep_top(scores: Mapping[str, Tensor], n_keep: int, within: Masks | None = None) -> Masks:
-    """Keep exactly the ``n_keep`` highest scores over all layers together.
+    """Keep exactly the ``n_keep`` highest scores over all layers together, among all or ``within`` masks.
 
-    Equal scores: the earlier layer stays, and in a layer the lower flat index.
-
-    Args:
-        scores: Name -> float tensor, one type for all; higher is better; -0.0 equals 0.0.
-        n_keep: How many to keep.
-        within: Choose only among the weights kept here; among all if None.
-
-    Returns:
-        Name -> bool tensor of the score's shape, with ``n_keep`` True in total.
-
-    Raises:
-        UserError: For a score that is not finite (names the layer), or fewer than ``n_keep`` candidates.
+    Equal scores: the earlier layer stays, and in a layer the lower flat index. Scores are all float32 or all float64;
+    -0.0 equals 0.0. `UserError` for one that is not finite (names the layer), or fewer than ``n_keep`` candidates.
     """
     _check_scores(scores)
     scores = {name: score.detach().contiguous() for name, score in scores.items()}
@@ -193,22 +170,14 @@ def dense(model: nn.Module, which: str | Iterable[str] = "conv") -> Masks:
 
 
 def weights_of(model: nn.Module, masks: Masks) -> dict[str, nn.Parameter]:
-    """Return the parameters that masks are for.
-
-    Raises:
-        UserError: Naming the layer, unless there is a parameter of the same name and shape for each bool mask.
-    """
+    """Return the parameters that masks are for."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_fit(masks, parameters)
     return {name: parameters[name] for name in masks}
 
 
 def apply_(model: nn.Module, masks: Masks) -> None:
-    """Set the pruned weights of ``model`` to zero, in place.
-
-    Raises:
-        UserError: Where the masks do not fit, see `weights_of`.
-    """
+    """Set the pruned weights of ``model`` to zero, in place."""
     with torch.no_grad():
         for name, weight in weights_of(model, masks).items():
             weight.masked_fill_(~masks[name].to(weight.device), 0.0)
@@ -225,11 +194,7 @@ def density_by_layer(masks: Masks) -> dict[str, float]:
 
 
 def jaccard(first: Masks, second: Masks) -> float:
-    """Return the overlap of two masks: weights kept by both over weights kept by either, in [0, 1].
-
-    Raises:
-        UserError: Where they are masks of different networks.
-    """
+    """Return the overlap of two masks: weights kept by both over weights kept by either, in [0, 1]."""
     _check_same(first, second)
     both = sum(int((first[name] & second[name]).count_nonzero()) for name in first)
     return _overlap(both, first, second)
@@ -240,9 +205,6 @@ def chance_jaccard(first: Masks, second: Masks) -> float:
 
     In a layer of n weights of which the masks keep a and b, a b / n are expected to be kept by both (hypergeometric
     law). The ratio is taken of the expected counts; for layers of thousands of weights it is the expected ratio too.
-
-    Raises:
-        UserError: Where they are masks of different networks.
     """
     _check_same(first, second)
     density = density_by_layer(second)
@@ -291,11 +253,7 @@ def save(masks: Masks, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Masks:
-    """Read the masks that `save` wrote; the layers come in the order of the file, sorted by name.
-
-    Raises:
-        UserError: For a file that is missing or damaged.
-    """
+    """Read the masks that `save` wrote; the layers come in the order of the file, sorted by name."""
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

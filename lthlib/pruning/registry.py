@@ -89,13 +89,8 @@ class Dynamics(Protocol):
         """Look at the network after a backward pass, before gradients are masked.
 
         Pruned weights are exact zeros in the parameters, so ``weight.grad`` is the gradient of all weights, pruned ones
-        included, at the sparse network. May change masks (as entries of the dict), weights and momentum.
-
-        Args:
-            step: Optimizer steps before this one, from 0.
-            model: The network in training.
-            masks: Its masks, changed in place.
-            optimizer: Its optimizer.
+        included, at the sparse network. May change masks (as entries of the dict), weights and momentum. ``step``
+        counts the optimizer's steps before this one, from 0.
 
         Returns:
             Whether the optimizer's step is to be skipped this time.
@@ -203,9 +198,7 @@ class Method:
     def run(self, moment: Moment) -> Found:
         """Let the method choose, and check what it found: masks fit and hold exactly ``moment.n_keep`` weights.
 
-        Raises:
-            UserError: For an unknown option, a value that an option may not have, an empty network, weights or scores
-                that are not finite.
+        `UserError` for bad options, an empty network, weights or scores that are not finite.
         """
         self.check_options(moment.options)
         if moment.n_keep < 1:

@@ -29,10 +29,7 @@ def fit_widths(model: nn.Module, n_keep: int) -> dict[str, int]:
     """Return the uniformly scaled widths with the number of convolution weights nearest to ``n_keep``.
 
     Exact: widths change only at multipliers (j + 1/2) / width, and the count rises with the multiplier, so the two
-    neighbours of ``n_keep`` are found by bisection over these.
-
-    Raises:
-        UserError: Where even one channel in each group has more weights.
+    neighbours of ``n_keep`` are found by bisection over these. `UserError` where one channel in each group has more.
     """
     groups, cost = all_groups(model), convolution_cost(model)
     widths = set(groups.values())

@@ -62,18 +62,11 @@ def _mean_over_writers(model: nn.Module, kind: type[nn.Module], score: Callable[
 
 
 def select(scores: Channels, cost: Callable[[Mapping[str, int]], int], budget: int) -> Channels:
-    """Return the channels to keep, by the rule of this module.
+    """Return the channels to keep, by the rule of this module: sorted indices, at least one in each group.
 
-    Args:
-        scores: Channel scores by group; ties keep the earlier group, then the lower channel.
-        cost: From channels per group to a number that falls with each channel.
-        budget: The cost allowed.
-
-    Returns:
-        Sorted indices of the channels kept, at least one in each group; their cost is at most ``budget``.
-
-    Raises:
-        UserError: For a score that is not finite, or where one channel per group is already too much.
+    ``cost`` takes channels per group to a number that falls with each channel; that of those kept is at most
+    ``budget``. Ties keep the earlier group, then the lower channel. `UserError` for a score that is not finite, or
+    where one channel per group is already too much.
     """
     for group, values in scores.items():
         if not values.isfinite().all():
@@ -116,13 +109,7 @@ def shrink(model: nn.Module, kept_channels: Channels) -> nn.Module:
     """Return the network without the other channels: dense, smaller, with the weights of those kept.
 
     In evaluation mode its outputs equal those of ``model`` with the filters, gamma and beta of the others at zero.
-
-    Args:
-        model: Made by `networks.build`; left as it is.
-        kept_channels: Sorted indices by group; groups left out are kept whole.
-
-    Raises:
-        UserError: For a group that does not exist, or indices that do not fit it.
+    Groups left out are kept whole. `UserError` for a group that does not exist, or indices that do not fit it.
     """
     _check_channels(model, kept_channels)
     old = dict(model.named_modules())

@@ -41,8 +41,7 @@ def flow(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return R and the scores w dR/dw of some weights of a network made by `linearize_`.
 
-    Raises:
-        UserError: Where R or a score (names the layer) is not finite in the network's precision.
+    `UserError` where R or a score (names the layer) is not finite in the network's precision.
     """
     some = next(iter(weights.values()))
     total = model(torch.ones(1, *image_shape, dtype=some.dtype, device=some.device)).sum()

@@ -115,23 +115,16 @@ def adaptive_ece(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS) -> f
 
 
 @metric("ace", "ACE", higher_is_better=False, reference="nixon2019measuring", over_classes=True)
-def ace(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS, threshold: float = 0.0) -> float:
+def ace(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS) -> float:
     r"""SCE with 15 bins of equal mass in each class: $\frac1C\sum_c\sum_b \frac{n_{bc}}{N}\,|\mathrm{freq}_{bc} -
     \mathrm{conf}_{bc}|$.
 
-    The bins are cut as in `adaptive_ece` (Nixon et al., 2019). N counts the images with p_c >= ``threshold``; without
-    ties n_bc / N is Nixon's 1 / n_bins. A positive threshold (Nixon: 0.01) gives TACE; a class without an image above
-    it counts 0. Not the "average calibration error" that netcal calls ACE.
+    The bins are cut as in `adaptive_ece` (Nixon et al., 2019); without ties n_bc / N is Nixon's 1 / n_bins. Not the
+    "average calibration error" that netcal calls ACE.
     """
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold is {threshold!r}; a probability in [0, 1] is needed.")
     probs, labels = check_probs(probs, labels)
-    total = 0.0
-    for p, hits in zip(probs.T, one_hot(probs, labels).T, strict=True):
-        kept = p >= threshold
-        if kept.any():
-            total += _gaps(_equal_mass(p[kept], n_bins), p[kept], hits[kept]) / kept.sum()
-    return float(total / probs.shape[1])
+    classes = zip(probs.T, one_hot(probs, labels).T, strict=True)
+    return sum(_gaps(_equal_mass(p, n_bins), p, hits) for p, hits in classes) / probs.size
 
 
 class ReliabilityDiagram(NamedTuple):

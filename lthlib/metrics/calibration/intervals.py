@@ -32,15 +32,15 @@ class Interval(NamedTuple):
 
 
 def bootstrap_intervals(
-    logits: ArrayLike, labels: ArrayLike, *, seed: int, n: int = 1000, level: float = 0.95, n_bins: int = N_BINS
+    logits: ArrayLike, labels: ArrayLike, *, seed: int, n: int = 1000, n_bins: int = N_BINS
 ) -> dict[str, Interval]:
-    """Percentile intervals of ``ece``, ``sce`` and ``nll`` over n resamplings of the images, all from the same draws.
+    """95 % percentile intervals of ``ece``, ``sce``, ``nll`` over n resamplings of the images, all from the same draws.
 
     Raises:
-        UserError: For bad arrays or bins, n < 2, or a level outside (0, 1).
+        UserError: For bad arrays or bins, or n < 2.
     """
-    if n < 2 or not 0 < level < 1:
-        raise UserError(f"A bootstrap needs n >= 2 replicates and 0 < level < 1; got n={n}, level={level}.")
+    if n < 2:
+        raise UserError(f"A bootstrap needs at least 2 replicates; got {n}.")
     logits = check_logits(logits)
     labels = check_labels(labels, *logits.shape)
     values = computed(["ece", "sce", "nll"], logits, labels, n_bins=n_bins)
@@ -52,7 +52,7 @@ def bootstrap_intervals(
     found = {}
     for name, value in values.items():
         drawn = np.concatenate([part[name] for part in parts])
-        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(drawn, [0.025, 0.975])
         found[name] = Interval(value, float(low), float(high), float(drawn.mean() - value))
     return found
 

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from lthlib.core.errors import UserError
 from lthlib.metrics.arrays import check_labels, check_logits, check_probs
 from lthlib.metrics.calibration.errors import N_BINS, bin_index, one_hot
 from lthlib.metrics.registry import describe, metric
@@ -20,9 +19,6 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> float:
 
     From logits (N, C) and labels (N,), in nats: finite for every finite logit, where the paper's published code takes
     log(softmax) in float32 and reaches infinity beyond about 104 nats.
-
-    Raises:
-        UserError: For NaN or infinite logits, labels out of range, or an empty set.
     """
     return float(losses(logits, labels).mean())
 
@@ -110,22 +106,17 @@ describe(
 )
 
 
-def temperature_scaling(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
+def temperature_scaling(logits: ArrayLike, labels: ArrayLike) -> float:
     """Temperature T that minimises the NLL of softmax(logits / T) (Guo et al., 2017).
 
     The NLL is convex in 1 / T, so its slope mean(E_p[z] - z_label) changes sign once; that root is found to full
     precision. Fit it on images held out from those it is judged on. T > 1 cools an overconfident network and never
-    changes accuracy. Where the minimum lies beyond ``bounds`` (every image right: T -> 0; no better than chance: T ->
-    infinity) the nearer bound is returned, which is the minimiser within them.
-
-    Raises:
-        UserError: For bad arrays as `nll`, or bounds that are not 0 < smallest < largest.
+    changes accuracy. Where the minimum lies outside [0.01, 100] (every image right: T -> 0; no better than chance: T ->
+    infinity) the nearer bound is returned, which is the minimiser within them. Errors as in `nll`.
     """
     from scipy.optimize import brentq
 
-    low, high = bounds
-    if not 0 < low < high < np.inf:
-        raise UserError(f"bounds are {bounds!r}; two temperatures 0 < smallest < largest are needed.")
+    low, high = 0.01, 100.0
     z = check_logits(logits)
     z = z - z.max(axis=1, keepdims=True)
     picked = z[np.arange(len(z)), check_labels(labels, *z.shape)].mean()
@@ -134,7 +125,7 @@ def temperature_scaling(logits: ArrayLike, labels: ArrayLike, bounds: tuple[floa
         return (special.softmax(z * inverse, axis=1) * z).sum(axis=1).mean() - picked
 
     if slope(1 / high) >= 0:
-        return float(high)
+        return high
     if slope(1 / low) <= 0:
-        return float(low)
+        return low
     return float(1 / brentq(slope, 1 / high, 1 / low, xtol=1e-14, rtol=1e-13))

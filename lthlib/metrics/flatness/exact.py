@@ -10,12 +10,15 @@ the squared gradient of every image give every diagonal entry of the Hessian, wi
 pixels more holds: logits are affine in all pixels at once, so the Hessian *is* its Gauss-Newton part, and its
 eigenvalues are those of a (C - 1) x (C - 1) Gram matrix. Whether a network is piecewise linear is tried, see
 `lthlib.metrics.flatness.gradients`.
+
+Networks, images (N, channels, height, width) in [0, 1], labels (N,) and masks are as `Frozen` takes them; the network
+is measured in evaluation mode and left as it was found.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,17 +28,9 @@ from torch.autograd import grad
 from torch.func import vjp, vmap
 
 from lthlib.core.errors import UserError, choose
-from lthlib.metrics.flatness.frozen import (
-    Frozen,
-    check_finite,
-    normal_like,
-    rademacher_like,
-    stateless,
-    twice_differentiable,
-)
-from lthlib.metrics.flatness.gradients import COUPLED, curved_parts
-from lthlib.metrics.flatness.spectrum import WeightHessian
-from lthlib.networks.checks import copied
+from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, rademacher_like, twice_differentiable
+from lthlib.metrics.flatness.gradients import curved_parts
+from lthlib.metrics.flatness.spectrum import WeightHessian, lanczos, tridiagonal
 
 JACOBIAN_BYTES = 2**28  # of as many images as are taken at a time
 
@@ -45,19 +40,16 @@ class WeightTrace:
     """The trace of the weight Hessian of the mean cross-entropy, and the parts it is made of.
 
     Attributes:
-        total: tr(M H M) in nats; M keeps the active weights. ``float()`` of the whole is this.
+        total: tr(M H M) in nats; M keeps the active weights.
         relative: Σ_j w_j² H_jj over the active weights, in nats: unchanged when a layer is rescaled and the
-            next normalisation undoes it, as the total is not.
+            next normalisation undoes it, as the total is not. What is called relative_... below belongs to it.
         method: ``"exact"`` or ``"hutchinson"``, which is an estimate.
         standard_error: Of ``total`` from the random probes; 0 for the exact method. What another batch of images
-            would change is another matter, see `lthlib.metrics.flatness.statistics.image_interval`.
-        relative_standard_error: The same for ``relative``.
+            would change is another matter, see `lthlib.figures.flatness.image_interval`.
         reason: Why it was estimated; empty for the exact method.
         active: Parameter name -> number of its weights that no mask removes.
         per_parameter: Parameter name -> its share of the total.
-        relative_per_parameter: The same for ``relative``.
         per_image: Contribution of each image, shape (N,), with mean ``total``; None from an estimator.
-        relative_per_image: The same for ``relative``.
     """
 
     total: float
@@ -72,9 +64,6 @@ class WeightTrace:
     per_image: Tensor | None = field(default=None, repr=False)
     relative_per_image: Tensor | None = field(default=None, repr=False)
 
-    def __float__(self) -> float:
-        return self.total
-
     @property
     def per_weight(self) -> float:
         """The total divided by the number of active weights: comparable across sparsities."""
@@ -85,14 +74,9 @@ class WeightTrace:
 class InputHessian:
     """The Hessian of each image's own cross-entropy in its pixels, units nats per pixel², pixels in [0, 1].
 
-    Attributes:
-        trace: Per image, shape (N,). ``float()`` of the whole is the mean.
-        top: Largest eigenvalue per image, shape (N,).
-        method: ``"exact"``, or ``"hutchinson+lanczos"`` for a network that is not piecewise linear.
-        trace_standard_error: Per image, from the random probes; zeros for the exact method.
-        top_residual: Per image: an eigenvalue lies within this distance of ``top``; zeros for the exact
-            method.
-        reason: Why the estimator was used; empty for the exact method.
+    ``trace`` and ``top``, the largest eigenvalue, are given per image, (N,). The method is ``"exact"``, or
+    ``"hutchinson+lanczos"`` for the ``reason`` given; then random probes leave a ``trace_standard_error``, and an
+    eigenvalue lies within ``top_residual`` of ``top``; both are zeros for the exact method.
     """
 
     trace: Tensor
@@ -134,25 +118,20 @@ def hessian_trace(
 
     It is the Hessian of the mean cross-entropy over the batch in all parameters, restricted to the active ones, at
     the masked weights. The exact method takes C - 1 vector-Jacobian products; memory grows with ``chunk``, not with
-    the number of images. The network is left as it was found.
-
-    In float32 two processors round differently: expect exact traces to agree to 1e-5 of themselves.
+    the number of images. In a piecewise-linear network the trace does not depend on the labels. In float32 two
+    processors round differently: expect exact traces to agree to 1e-5 of themselves.
 
     Args:
-        model: Any network that can be differentiated twice, in the mode in which it is to be measured (usually
-            ``model.eval()``).
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Class indices, shape (N,). In a piecewise-linear network the trace does not depend on them.
-        masks: Parameter name -> bool tensor, True where a weight is active; None for a dense network.
+        model: Any network that can be differentiated twice.
+        images: See above, as for labels and masks.
+        labels: Class indices.
+        masks: None for a dense network.
         method: ``"exact"``, ``"hutchinson"`` (an estimate from random probes), or ``"auto"``: exact for a
             piecewise-linear network of at most ``max_classes`` classes, else ``"hutchinson"``.
         chunk: Images at a time, exact method only.
         max_classes: Where ``"auto"`` stops paying one vector-Jacobian product per class.
         probes: Hessian-vector products of the estimator.
         seed: Of the estimator.
-
-    Returns:
-        A result that names its ``method``, its ``standard_error`` and the ``reason`` for an estimate.
 
     Raises:
         UserError: For an unknown method, for ``"exact"`` where it does not hold, a loss that is not finite, an
@@ -185,12 +164,11 @@ def _refused(reasons: list[str]) -> UserError:
 
 
 def _exact_trace(frozen: Frozen, chunk: int) -> WeightTrace:
-    network = copied(frozen.model)  # a hook may keep what it is given
     measures = {name: _measures(weight, frozen.masks.get(name)) for name, weight in frozen.weights.items()}
 
     def squared_gradients(image: Tensor) -> dict[str, Tensor]:
         """Return, per parameter, the sum over k of the squared gradient of v_k z, weighted, shape (2,)."""
-        logits, pull = vjp(lambda w: stateless(network, {**w, **frozen.buffers}, image[None]), frozen.weights)
+        logits, pull = vjp(lambda w: frozen(image[None], w), frozen.weights)
         sums = {name: image.new_zeros(2) for name in measures}
         for direction in sample_factor(logits):
             for name, gradient in pull(direction)[0].items():
@@ -222,11 +200,7 @@ def _measures(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _estimated_trace(frozen: Frozen, probes: int, seed: int, reason: str) -> WeightTrace:
-    """Estimate tr(M H M) by Hutchinson's probes, whose spread is the standard error.
-
-    Raises:
-        UserError: For fewer than two probes.
-    """
+    """Estimate tr(M H M) by Hutchinson's probes, whose spread is the standard error."""
     if probes < 2:
         raise UserError("A standard error needs at least two independent probes.")
     hessian, rows = WeightHessian(frozen), []
@@ -260,35 +234,17 @@ def input_hessian_trace(
 ) -> InputHessian:
     """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
 
-    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the
-    normalisation inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and
-    one (C - 1) x (C - 1) Gram matrix per image; estimated otherwise, and said so.
+    Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the normalisation
+    inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and one (C - 1) x (C -
+    1) Gram matrix per image, whatever the labels; estimated otherwise, and said so, from ``probes`` Hessian-vector
+    products for the trace and as many for the eigenvalue. ``chunk`` images at a time; None: as many as keep their
+    Jacobians below 256 MB.
 
     In float32 two processors agree to 1e-5 of each number, but for the few images with a ReLU within rounding of its
     kink: a trace or eigenvalue of such an image may differ by 1e-2 of itself.
-
-    Args:
-        model: Network in the mode in which it is to be measured; left as it was found.
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Class indices, shape (N,); in a piecewise-linear network they do not matter.
-        chunk: Images at a time, exact method only; None: as many as keep their Jacobians below 256 MB.
-        probes: Hessian-vector products for the trace, and as many for the eigenvalue; estimator only.
-        seed: Of the estimator.
-
-    Returns:
-        The numbers per image; ``legacy_batch_eigenvalue`` is the one of the paper's code.
-
-    Raises:
-        UserError: For training-mode batch norm and whatever else couples the images, a loss that is not finite,
-            and what `Frozen` refuses.
     """
     frozen = Frozen(model, images, labels)
     reasons = curved_parts(frozen, weights=False)
-    if COUPLED in reasons:
-        raise UserError(
-            f"No image of this batch has a Hessian of its own: there are {COUPLED}. Call model.eval() first if it is "
-            "batch norm; else pass one image at a time."
-        )
     if reasons:
         return _estimated_input_hessian(frozen, probes, seed, "; ".join(reasons))
     bytes_per_image = frozen.classes * images[0].numel() * images.element_size()
@@ -312,9 +268,6 @@ def _estimated_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str
     """Estimate each image's trace by Hutchinson's probes and its top eigenvalue by Lanczos, all at once.
 
     The Hessian of the summed loss is block diagonal over images, so one product serves every image.
-
-    Raises:
-        UserError: For fewer than two probes.
     """
     if probes < 2:
         raise UserError("A standard error needs at least two probes.")
@@ -331,39 +284,11 @@ def _estimated_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str
     signs = [rademacher_like(like, seed, probe) for probe in range(probes)]
     traces = torch.stack([(v * product(v)).sum(1) for v in signs])
     start = normal_like(like, seed, probes)
-    top, residual = _batched_top(product, start, min(probes, start.shape[1]), seed)
+    *_, (alphas, betas) = lanczos(product, start, min(probes, start.shape[1]), start.dtype)
+    values, vectors = tridiagonal(alphas, betas)
+    residual = betas[:, -1] * vectors[:, -1, -1].abs()
     error = traces.std(0) / probes**0.5
-    return InputHessian(traces.mean(0), top, "hutchinson+lanczos", error, residual, reason)
-
-
-def _batched_top(product: Callable[[Tensor], Tensor], start: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Run Lanczos on many symmetric matrices at once; return the largest Ritz value and residual of each.
-
-    A matrix whose Krylov space is exhausted goes on with a new random vector: rounding errors are no direction.
-    """
-    vector, basis, images = start / start.norm(dim=1, keepdim=True), [], []
-    scale = torch.zeros_like(start[:, :1])
-    for step in range(steps):
-        basis.append(vector)
-        image = product(vector)
-        images.append(image)
-        scale = torch.maximum(scale, image.norm(dim=1, keepdim=True))
-        image = _orthogonal(image, basis)
-        exhausted = image.norm(dim=1, keepdim=True) <= 10 * torch.finfo(image.dtype).eps * scale
-        if bool(exhausted.any()):
-            image = torch.where(exhausted, _orthogonal(normal_like(start, seed, steps, step), basis), image)
-        vector = image / image.norm(dim=1, keepdim=True).clamp_min(torch.finfo(image.dtype).tiny)
-    q, hq = torch.stack(basis, dim=2), torch.stack(images, dim=2)
-    projected = q.transpose(1, 2) @ hq
-    values, coordinates = torch.linalg.eigh((projected + projected.transpose(1, 2)) / 2)
-    ritz = coordinates[..., -1:]
-    return values[:, -1], (hq @ ritz - values[:, -1, None, None] * (q @ ritz)).flatten(1).norm(dim=1)
-
-
-def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:
-    for known in [*basis, *basis]:
-        vectors = vectors - (known * vectors).sum(1, keepdim=True) * known
-    return vectors
+    return InputHessian(traces.mean(0), values[:, -1], "hutchinson+lanczos", error, residual, reason)
 
 
 def sample_factor(logits: Tensor) -> Tensor:
@@ -371,13 +296,8 @@ def sample_factor(logits: Tensor) -> Tensor:
 
     With s = √p, diag(p) - p pᵀ = diag(s) (I - s sᵀ) diag(s). The reflection that takes s to -e_C has C - 1
     further columns, an orthonormal basis of what is orthogonal to s; they are scaled by s. No
-    eigenvalue problem is solved, and a probability near 1 or 0 costs no accuracy beyond rounding.
-
-    Args:
-        logits: Shape (N, C).
-
-    Returns:
-        Shape (C - 1, N, C).
+    eigenvalue problem is solved, and a probability near 1 or 0 costs no accuracy beyond rounding. (N, C) -> (C - 1, N,
+    C).
     """
     s = torch.softmax(logits, dim=1).sqrt()
     u = s.clone()

@@ -14,7 +14,6 @@ from torch.autograd import grad
 from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, twice_differentiable
 
 TRIED, TRIED_WEIGHTS = 8, 2  # images; each parameter costs a backward pass of its own
-COUPLED = "images that change each other's logits (training-mode batch norm, an operation along the batch)"
 
 
 def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
@@ -22,10 +21,7 @@ def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
 
     Where they are, second derivatives are exactly zero: PyTorch's derivatives of ReLU, pooling, convolution and the
     like hold no rounding there. They are not behind a smooth activation, a product or quotient of things that depend on
-    the image, a normalisation by present statistics, or a weight that is used twice.
-
-    Raises:
-        UserError: For an operation that PyTorch cannot differentiate twice.
+    the image, or a weight that is used twice.
     """
     pixels = frozen.images[: TRIED_WEIGHTS if weights else TRIED].detach().requires_grad_()
     leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()} if weights else {}
@@ -33,7 +29,7 @@ def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
         logits = check_finite(frozen(pixels, leaves))
     if not logits.requires_grad:
         return []
-    found = [COUPLED] if _coupled(logits, pixels) else []
+    found = []
     if _has_own_derivatives(logits):
         found.append("an operation with a derivative of its own, which need not be the true one")
     points = {"the pixels": pixels, **leaves}
@@ -48,17 +44,6 @@ def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
     if curved:
         found.append(f"no piecewise-linear network: logits bend behind {curved[-1].rpartition('.')[0] or curved[-1]}")
     return found
-
-
-def _coupled(logits: Tensor, pixels: Tensor) -> bool:
-    """Tell whether the first image reaches another's logits, or another the first's."""
-    for chosen, others in ((slice(0, 1), slice(1, None)), (slice(1, None), slice(0, 1))):
-        direction = torch.zeros_like(logits)
-        direction[chosen] = normal_like(logits, 2)[chosen]
-        (reached,) = grad(logits, pixels, direction, retain_graph=True, materialize_grads=True)
-        if bool(reached[others].any()):
-            return True
-    return False
 
 
 def _has_own_derivatives(logits: Tensor) -> bool:

@@ -1,4 +1,8 @@
-"""The loss landscape: a line between two networks, a plane around one, a plane of inputs; what rescaling does."""
+"""The loss landscape: a line between two networks, a plane around one, a plane of inputs; what rescaling does.
+
+Networks, images (N, channels, height, width) in [0, 1], labels (N,) and masks are as `Frozen` takes them; the network
+is measured in evaluation mode and left as it was found.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,25 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lthlib.core.errors import UserError, choose, suggest
-from lthlib.metrics.flatness.frozen import (
-    Frozen,
-    check_batch,
-    check_finite,
-    evaluating,
-    normal_like,
-    rademacher_like,
-    stateless,
-)
+from lthlib.core.errors import UserError, choose
+from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, rademacher_like
+from lthlib.networks.checks import copied
 
 STATISTICS = ("interpolate", "recompute")
 
 
 @dataclass(frozen=True)
 class LossPath:
-    """Loss and error on the straight line between two networks.
+    """Loss (mean cross-entropy in nats) and error (fraction misclassified) on the straight line between two networks.
 
-    Attributes:
-        t: Positions, from 0 (the first network) to 1 (the second), shape (points,).
-        loss: Mean cross-entropy there, in nats.
-        error: Fraction of images misclassified there.
+    At the positions ``t``, from 0 (the first network) to 1 (the second); all of shape (points,).
     """
 
     t: np.ndarray
@@ -53,13 +48,7 @@ class LossPath:
 
 @dataclass(frozen=True)
 class LossSurface:
-    """Loss on a plane.
-
-    Attributes:
-        a: Steps along the first direction, shape (points,).
-        b: Steps along the second direction, shape (points,).
-        loss: Mean cross-entropy, shape (points of a, points of b).
-    """
+    """Mean cross-entropy on a plane, (points of a, points of b), at steps ``a`` and ``b`` along two directions."""
 
     a: np.ndarray
     b: np.ndarray
@@ -74,48 +63,48 @@ def interpolate(
     labels: Tensor,
     points: int = 11,
     statistics: str = "interpolate",
-    statistics_images: Tensor | None = None,
     chunk: int = 250,
 ) -> LossPath:
     """Measure loss and error between two networks of one architecture (linear mode connectivity).
 
+    The model's own weights play no part.
+
     Args:
-        model: The architecture; its own weights play no part, and it is measured in eval mode.
+        model: The architecture.
         state_a: ``state_dict`` at t = 0, for instance of the dense network.
         state_b: ``state_dict`` at t = 1, for instance of the ticket (pruned weights as zeros).
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Shape (N,).
+        images: On which loss and error are means.
+        labels: Class indices.
         points: Positions, both ends included; barriers are maxima over these.
         statistics: ``"interpolate"`` draws the line in batch norm's running statistics too; ``"recompute"``
-            measures them anew at every point, ends included, as the mean over ``statistics_images``.
-        statistics_images: Training images for ``"recompute"``, in batches of ``chunk``.
+            measures them anew at every point, ends included, as the mean over the images, in batches of ``chunk``.
         chunk: Images at a time.
-
-    Returns:
-        The path, with its barriers.
-
-    Raises:
-        UserError: For states that do not fit the model, fewer than three points, missing images, or an end whose
-            loss is not finite.
     """
-    check_batch(images, labels)
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
     if points < 3:
         raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
-    if statistics == "recompute" and (statistics_images is None or min(len(statistics_images), chunk) < 2):
-        raise UserError("statistics='recompute' needs statistics_images (two or more) and a chunk of 2 or more.")
-    for state in (state_a, state_b):
-        _check_state(model, state)
+    if statistics == "recompute" and min(len(images), chunk) < 2:
+        raise UserError("Batch norm's statistics need two images or more at a time.")
+    frozen = Frozen(model, images, labels)
+    for state in (state_b, state_a):
+        try:
+            frozen.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"The states to interpolate do not fit the model. Both must be state_dicts of this architecture, with "
+                f"pruned weights as zeros: {error}"
+            ) from error
     ts = np.linspace(0, 1, points)
     rows = []
     for t in ts:
-        state = _mix(state_a, state_b, float(t))
+        frozen.model.load_state_dict(_mix(state_a, state_b, float(t)))
         if statistics == "recompute":
-            state = _with_statistics(model, state, statistics_images, chunk)
-        rows.append(_evaluate(model, state, images, labels, chunk))
+            _measure_statistics(frozen.model, images, chunk)
+        logits = frozen.logits(chunk=chunk)
+        rows.append((float(F.cross_entropy(logits, labels)), float((logits.argmax(1) != labels).double().mean())))
     loss, error = np.array(rows).T
     check_finite(torch.from_numpy(loss[[0, -1]]))
-    return LossPath(ts, loss, error)
+    return LossPath(ts, np.where(np.isfinite(loss), loss, np.inf), error)
 
 
 def filter_normalised_surface(
@@ -126,7 +115,6 @@ def filter_normalised_surface(
     span: float = 1.0,
     points: int = 21,
     seed: int = 0,
-    chunk: int = 250,
 ) -> LossSurface:
     """Measure the loss on a random plane through a network, scaled filter by filter (Li et al. 2018).
 
@@ -134,65 +122,33 @@ def filter_normalised_surface(
     that pictures of networks whose weights differ in scale can be compared. Biases and batch norm stay fixed,
     and pruned weights stay 0. It is a picture: a plane shows two of very many directions.
 
-    Args:
-        model: The network, measured in eval mode.
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Shape (N,).
-        masks: Parameter name -> bool tensor, True where a weight is active.
-        span: The plane reaches from -span to span in both directions.
-        points: Grid points per direction; an odd number puts the network itself in the middle.
-        seed: Of the two directions.
-        chunk: Images at a time.
-
-    Raises:
-        UserError: Where the loss is finite nowhere, and as in `Frozen`.
+    The plane reaches from -span to span in both directions; an odd number of points puts the network in the middle.
+    `UserError` where the loss is finite nowhere, and as in `Frozen`.
     """
-    with evaluating(model):
-        frozen = Frozen(model, images, labels, masks)
+    frozen = Frozen(model, images, labels, masks)
     first, second = (_filter_normalised(frozen, seed, index) for index in (0, 1))
     steps = np.linspace(-span, span, points)
-    state = {**frozen.weights, **frozen.buffers}
 
-    def at(a: float, b: float) -> float:
+    def at(a: float, b: float) -> Tensor:
         moved = {name: frozen.weights[name] + a * first[name] + b * second[name] for name in first}
-        return _evaluate(model, {**state, **moved}, images, labels, chunk)[0]
+        return F.cross_entropy(frozen.logits(moved), labels)
 
     return _surface(at, steps, steps)
 
 
 def adversarial_slice(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    span: float = 8 / 255,
-    points: int = 21,
-    seed: int = 0,
-    chunk: int = 250,
+    model: nn.Module, images: Tensor, labels: Tensor, span: float = 8 / 255, points: int = 21, seed: int = 0
 ) -> LossSurface:
     """Measure the loss on a plane of inputs: along the sign of each image's gradient, and a random sign.
 
-    Args:
-        model: The network, measured in eval mode.
-        images: Pixels in [0, 1], shape (N, channels, height, width); the loss is their mean.
-        labels: Shape (N,).
-        span: Largest step in both directions, as a change of every pixel, in [0, 1] pixels; ``a`` runs from 0
-            (``a = eps`` at ``b = 0`` is FGSM with that eps), ``b`` from -span.
-        points: Grid points per direction.
-        seed: Of the random signs.
-        chunk: Images at a time.
-
-    Raises:
-        UserError: As in `Frozen`.
+    Steps are changes of every pixel, in [0, 1] pixels: ``a`` runs from 0 to ``span`` (``a = eps`` at ``b = 0`` is FGSM
+    with that eps), ``b`` from -span. Errors as in `Frozen`.
     """
-    with evaluating(model):
-        frozen = Frozen(model, images, labels)
-        parts = zip(images.split(chunk), labels.split(chunk), strict=True)
-        adversarial = torch.cat([_gradient_sign(frozen, x, y) for x, y in parts])
-    signs = rademacher_like(images, seed)
-    state = {**frozen.weights, **frozen.buffers}
+    frozen = Frozen(model, images, labels)
+    adversarial, signs = _gradient_signs(frozen), rademacher_like(images, seed)
 
-    def at(a: float, b: float) -> float:
-        return _evaluate(model, state, (images + a * adversarial + b * signs).clamp(0, 1), labels, chunk)[0]
+    def at(a: float, b: float) -> Tensor:
+        return F.cross_entropy(frozen.logits(images=(images + a * adversarial + b * signs).clamp(0, 1)), labels)
 
     return _surface(at, np.linspace(0, span, points), np.linspace(-span, span, points))
 
@@ -201,17 +157,21 @@ def _barrier(t: np.ndarray, values: np.ndarray) -> float:
     return float((values - (1 - t) * values[0] - t * values[-1]).max())
 
 
-def _surface(at: Callable[[float, float], float], a: np.ndarray, b: np.ndarray) -> LossSurface:
-    loss = np.array([[at(float(x), float(y)) for y in b] for x in a])
+def _surface(at: Callable[[float, float], Tensor], a: np.ndarray, b: np.ndarray) -> LossSurface:
+    loss = np.array([[float(at(float(x), float(y))) for y in b] for x in a])
+    loss = np.where(np.isfinite(loss), loss, np.inf)  # far from the network
     check_finite(torch.tensor(loss.min()))
     return LossSurface(a, b, loss)
 
 
-def _gradient_sign(frozen: Frozen, images: Tensor, labels: Tensor) -> Tensor:
-    pixels = images.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = check_finite(F.cross_entropy(frozen(pixels), labels, reduction="sum"))
-    return torch.autograd.grad(loss, pixels)[0].sign()
+def _gradient_signs(frozen: Frozen, chunk: int = 250) -> Tensor:
+    signs = []
+    for images, labels in zip(frozen.images.split(chunk), frozen.labels.split(chunk), strict=True):
+        pixels = images.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(frozen(pixels), labels, reduction="sum")
+        signs.append(torch.autograd.grad(loss, pixels)[0].sign())
+    return torch.cat(signs)
 
 
 def _filter_normalised(frozen: Frozen, seed: int, index: int) -> dict[str, Tensor]:
@@ -234,45 +194,18 @@ def _mix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> dict[str
     }
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    for name in [*own, *state]:
-        if name not in state or name not in own or state[name].shape != own[name].shape:
-            raise UserError(
-                f"The states to interpolate do not fit the model at {name!r}.{suggest(name, state)} Both "
-                "must be state_dicts of this architecture, with pruned weights as zeros."
-            )
-
-
-def _with_statistics(model: nn.Module, state: Mapping[str, Tensor], images: Tensor, chunk: int) -> dict[str, Tensor]:
-    """Return the state with batch norm's statistics measured anew, the mean over batches."""
+@torch.no_grad()
+def _measure_statistics(model: nn.Module, images: Tensor, chunk: int) -> None:
+    """Set batch norm's running statistics to those of some images, the mean over batches."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    state = {name: value.clone() for name, value in state.items()}
-    settings = [(m.training, m.momentum) for m in norms]
-    batches = [x for x in images.split(chunk) if len(x) > 1]
-    with evaluating(model), torch.no_grad():
-        try:
-            for seen, batch in enumerate(batches):
-                for norm in norms:
-                    norm.training, norm.momentum = True, 1 / (seen + 1)
-                stateless(model, state, batch)
-        finally:
-            for norm, (training, momentum) in zip(norms, settings, strict=True):
-                norm.training, norm.momentum = training, momentum
-    return state
-
-
-def _evaluate(
-    model: nn.Module, state: Mapping[str, Tensor], images: Tensor, labels: Tensor, chunk: int
-) -> tuple[float, float]:
-    """Return mean loss and error in eval mode; the loss may be infinite far from the network."""
-    loss, wrong = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            logits = stateless(model, state, x)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            wrong += int((logits.argmax(1) != y).sum())
-    return (loss / len(images) if math.isfinite(loss) else math.inf), wrong / len(images)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # so that they are the mean
+        norm.train()
+    for batch in images.split(chunk):
+        if len(batch) > 1:
+            model(batch)
+    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------- rescaling
@@ -281,20 +214,10 @@ def _evaluate(
 def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) -> nn.Module:
     """Return a copy with one convolution's weights multiplied, and the batch norm behind it set to undo that.
 
-    The copy computes the same function (in eval mode), yet its Hessian in that layer's weights is the
-    original's divided by factor²: a trace says nothing before the scale of the weights is taken into account
-    (Dinh et al. 2017). The running mean takes the factor, the running variance its square, the norm's epsilon
-    included.
-
-    Args:
-        model: The network; left as it is.
-        layer: Name of a convolution whose output goes into one batch norm and nowhere else.
-        factor: What its weights (and bias) are multiplied with, above 0.
-        images: Some, to see which batch norm follows, and that the logits stay.
-
-    Raises:
-        UserError: For an unknown layer, a factor that is not positive and finite, and where no batch norm
-            follows.
+    The copy computes the same function (in eval mode), yet its Hessian in that layer's weights is the original's
+    divided by factor²: a trace says nothing before the scale of the weights is taken into account (Dinh et al. 2017).
+    The running mean takes the factor, the running variance its square, the norm's epsilon included. The output of the
+    convolution goes into one batch norm and nowhere else; some images show which, and that the logits stay.
     """
     choose(layer, [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)], "convolution")
     if not (math.isfinite(factor) and factor > 0):
@@ -305,7 +228,7 @@ def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) ->
             f"The convolution {layer!r} is not followed by one batch norm alone, so nothing undoes its "
             f"rescaling. Convolutions that are: {', '.join(behind) or 'none'}."
         )
-    scaled = copy.deepcopy(model)
+    scaled = copied(model)
     scaled.load_state_dict({**scaled.state_dict(), **_rescaled(scaled, layer, behind[layer], factor)})
     return scaled
 
@@ -315,31 +238,26 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     That is tried: the logits of two images, in eval mode, must stay.
     """
+    network = copied(model).eval()
     made: dict[int, tuple[str, Tensor]] = {}  # with the tensor: an id may serve twice
     pairs: dict[str, str] = {}
 
-    def look(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, nn.Conv2d):
-                made[id(output)] = name, output
-            elif inputs and id(inputs[0]) in made and module.running_mean is not None:
-                pairs[made[id(inputs[0])][0]] = name
+    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = name, output
+        elif inputs and id(inputs[0]) in made and module.running_mean is not None:
+            pairs[made[id(inputs[0])][0]] = name
 
-        return hook
-
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    handles = [module.register_forward_hook(look(name)) for name, module in layers]
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    with evaluating(model), torch.no_grad():
-        try:
-            logits = stateless(model, state, images[:2])
-        finally:
-            for handle in handles:
-                handle.remove()
-        found = {}
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in layers]
+    state, found = copy.deepcopy(network.state_dict()), {}
+    with torch.no_grad():
+        logits = network(images[:2])
+        for handle in handles:
+            handle.remove()
         for conv, norm in pairs.items():
-            other = stateless(model, {**state, **_rescaled(model, conv, norm, 3.0)}, images[:2])
-            if torch.allclose(other, logits, 1e-3, 1e-3 * float(logits.abs().max())):
+            network.load_state_dict({**state, **_rescaled(model, conv, norm, 3.0)})
+            if torch.allclose(network(images[:2]), logits, 1e-3, 1e-3 * float(logits.abs().max())):
                 found[conv] = norm
     return found
 

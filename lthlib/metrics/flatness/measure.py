@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -30,12 +31,10 @@ from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
 
-_row = partial(describe, dimension="flatness")
+_row = partial(describe, dimension="flatness", higher_is_better=False, unit="nats")
 _row(
     "weight_hessian_trace",
     "Weight-Hessian trace",
-    higher_is_better=False,
-    unit="nats",
     definition="$\\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all "
     "parameters, $M$ the mask; exact for piecewise-linear networks.",
     reference="yao2020pyhessian",
@@ -44,24 +43,18 @@ _row(
 _row(
     "weight_hessian_trace_per_weight",
     "Weight-Hessian trace per active weight",
-    higher_is_better=False,
-    unit="nats",
     definition="$\\operatorname{tr}(MHM)$ divided by the number of active parameters.",
     reference="yao2020pyhessian",
 )
 _row(
     "weight_hessian_top",
     "Weight-Hessian top eigenvalue",
-    higher_is_better=False,
-    unit="nats",
     definition="The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error.",
     reference="ghorbani2019investigation",
 )
 _row(
     "relative_flatness",
     "Relative flatness",
-    higher_is_better=False,
-    unit="nats",
     definition="$\\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and "
     "the next normalisation undoes it; for small $\\sigma$, noise $\\sigma|w_j|\\varepsilon_j$ raises the "
     "loss by $\\tfrac12\\sigma^2$ times this.",
@@ -70,7 +63,6 @@ _row(
 _row(
     "input_hessian_trace",
     "Input-Hessian trace",
-    higher_is_better=False,
     unit="nats/pixel²",
     definition="The mean over images of $\\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s "
     "cross-entropy in its $[0,1]$ pixels; exact for piecewise-linear networks.",
@@ -80,7 +72,6 @@ _row(
 _row(
     "input_hessian_top",
     "Input-Hessian top eigenvalue",
-    higher_is_better=False,
     unit="nats/pixel²",
     definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
     reference="yao2020pyhessian",
@@ -88,7 +79,6 @@ _row(
 _row(
     "legacy_batch_eigenvalue",
     "Input-Hessian top eigenvalue, as published",
-    higher_is_better=False,
     unit="nats/pixel²",
     definition="$\\max_i\\lambda_{\\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in "
     "all its pixels: depends on $B$.",
@@ -115,15 +105,12 @@ _row(
 _row(
     "loss_barrier",
     "Loss barrier to the dense network",
-    higher_is_better=False,
-    unit="nats",
     definition="$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks.",
     reference="frankle2020linear",
 )
 _row(
     "error_barrier",
     "Error barrier to the dense network",
-    higher_is_better=False,
     unit="fraction",
     definition="$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified.",
     reference="frankle2020linear",
@@ -232,15 +219,13 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
         Value("weight_hessian_trace_per_weight", found.per_weight, n),
         Value("relative_flatness", found.relative, n),
     ]
-    parts = found.per_parameter, found.relative_per_parameter, found.active
-    layers, relative, active = map(_by_layer, parts)
+    parts = {"trace": found.per_parameter, "relative": found.relative_per_parameter, "active": found.active}
+    layers = pd.DataFrame(parts).groupby(lambda name: name.rpartition(".")[0], sort=False).sum()
     arrays = {
         "weight_method": np.array(found.method),
         "weight_standard_error": np.array([found.standard_error, found.relative_standard_error]),
-        "layers": np.array(list(layers), dtype=str),
-        "layer_trace": np.array(list(layers.values())),
-        "layer_relative": np.array(list(relative.values())),
-        "layer_active": np.array(list(active.values())),
+        "layers": np.array(layers.index, dtype=str),
+        **{f"layer_{name}": column.to_numpy() for name, column in layers.items()},
     }
     if found.per_image is not None:
         arrays["weight_per_image"] = _small(found.per_image)
@@ -248,14 +233,6 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
         for value, terms in zip(values[::2], (found.per_image, found.relative_per_image), strict=True):
             arrays |= kept(value, resampled_mean(terms.cpu(), resamples(n, "train")))
     return values, arrays
-
-
-def _by_layer(per_parameter: Mapping[str, float]) -> dict[str, float]:
-    sums: dict[str, float] = {}
-    for name, value in per_parameter.items():
-        layer = name.rpartition(".")[0]
-        sums[layer] = sums.get(layer, 0) + value
-    return sums
 
 
 def _of_spectrum(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float) -> Found:
@@ -306,8 +283,7 @@ def _line(subject: Subject, start: nn.Module, batch: Batch, points: int, statist
     first, last = ({name: value.shape for name, value in end.items()} for end in ends)
     if first != last:
         return None
-    again = batch[0] if statistics == "recompute" else None
-    return interpolate(subject.model, *ends, *batch, points, statistics, again)
+    return interpolate(subject.model, *ends, *batch, points, statistics)
 
 
 def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
-from lthlib.metrics.flatness.frozen import Frozen, evaluating, normal_like
+from lthlib.metrics.flatness.frozen import Frozen, normal_like
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,12 +20,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class NoiseTolerance:
     """The largest noise that keeps the mean loss within its bound (higher is flatter).
 
-    Attributes:
-        sigma: The noise level at which the mean loss over the draws first meets the bound; ``sigma_max``
-            where it stays below.
-        low: Lower end of the 95 % interval for ``sigma`` over independent draws (Student's t, delta method).
-        high: Upper end; infinite where ``sigma_max`` was reached: ``sigma`` is then a lower bound.
-        loss: The loss without noise.
+    ``sigma`` is the noise level at which the mean loss over the draws first meets the bound, or ``sigma_max`` where it
+    stays below. Its 95 % interval over independent draws (Student's t, delta method) reaches from ``low`` to ``high``,
+    which is infinite where ``sigma_max`` was reached: ``sigma`` is then a lower bound. ``loss`` is the loss without
+    noise.
     """
 
     sigma: float
@@ -43,45 +41,34 @@ def weight_noise_tolerance(
     pairs: int = 8,
     sigma_max: float = 5.0,
     seed: int = 0,
-    chunk: int = 250,
     loss: Loss = F.cross_entropy,
 ) -> NoiseTolerance:
     """Find the largest σ with E[loss(w + σ ``|w|`` ε)] ≤ (1 + rise) loss(w), ε normal (higher is flatter).
 
     Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that
     pruned ones stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers:
-    the mean is a smooth function of σ), each with its negative (the odd terms of the expansion cancel). The
-    published code draws anew at every step of its bisection, may return a σ that violates the bound, and
+    the mean is a smooth function of σ), each with its negative (the odd terms of the expansion cancel), ``pairs`` in
+    all. The published code draws anew at every step of its bisection, may return a σ that violates the bound, and
     leaves the weights perturbed.
 
-    Args:
-        model: The network, measured in eval mode.
-        images: Pixels in [0, 1], shape (N, channels, height, width).
-        labels: Shape (N,).
-        masks: Parameter name -> bool tensor, True where a weight is active.
-        rise: The relative rise of the loss allowed.
-        pairs: Independent draws, each used with both signs.
-        sigma_max: Where to stop looking.
-        seed: Of the draws.
-        chunk: Images at a time.
-        loss: Mean loss of (logits, labels).
+    Model, images, labels and masks are as `Frozen` takes them; ``loss`` is a mean over (logits, labels). Beyond
+    ``sigma_max`` nothing is looked for.
 
     Raises:
         UserError: For a loss without noise that is zero, negative or not finite, fewer than two pairs, a
             network without convolutions, and as in `Frozen`.
     """
-    with evaluating(model):
-        frozen = Frozen(model, images, labels, masks)
-        noisy = {name: w for name, w in frozen.weights.items() if w.dim() == 4}
-        if not noisy:
-            raise UserError("Weight noise goes on convolutions, and the network has none.")
+    frozen = Frozen(model, images, labels, masks)
+    noisy = {name: w for name, w in frozen.weights.items() if w.dim() == 4}
+    if not noisy:
+        raise UserError("Weight noise goes on convolutions, and the network has none.")
 
-        def pair_mean(sigma: float, pair: int) -> float:
-            noise = _in_proportion(noisy, seed, pair)
-            signs = ({name: w + s * noise[name] for name, w in noisy.items()} for s in (sigma, -sigma))
-            return sum(_mean_loss(frozen, loss, chunk, weights=moved) for moved in signs) / 2
+    def pair_mean(sigma: float, pair: int) -> float:
+        noise = {n: w.abs() * normal_like(w, seed, pair, place) for place, (n, w) in enumerate(noisy.items())}
+        signs = ({name: w + s * noise[name] for name, w in noisy.items()} for s in (sigma, -sigma))
+        return sum(float(loss(frozen.logits(moved), labels)) for moved in signs) / 2
 
-        return largest_sigma(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise, sigma_max, pairs)
 
 
 def input_noise_tolerance(
@@ -92,7 +79,6 @@ def input_noise_tolerance(
     pairs: int = 4,
     sigma_max: float = 2.0,
     seed: int = 0,
-    chunk: int = 250,
     loss: Loss = F.cross_entropy,
 ) -> NoiseTolerance:
     """Find the largest σ with E[loss(clamp(x + σ ε, 0, 1))] ≤ (1 + rise) loss(x) (higher is flatter).
@@ -101,14 +87,13 @@ def input_noise_tolerance(
     `weight_noise_tolerance`.
     """
     noise = [normal_like(images, seed, pair) for pair in range(pairs)]
-    with evaluating(model):
-        frozen = Frozen(model, images, labels)
+    frozen = Frozen(model, images, labels)
 
-        def pair_mean(sigma: float, pair: int) -> float:
-            signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
-            return sum(_mean_loss(frozen, loss, chunk, images=moved) for moved in signs) / 2
+    def pair_mean(sigma: float, pair: int) -> float:
+        signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
+        return sum(float(loss(frozen.logits(images=moved), labels)) for moved in signs) / 2
 
-        return largest_sigma(pair_mean, _mean_loss(frozen, loss, chunk), rise, sigma_max, pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise, sigma_max, pairs)
 
 
 def largest_sigma(
@@ -121,15 +106,7 @@ def largest_sigma(
     in which the loss is nearly straight. The interval is σ ± t s / (√draws · slope) from the spread
     s of the draws' losses at σ.
 
-    Args:
-        loss_of_draw: (noise level, which of the independent draws) -> loss.
-        clean: The loss without noise.
-        rise: Relative rise allowed, above 0.
-        sigma_max: Where to stop looking.
-        draws: How many independent draws there are.
-
-    Raises:
-        UserError: As in `weight_noise_tolerance`.
+    ``clean`` is the loss without noise; ``draw`` counts the independent draws. Errors as in `weight_noise_tolerance`.
     """
     from scipy.optimize import brentq
     from scipy.stats import t as student
@@ -170,20 +147,3 @@ def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float,
             return high, min(2 * high, sigma_max)
         high *= 2
     return sigma_max, None
-
-
-def _mean_loss(
-    frozen: Frozen, loss: Loss, chunk: int, weights: dict[str, Tensor] | None = None, images: Tensor | None = None
-) -> float:
-    images = frozen.images if images is None else images
-    with torch.no_grad():
-        sums = [
-            float(loss(frozen(x, weights), y)) * len(x)
-            for x, y in zip(images.split(chunk), frozen.labels.split(chunk), strict=True)
-        ]
-    return math.fsum(sums) / len(images) if all(map(math.isfinite, sums)) else math.inf
-
-
-def _in_proportion(weights: dict[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
-    """Return ``|w|`` ε; ε depends on (seed, draw) alone, so every σ meets the same."""
-    return {name: w.abs() * normal_like(w, seed, draw, position) for position, (name, w) in enumerate(weights.items())}

@@ -7,7 +7,7 @@ the spectrum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,8 @@ from lthlib.metrics.flatness.frozen import Frozen, normal_like, rademacher_like,
 class WeightHessian:
     """The Hessian of the mean cross-entropy in the active weights, as a symmetric operator with ``@``.
 
-    One graph of the gradient over the whole batch is kept, and differentiated for every product.
-
-    Attributes:
-        shape: (n, n) with n active weights.
-        dtype: The type of the weights.
-        device: Where they are.
-        sizes: How many of them each parameter has, in order.
-        products: How many Hessian-vector products were computed.
+    One graph of the gradient over the whole batch is kept, and differentiated for every product. ``shape`` is (n, n)
+    with n active weights, ``sizes`` says how many of them each parameter has; ``products`` are counted.
     """
 
     def __init__(self, frozen: Frozen):
@@ -38,7 +32,8 @@ class WeightHessian:
         self.dtype, self.device = first.dtype, first.device
         self.sizes = [frozen.active(name) for name in frozen.weights]
         self.shape = (sum(self.sizes), sum(self.sizes))
-        self._active = {name: mask.flatten().nonzero()[:, 0] for name, mask in frozen.masks.items()}
+        masks = (frozen.masks.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in frozen.weights.items())
+        self._active = torch.cat([mask.flatten() for mask in masks])
         self._first: tuple[Tensor, Tensor] | None = None
         self._leaves = [w.clone().requires_grad_() for w in frozen.weights.values()]
         with torch.enable_grad():
@@ -57,18 +52,14 @@ class WeightHessian:
 
     def weights(self) -> Tensor:
         """Return the active weights as one vector."""
-        return self._gather(list(self.frozen.weights.values()))
+        return self._gather(self.frozen.weights.values())
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss in the active weights; it costs nothing more."""
         return self._gather(self._gradients).detach()
 
     def _symmetric(self, vector: Tensor, image: Tensor) -> Tensor:
-        """Return the image, after a look at u·Hv = v·Hu: PyTorch's second derivatives are not all right.
-
-        Raises:
-            UserError: Where that does not hold.
-        """
+        """Return the image, after a look at u·Hv = v·Hu: PyTorch's second derivatives are not all right."""
         if self._first is None:
             self._first = vector.detach().clone(), image
         other, its_image = self._first
@@ -82,16 +73,12 @@ class WeightHessian:
         return image
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
-        full = []
-        for (name, weight), part in zip(self.frozen.weights.items(), vector.split(self.sizes), strict=True):
-            if name in self._active:
-                part = torch.zeros_like(weight).flatten().index_copy(0, self._active[name], part)
-            full.append(part.view_as(weight))
-        return full
+        full = torch.zeros_like(self._active, dtype=vector.dtype).masked_scatter(self._active, vector)
+        parts = full.split([leaf.numel() for leaf in self._leaves])
+        return [part.view_as(leaf) for part, leaf in zip(parts, self._leaves, strict=True)]
 
-    def _gather(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        named = zip(self.frozen.weights, tensors, strict=True)
-        return torch.cat([t.flatten()[self._active[n]] if n in self._active else t.flatten() for n, t in named])
+    def _gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in tensors])[self._active]
 
 
 # --------------------------------------------------------------------------------------------------- the ends
@@ -139,55 +126,64 @@ def top_eigenvalue(
     """Compute the largest eigenvalue (of the weight Hessian: lower is flatter) with bounds on its error.
 
     Lanczos with full reorthogonalisation, until the error bound falls below ``tolerance`` times the largest magnitude
-    (`Extremes.converged`). Memory: one vector, in float64, per product.
-
-    Args:
-        operator: `WeightHessian`, or any symmetric matrix.
-        near: Where to start, for instance the gradient, which lies for a large part in the few sharp directions; as
-            much of a random vector is added, for it may lack some of them.
-        tolerance: Relative error asked for.
-        max_products: Where to stop all the same; ``converged`` is then False.
-        seed: Of the random part of the start vector.
+    (`Extremes.converged`), or ``max_products``. Memory: one vector, in float64, per product. It starts ``near`` some
+    vector, for instance the gradient, which lies for a large part in the few sharp directions; as much of a random
+    vector is added, for it may lack some of them.
     """
     n = operator.shape[0]
     start = normal_like(torch.empty(n, dtype=torch.float64, device=operator.device), seed)
     if near is not None and bool(near.any()):
         start = start / start.norm() + near.double() / near.double().norm()
     found = None
-    for alphas, betas in _lanczos(operator, start, min(max_products, n)):
+    for alphas, betas in lanczos(_one(operator), start[None], min(max_products, n), operator.dtype):
         found = _ends(alphas, betas, tolerance)
-        if found.converged and len(alphas) > 1:
+        if found.converged and alphas.shape[1] > 1:
             break
     return found
 
 
-def _lanczos(operator: WeightHessian | Tensor, start: Tensor, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the diagonal and off-diagonal of the tridiagonal matrix after each step.
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run Lanczos on B symmetric matrices at once; yield diagonals and off-diagonals (B, steps so far) after each step.
 
-    The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that
-    the Ritz values are exact. Vectors are kept in float64: sums over a million weights in float32 cost more digits
-    than the products do.
+    The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that the Ritz
+    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``. Vectors are
+    kept in float64: sums over a million weights in float32 cost more digits than the products do.
     """
-    vector, basis, alphas, betas = start.double() / start.double().norm(), [], [], []
+    vector, basis, alphas, betas = start.double(), [], [], []
+    vector = vector / vector.norm(dim=1, keepdim=True)
+    live = torch.ones(len(start), dtype=torch.bool, device=start.device)
     for _ in range(steps):
         basis.append(vector)
-        image = (operator @ vector.to(operator.dtype)).double()
-        alphas.append(float(vector @ image))
+        image = product(vector.to(dtype)).double()
+        alpha = (vector * image).sum(1)
+        # An exhausted matrix goes on with zeros; its first entry again is no new end of its spectrum.
+        alphas.append(torch.where(live, alpha, alphas[0]) if alphas else alpha)
         for known in [*basis, *basis]:
-            image = image - (known @ image) * known
-        beta = float(image.norm())
-        scale = max(map(abs, [*alphas, *betas]))
-        exhausted = beta <= 10 * torch.finfo(operator.dtype).eps * scale or len(basis) == len(start)
-        betas.append(0.0 if exhausted else beta)
-        yield np.array(alphas), np.array(betas)
-        if exhausted:
+            image = image - (known * image).sum(1, keepdim=True) * known
+        beta = image.norm(dim=1)
+        rounding = 10 * torch.finfo(dtype).eps * torch.stack([*alphas, *betas]).abs().amax(0)
+        live = live & (beta > rounding) & (len(basis) < start.shape[1])
+        betas.append(torch.where(live, beta, 0.0))
+        yield torch.stack(alphas, 1), torch.stack(betas, 1)
+        if not live.any():
             return
-        vector = image / beta
+        vector = torch.where(live[:, None], image / beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None], 0.0)
 
 
-def _ends(alphas: np.ndarray, betas: np.ndarray, tolerance: float) -> Extremes:
-    values, vectors = _tridiagonal(alphas, betas)
-    residuals = np.abs(betas[-1] * vectors[-1])
+def tridiagonal(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (B, k), ascending, and eigenvectors of what `lanczos` yields."""
+    return torch.linalg.eigh(torch.diag_embed(alphas) + sum(torch.diag_embed(betas[:, :-1], i) for i in (-1, 1)))
+
+
+def _one(operator: WeightHessian | Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: (operator @ vectors[0])[None]
+
+
+def _ends(alphas: Tensor, betas: Tensor, tolerance: float) -> Extremes:
+    values, vectors = (found[0].numpy(force=True) for found in tridiagonal(alphas, betas))
+    residuals = np.abs(float(betas[0, -1]) * vectors[-1])
     rivals = len(values) > 1 and residuals[0] - values[0] > values[-1]
     asked = [-1, 0] if rivals else [-1]
     bounds = np.array([_bound(values, residuals, i) for i in asked])
@@ -198,7 +194,7 @@ def _ends(alphas: np.ndarray, betas: np.ndarray, tolerance: float) -> Extremes:
         residual=float(residuals[-1]),
         error_bound=float(bounds[0]),
         smallest=float(values[0]),
-        products=len(alphas),
+        products=len(values),
         converged=bool(close.all()),
     )
 
@@ -209,12 +205,6 @@ def _bound(values: np.ndarray, residuals: np.ndarray, i: int) -> float:
     return residuals[i] ** 2 / gap if np.isfinite(gap) and gap > residuals[i] else residuals[i]
 
 
-def _tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.linalg import eigh_tridiagonal
-
-    return eigh_tridiagonal(alphas, betas[:-1])
-
-
 # ------------------------------------------------------------------------------------------------ the density
 
 
@@ -222,12 +212,9 @@ def _tridiagonal(alphas: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.
 class SpectralDensity:
     """An estimate of the distribution of the Hessian's eigenvalues.
 
-    Attributes:
-        grid: Eigenvalues at which the density is given, shape (points,).
-        density: Density there, integrating to 1 over the real line; bumps have the width ``width``.
-        nodes: Ritz values, shape (probes, steps): the unsmoothed quadrature, padded with NaN.
-        weights: Their weights, each probe's summing to 1, padded with 0.
-        width: Standard deviation of the Gaussian that smooths the density.
+    At the eigenvalues ``grid`` it is ``density``, which integrates to 1; bumps are Gaussians of standard deviation
+    ``width``. The unsmoothed quadrature are Ritz values, ``nodes`` (probes, steps), padded with NaN, and their
+    ``weights``, each probe's summing to 1.
     """
 
     grid: np.ndarray
@@ -248,16 +235,8 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate a symmetric operator's spectral density by stochastic Lanczos quadrature (Ghorbani et al. 2019).
 
-    Args:
-        operator: `WeightHessian`, or any symmetric matrix.
-        probes: Random start vectors (Rademacher), whose quadratures are averaged.
-        steps: Lanczos steps for each; a quadrature of m steps is exact for polynomials of degree 2m - 1.
-        points: Size of the grid.
-        width: Width of the smoothing as a fraction of the spectrum's range.
-        seed: Of the start vectors.
-
-    Raises:
-        UserError: For fewer than one probe or step.
+    The quadratures of some random start vectors (Rademacher, ``probes``) are averaged; one of m steps is exact for
+    polynomials of degree 2m - 1. ``width`` is that of the smoothing as a fraction of the spectrum's range.
     """
     if probes < 1 or steps < 1 or points < 2 or width <= 0:
         raise UserError("The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0.")
@@ -265,8 +244,8 @@ def spectral_density(
     steps = min(steps, operator.shape[0])
     nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
     for probe in range(probes):
-        *_, (alphas, betas) = _lanczos(operator, rademacher_like(like, seed, probe), steps)
-        values, vectors = _tridiagonal(alphas, betas)
+        *_, found = lanczos(_one(operator), rademacher_like(like, seed, probe)[None], steps, operator.dtype)
+        values, vectors = (part[0].numpy(force=True) for part in tridiagonal(*found))
         nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2
     low, high = np.nanmin(nodes), np.nanmax(nodes)
     sigma = width * ((high - low) or abs(high) or 1.0)

@@ -1,12 +1,11 @@
 """Attacks: images changed by at most epsilon a pixel so that the network errs.
 
-They work on [0, 1] pixels, in evaluation mode, and leave the network, its gradients and every random state as found.
+They work on [0, 1] pixels, on a copy of the network in evaluation mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from lthlib.core.errors import UserError
 from lthlib.metrics.arrays import check_labels
 from lthlib.metrics.registry import describe
+from lthlib.networks.checks import copied
 from lthlib.networks.predict import scaled_to
 
 EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -85,21 +85,10 @@ def pgd(
     PGD far below that under FGSM shows that one step flatters; one above it is a sign of masked gradients (Athalye et
     al., 2018).
 
-    Args:
-        model: Takes [0, 1] pixels; normalisation inside.
-        images: (N, C, H, W), floats in [0, 1] or uint8.
-        labels: True classes, (N,).
-        epsilon: Largest change of a pixel, in [0, 1]; the paper uses 8 / 255.
-        steps: Number of steps, at least 1.
-        step_size: Length of a step; epsilon / 4 by default (2 / 255 for 8 / 255, as Madry et al. on CIFAR-10).
-        seed: Seed of the random start; None starts at the image itself.
-        chunk: Images per pass (fewer where they exceed 64 pixels); bounds the memory, changes nothing else.
-
-    Returns:
-        Images in [0, 1], on the device of ``images``; in float64 for a network in float64, else in float32.
-
-    Raises:
-        UserError: For images outside [0, 1], labels out of range, an empty set, a bad epsilon, chunk or step.
+    The model takes [0, 1] pixels and normalises them inside. Images are (N, C, H, W), floats in [0, 1] or uint8; those
+    returned are in [0, 1], on the same device, in float64 for a network in float64, else in float32. ``epsilon`` is the
+    largest change of a pixel (the paper's is 8 / 255), ``step_size`` by default epsilon / 4 (2 / 255, as Madry et al.
+    on CIFAR-10). Without ``seed`` the start is the image itself. ``chunk`` images at a time bound the memory.
     """
     _check_epsilon(epsilon)
     step_size = epsilon / 4 if step_size is None else step_size
@@ -107,14 +96,14 @@ def pgd(
         raise UserError(f"PGD needs steps >= 1 and step_size > 0; got steps={steps}, step_size={step_size}.")
     start = torch.zeros(images.shape) if seed is None else _uniform(images.shape, epsilon, seed)
     parts, done = [], 0
-    with _evaluating(model):
-        for x, y in _batches(model, images, labels, chunk):
-            adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
-            done += len(x)
-            for _ in range(steps):
-                moved = adversarial + step_size * _sign(model, adversarial, y)
-                adversarial = torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
-            parts.append(adversarial.to(images.device))
+    model = _still(model)
+    for x, y in _batches(model, images, labels, chunk):
+        adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
+        done += len(x)
+        for _ in range(steps):
+            moved = adversarial + step_size * _sign(model, adversarial, y)
+            adversarial = torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
+        parts.append(adversarial.to(images.device))
     return torch.cat(parts)
 
 
@@ -128,18 +117,17 @@ def adversarial_logits(
     """
     for epsilon in epsilons:
         _check_epsilon(epsilon)
-    parts = []
-    with _evaluating(model):
-        for x, y in _batches(model, images, labels, chunk):
-            sign = _sign(model, x, y)
-            parts.append(torch.stack([_logits(model, (x + e * sign).clamp(0, 1)) for e in epsilons]))
+    model, parts = _still(model), []
+    for x, y in _batches(model, images, labels, chunk):
+        sign = _sign(model, x, y)
+        parts.append(torch.stack([_logits(model, (x + e * sign).clamp(0, 1)) for e in epsilons]))
     return torch.cat(parts, dim=1).numpy()
 
 
 def logits_of(model: nn.Module, images: Tensor, labels: Tensor, chunk: int = CHUNK) -> np.ndarray:
     """Logits of attacked images, (N, C), computed as the attacks do."""
-    with _evaluating(model):
-        return torch.cat([_logits(model, x) for x, _ in _batches(model, images, labels, chunk)]).numpy()
+    model = _still(model)
+    return torch.cat([_logits(model, x) for x, _ in _batches(model, images, labels, chunk)]).numpy()
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -147,18 +135,9 @@ def _check_epsilon(epsilon: float) -> None:
         raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module's own mode and the random states come back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+@torch.inference_mode(False)  # what is made in that mode can never be differentiated
+def _still(model: nn.Module) -> nn.Module:
+    return copied(model).eval().requires_grad_(False)
 
 
 def _batches(model: nn.Module, images: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -51,15 +51,11 @@ def disagreement(predicted: np.ndarray, others: np.ndarray) -> float:
 
 
 def exemplars(dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-    """Return which images are pruning-identified exemplars, (N,) bool.
+    """Return which images are pruning-identified exemplars, (N,) bool, of answers (seeds, N) of either kind of network.
 
     On these all sparse networks answer one class and all dense ones another. Hooker et al. (2019) compare the commonest
     answers of thirty networks on either side. Of two or three, one has to ask for unanimity; of one, every answer that
     changed would count, which is churn.
-
-    Args:
-        dense: Predicted classes of the dense networks, (seeds, N).
-        sparse: Of the sparse ones, (seeds, N).
     """
     return (dense == dense[0]).all(0) & (sparse == sparse[0]).all(0) & (dense[0] != sparse[0])
 

@@ -70,11 +70,9 @@ def max_logit_score(logits: ArrayLike) -> np.ndarray:
     definition=r"ROC-AUC with the score $-\log\sum_c e^{z_c}$.",
     reference="liu2020energy",
 )
-def energy_score(logits: ArrayLike, temperature: float = 1.0) -> np.ndarray:
-    """Energy -T log sum_c exp(z_c / T) (Liu et al., 2020, who find T = 1 best); T > 0."""
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature!r}; a positive number is needed.")
-    return -temperature * special.logsumexp(check_logits(logits) / temperature, axis=1)
+def energy_score(logits: ArrayLike) -> np.ndarray:
+    """Energy -log sum_c exp(z_c) (Liu et al., 2020, at the temperature 1 that they find best)."""
+    return -special.logsumexp(check_logits(logits), axis=1)
 
 
 def _problem(in_scores: ArrayLike, out_scores: ArrayLike, positive: str = "ood") -> tuple[np.ndarray, np.ndarray]:

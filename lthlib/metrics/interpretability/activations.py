@@ -18,14 +18,9 @@ CHUNK = 64
 class Stream:
     """The maps of a layer, computed anew in chunks whenever they are iterated over; ``stream[a:b]`` is that of a part.
 
-    Iterating yields float32 arrays (n, U, h, w); a layer with flat outputs (n, U) has maps of one pixel.
-    The model is evaluated in eval mode without gradients and left as found.
-
-    Args:
-        model: Takes [0, 1] pixels (n, C, H, W).
-        layer: A module's name as in ``model.named_modules()``.
-        images: uint8 (N, H, W, C), an array or anything that gives one when sliced.
-        chunk: Images per pass.
+    Iterating yields float32 arrays (n, U, h, w); a layer with flat outputs (n, U) has maps of one pixel. The model
+    takes [0, 1] pixels (n, C, H, W), is evaluated in eval mode without gradients and left as found; the layer is named
+    as in ``model.named_modules()``; images are uint8 (N, H, W, C), an array or anything that gives one when sliced.
 
     Raises:
         UserError: If no module has this name, or (when iterated over) if the layer is not called exactly once
@@ -95,15 +90,8 @@ def last_maps(model: nn.Module, shape: tuple[int, int, int], least: int = 4) -> 
 
     On smaller maps a region is a quarter of the image or more. Of modules with the same output the outermost counts.
     That is the last stage of every residual network of the book (``layer4`` of ResNet-50, as in the paper); the chain
-    of VGG-16 pools further, and ends three convolutions earlier for images of 32 pixels.
-
-    Args:
-        model: Any network, left as found.
-        shape: (C, H, W) of an image.
-        least: Positions on each side.
-
-    Raises:
-        UserError: If there is none.
+    of VGG-16 pools further, and ends three convolutions earlier for images of 32 pixels. ``shape`` is (C, H, W) of an
+    image. `UserError` if there is no such module.
     """
     twin, calls = copy.deepcopy(model).eval(), []
     for name, module in twin.named_modules():

@@ -110,12 +110,10 @@ def _runs(steps: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:
 
 @dataclass(frozen=True)
 class Census:
-    """How many pixels have which combination of labels.
+    """How many pixels of a set have which of S combinations of labels, the signatures.
 
-    Attributes:
-        members: Labels of each of the S signatures, (L, S) of 0 and 1.
-        pixels: Pixels of the set with each signature, int64 (S,).
-        units: Each unit's active pixels with each signature, (U, S), integers.
+    ``members`` are the labels of each, (L, S) of 0 and 1; ``pixels`` (S,) counts all pixels, ``units`` (U, S) each
+    unit's active ones.
     """
 
     members: sparse.csr_array
@@ -124,16 +122,7 @@ class Census:
 
 
 def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Census:
-    """Count the pixels of a concept set by signature, over the set and over each unit's active pixels.
-
-    Args:
-        acts: Maps (N, U, h, w) of the concept set's images, an array or a `Stream`.
-        limits: `lthlib.metrics.interpretability.dissection.thresholds`, (U,).
-        concepts: The labels, N images.
-
-    Raises:
-        UserError: If the number of maps, thresholds and images do not agree.
-    """
+    """Count the pixels of a concept set by signature, over the set and over each unit's active pixels; as `tally`."""
     check_sizes(acts, limits, concepts)
     book: dict[tuple[int, ...], int] = {}
     pixels: list[np.ndarray] = []
@@ -226,23 +215,13 @@ class _Entry:
 
 
 def best_formulas(counts: Census, *, max_length: int = 3, beam: int = BEAM) -> list[BestFormula]:
-    """Find the formula that best matches each unit, by beam search.
+    """Find the formula that best matches each unit, by beam search (mu2020compositional, section 2).
 
     The beam starts with the best single labels that meet the unit. In each round every formula F in it is
     extended by every label C to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself
     stay. IoU is over the whole set, without NetDissect's restriction to a category. Formulas that hold at
     the same pixels are one entry of the beam (in the published search, where labels exclude each other,
-    ``F AND NOT C`` is F again for most C, and such copies fill the beam).
-
-    Args:
-        counts: From `census`.
-        max_length: Largest number of labels in a formula, 1 to 10.
-        beam: Formulas kept.
-
-    Raises:
-        UserError: If the length or the beam is not allowed.
-
-    Source: mu2020compositional, section 2.
+    ``F AND NOT C`` is F again for most C, and such copies fill the beam). A formula has at most ``max_length`` labels.
     """
     if not 1 <= max_length <= MAX_LENGTH or beam < 1:
         raise UserError(

@@ -1,20 +1,21 @@
 """Network dissection: which concept does a unit stand for, and would chance do as well?
 
-A unit's activation map, upsampled to the mask and cut at the unit's own high threshold, is a region; a
-concept's label is another; their intersection over union (IoU) says how far the unit detects the concept.
-
+A unit's activation map, upsampled to the mask and cut at the unit's own high threshold, is a region; a concept's label
+is another; their intersection over union (IoU) says how far the unit detects the concept (bau2017network, section 2.3).
 Everything is counted exactly, in integers (see `lthlib.metrics.interpretability.regions` for how).
 
-Memory: the maps of a layer take 4 N U h w bytes, 24 GB for 2,048 units on 60,000 images at 7 x 7. Therefore every
-function takes a `Stream` where it takes an array: it is computed in chunks, once per pass. Then the thresholds hold
-0.5 % of the values (120 MB, twice while they are merged) and the tally one chunk (26 MB of maps, some 90 MB of packed
-pixels); `benchmarks/dissection.py` shows that this levels off, below 1 GB, whatever the images.
+Everywhere ``acts`` are the maps (N, U, h, w) of the concept set's N images, an array or a `Stream`, ``limits`` are the
+units' `thresholds`, (U,), and ``scores`` are `iou`, (U, L). Numbers that do not agree raise `UserError`.
+
+Memory: the maps of a layer take 4 N U h w bytes, 24 GB for 2,048 units on 60,000 images at 7 x 7. A `Stream` is
+computed in chunks, once per pass. Then the thresholds hold 0.5 % of the values (120 MB, twice while they are merged)
+and the tally one chunk (26 MB of maps, some 90 MB of packed pixels); `benchmarks/dissection.py` shows that this levels
+off, below 1 GB, whatever the images.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,7 +23,7 @@ from math import ceil, floor
 
 import numpy as np
 
-from lthlib.core.errors import UserError, choose
+from lthlib.core.errors import UserError
 from lthlib.data.concepts import BRODEN_QUANTILE, ConceptSet
 from lthlib.metrics import describe
 from lthlib.metrics.interpretability.activations import Stream, chunks
@@ -30,7 +31,6 @@ from lthlib.metrics.interpretability.regions import Upsampler, occurring, shared
 
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
-DENOMINATORS = ("lite", "paper", "plain")
 
 unit_metric = partial(describe, dimension="interpretability", higher_is_better=True, reference="bau2017network")
 unit_metric(
@@ -64,15 +64,6 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
     estimates it by a sketch that keeps a sample, and reads entry int(1000 (1 - q) - 1) of 1,000 off that, counted from
     0: entry 994, the quantile 994/999, for q = 0.005, and 899/999 for q = 0.1. ``quantile=1 - 994/999`` (0.005005) asks
     for the same point here; on 367 street photographs it moved no IoU by more than 2.4e-4.
-
-    Args:
-        acts: Maps (N, U, h, w), an array or a `Stream`.
-        quantile: Fraction in (0, 1); pass ``concepts.quantile`` for what suits a concept set.
-
-    Raises:
-        UserError: If the quantile is outside (0, 1) or an activation is not finite.
-
-    Source: bau2017network, section 2.3.
     """
     if not 0 < quantile < 1:
         raise UserError(f"The quantile is the fraction of activations above the threshold, in (0, 1), not {quantile}.")
@@ -95,20 +86,13 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
 class Tally:
     """Pixel counts over a concept set, int64; tallies of parts of a set add up with ``+``.
 
-    Attributes:
-        both: Pixels where unit and label hold, (U, L).
-        concept: Pixels where the label holds, (L,).
-        unit: Pixels where the unit is active, (U,).
-        touching: The same, in images where an *active pixel* has a label of the category, (U, categories).
-        labelled: The same, in images where *any pixel* has a label of the category, (U, categories).
-        category_of: Category of each label, (L,).
+    ``both`` (U, L): unit and label hold; ``concept`` (L,): the label holds; ``touching`` (U, categories): the unit is
+    active, in images where one of its active pixels has a label of the category; ``category_of`` (L,) each label.
     """
 
     both: np.ndarray
     concept: np.ndarray
-    unit: np.ndarray
     touching: np.ndarray
-    labelled: np.ndarray
     category_of: np.ndarray
 
     def __add__(self, other: Tally) -> Tally:
@@ -122,16 +106,6 @@ def tally(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -
     A unit is active where its bilinearly enlarged map is strictly above its threshold; only images in which
     the low-resolution map exceeds it contribute (no other can: interpolation stays below the map's maximum).
     NetDissect-Lite counts a label twice where two masks of one pixel name it; here a pixel counts once.
-
-    Args:
-        acts: Maps (N, U, h, w) of the concept set's images, an array or a `Stream`.
-        limits: `thresholds`, (U,).
-        concepts: The labels, N images.
-
-    Raises:
-        UserError: If the number of maps, thresholds and images do not agree.
-
-    Source: bau2017network, section 2.3.
     """
     return _tallies(acts, limits, concepts, np.arange(len(concepts))[None])[0]
 
@@ -147,8 +121,7 @@ def _tallies(
     check_sizes(acts, limits, concepts)
     units, labels, categories, n = len(limits), len(concepts.labels), len(concepts.categories), len(source)
     both, concept = np.zeros((n, units, labels), np.int64), np.zeros((n, labels), np.int64)
-    touching, labelled = np.zeros((2, n, units, categories), np.int64)
-    unit = np.zeros(units, np.int64)
+    touching = np.zeros((n, units, categories), np.int64)
     entries = functools.cache(lambda i: occurring(concepts.planes[i]))
     start = 0
     for block in chunks(acts):
@@ -160,15 +133,12 @@ def _tallies(
             labelling, label, masks = up.cells([concepts.planes[j] for j in chosen], rolls, [*map(entries, chosen)])
             concept[labelling, label] += np.bitwise_count(masks).sum((1, 2), dtype=np.int64)
             who, area, shared = shared_pixels(active.of(i), masks)
-            unit[who] += area
             both[labelling, who[:, None], label] += shared
             member = (labelling * categories + concepts.category_of[label])[:, None] == np.arange(n * categories)
             touched = (shared > 0).astype(np.float32) @ member > 0
             touching[:, who] += area[:, None] * touched.reshape(len(who), n, categories).swapaxes(0, 1)
-            labelled[:, who] += area[:, None] * member.any(0).reshape(n, 1, categories)
         start += len(block)
-    counts = zip(both, concept, itertools.repeat(unit), touching, labelled, strict=False)
-    return [Tally(*count, concepts.category_of) for count in counts]
+    return [Tally(*counts, concepts.category_of) for counts in zip(both, concept, touching, strict=True)]
 
 
 def check_sizes(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> None:
@@ -180,22 +150,14 @@ def check_sizes(acts: np.ndarray | Stream, limits: np.ndarray, concepts: Concept
         raise UserError(f"There are {units} units and {len(limits)} thresholds; one threshold belongs to one unit.")
 
 
-def iou(counts: Tally, denominator: str = "lite") -> np.ndarray:
+def iou(counts: Tally) -> np.ndarray:
     """Return the IoU of every unit with every concept, float64 (U, L), in [0, 1]; 0 where both are empty.
 
-    The union is the concept's area plus the unit's area minus the intersection. The unit's area is counted
-
-    * ``"lite"``: in images where its active pixels touch a label of the concept's category (NetDissect-Lite);
-    * ``"paper"``: in images that have a label of the concept's category (bau2017network, section 2.3);
-    * ``"plain"``: everywhere. Never the largest of the three, and the only one that charges a unit for firing
-      in images that nobody labelled in this category.
+    The union is the concept's area plus the unit's area minus the intersection. The unit's area is counted as
+    NetDissect-Lite does, in images where its active pixels touch a label of the concept's category. (bau2017network,
+    section 2.3, counts it in all images that have such a label.) A unit is not charged for firing elsewhere.
     """
-    choose(denominator, DENOMINATORS, "denominator")
-    if denominator == "plain":
-        area = counts.unit[:, None]
-    else:
-        area = (counts.touching if denominator == "lite" else counts.labelled)[:, counts.category_of]
-    union = area + counts.concept - counts.both
+    union = counts.touching[:, counts.category_of] + counts.concept - counts.both
     return np.divide(counts.both, union, out=np.zeros(union.shape), where=union > 0)
 
 
@@ -203,13 +165,13 @@ def iou(counts: Tally, denominator: str = "lite") -> np.ndarray:
 
 
 def best_labels(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return every unit's best concept (the first of equals) and its IoU from `iou` (U, L)."""
+    """Return every unit's best concept (the first of equals) and its IoU."""
     best = scores.argmax(1)
     return best, scores[np.arange(len(scores)), best]
 
 
 def summary(scores: np.ndarray) -> dict[str, float]:
-    """Return a layer's numbers from `iou` (U, L): see the rows of `METRICS` with these names."""
+    """Return a layer's numbers: see the rows of `METRICS` with these names."""
     label, score = best_labels(scores)
     detector = score > DETECTOR_IOU
     return {
@@ -222,9 +184,7 @@ def summary(scores: np.ndarray) -> dict[str, float]:
 def summary_replicates(parts: Sequence[Tally], counts: np.ndarray) -> dict[str, np.ndarray]:
     """Return the numbers of `summary` on resampled images, (B,) each; the thresholds stay.
 
-    Args:
-        parts: Tallies of parts of the images, which are resampled as wholes.
-        counts: How often each part is drawn in each resample, (B, P).
+    ``parts`` are tallies of parts of the images, which are resampled as wholes: each ``counts`` (B, P) times.
     """
     names = [field.name for field in fields(Tally)][:-1]
     found = []
@@ -235,47 +195,29 @@ def summary_replicates(parts: Sequence[Tally], counts: np.ndarray) -> dict[str, 
 
 
 def detectors_by_category(scores: np.ndarray, concepts: ConceptSet) -> np.ndarray:
-    """Return the number of unique detectors in each category, from `iou` (U, L)."""
+    """Return the number of unique detectors in each category."""
     label, score = best_labels(scores)
     unique = np.unique(label[score > DETECTOR_IOU])
     return np.bincount(concepts.category_of[unique], minlength=len(concepts.categories))
 
 
 def null_floor(
-    acts: np.ndarray | Stream,
-    limits: np.ndarray,
-    concepts: ConceptSet,
-    *,
-    draws: int = 39,
-    alpha: float = 0.05,
-    seed: int = 0,
+    acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet, *, draws: int = 39, seed: int = 0
 ) -> np.ndarray:
     """Return the best IoU that each unit must exceed, (U,), judged by labels that have nothing to do with the images.
 
     Each draw gives every image the label planes of another (a random permutation), shifted around the torus
     by a random offset. The areas, the clumping and the co-occurrence of labels stay, and so do the unit's
     regions; only their association goes. Taking the best of all concepts in each draw accounts for having
-    tried them all. The floor is the ceil((1 - alpha)(draws + 1))-th smallest of these: exceeding it is a permutation
-    test per unit. Its level is ``alpha`` for units without a preferred place; noise that is enlarged keeps to the
-    border of the map, where scenes have ground alone, and exceeds the floor less often (3 % for 5 %).
-
-    Args:
-        acts: Maps (N, U, h, w) of the concept set's images, an array or a `Stream`.
-        limits: `thresholds`, (U,).
-        concepts: The labels.
-        draws: Number of shuffles, at least 1/alpha - 1.
-        alpha: Level.
-        seed: Of the shuffles.
-
-    Raises:
-        UserError: If the draws are too few for the level, or the sizes do not agree.
+    tried them all. The floor is the ceil(0.95 (draws + 1))-th smallest of these: exceeding it is a permutation test
+    per unit. Its level is 5 % for units without a preferred place; noise that is enlarged keeps to the border of the
+    map, where scenes have ground alone, and exceeds the floor less often (3 %).
     """
-    if not 0 < alpha < 1 or draws + 1 < 1 / alpha - 1e-9:
-        raise UserError(f"A level in (0, 1) needs at least 1/level - 1 draws (19 for 0.05), not {draws} for {alpha}.")
+    if draws < 19:
+        raise UserError(f"A level of 5 % needs at least 19 draws, not {draws}.")
     n, source, shift = len(concepts), [], []
     for rng in np.random.default_rng(seed).spawn(draws):
         source.append(rng.permutation(n))
         shift.append(rng.integers(0, concepts.mask_shape, (n, 2)))
     shuffled = _tallies(acts, limits, concepts, np.array(source), np.array(shift))
-    rank = ceil((1 - alpha) * (draws + 1) - 1e-9)
-    return np.sort([iou(counts).max(1) for counts in shuffled], 0)[rank - 1]
+    return np.sort([iou(counts).max(1) for counts in shuffled], 0)[ceil(0.95 * (draws + 1) - 1e-9) - 1]

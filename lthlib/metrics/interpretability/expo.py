@@ -75,29 +75,18 @@ def expo(
     neighbourhood; its features are the means of each superpixel and channel. By Stein's lemma its coefficients are the
     mean gradient there, summed over each superpixel, which needs far fewer draws than the regression itself.
 
-    * fidelity :math:`E_{x'} (f(x') - g_x(x'))^2`, on neighbours that g_x was not fitted to;
+    * fidelity :math:`E_{x'} (f(x') - g_x(x'))^2`, on ``n_eval`` neighbours that g_x was not fitted to;
     * stability :math:`E_{x'} \lVert c_x - c_{x'} \rVert^2`, g_x' fitted to neighbours *of x'*; intercepts left out.
 
     (The code published with that paper fits around x again, ``x`` for ``x_pert``: the noise of sampling alone.)
 
-    Args:
-        model: As in `lime.explain`, left as found.
-        images: As in `lime.fidelity_stability`.
-        segments: As in `lime.fidelity_stability`; a number for each pixel makes pixels the features.
-        method: The segmentation to use where ``segments`` is None.
-        sigma: Standard deviation of the neighbours, in units of the [0, 1] pixel range.
-        n_fit: Neighbours that each linear model is fitted to.
-        n_eval: Fresh neighbours for the fidelity.
-        n_neighbours: Neighbours around which g is fitted again.
-        seed: Of all noise, together with the image.
-        batch: Images in one pass, as in `lime.explain`.
+    Model, images, segments, method and batch are as in `lime.fidelity_stability`; a segment number for each pixel makes
+    pixels the features. ``sigma`` is in units of the [0, 1] pixel range. Each model is fitted to ``n_fit`` neighbours,
+    and again around ``n_neighbours`` of them.
 
     Returns:
         A row an image: ``label``, the explained class; the scores in `SCORES`, the scale-free ones NaN where f is
         constant; ``variance`` of f over the fresh neighbours; ``coef`` (C, segments).
-
-    Raises:
-        UserError: For a sigma that is not positive, a number that is too small, or what `lime.explain` refuses.
     """
     check_at_least(1, n_fit=n_fit, n_neighbours=n_neighbours)
     check_at_least(2, n_eval=n_eval)
@@ -105,7 +94,7 @@ def expo(
         raise UserError(f"sigma is {sigma}; it must be positive (0.1 is the paper's).")
     network, rows = None, []
     for image, labels in with_segments(images, segments, method):
-        network = network or fast_copy(model)
+        network = network or fast_copy(model, image)
         local = _Neighbourhood(*network, image, labels, sigma, batch, generator(seed, image))
         slope, intercept = local.fit(local.image, n_fit)
         fidelity, variance = local.judge(slope, intercept, n_eval)

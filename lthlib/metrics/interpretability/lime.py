@@ -25,6 +25,7 @@ from lthlib.metrics import describe
 from lthlib.metrics.interpretability.superpixels import check_at_least, check_image, with_segments
 from lthlib.networks.checks import check_rows
 from lthlib.networks.fast import inference_copy
+from lthlib.networks.inputs import as_input
 
 error = partial(describe, dimension="interpretability", higher_is_better=False, unit="probability²")
 scale_free = partial(describe, dimension="interpretability", unit="")
@@ -85,7 +86,6 @@ def explain(
     masks: np.ndarray | None = None,
     references: np.ndarray | None = None,
     batch: int | None = None,
-    precision: str = "float32",
 ) -> dict[str, object]:
     """Explain a network's prediction for one image, with masks and reference rows of your own where you have some.
 
@@ -101,8 +101,6 @@ def explain(
             the explanation, the change to the others its stability (NaN where there is no other). None for those of
             `draw_masks`, or for the whole image alone where masks are given.
         batch: Masked images in one pass; None for about 51,200 pixels on a processor, whose caches hold the maps.
-        precision: ``"float32"`` or ``"bfloat16"``, which is faster where the processor multiplies it, and moves a score
-            by much less than another seed of the masks does.
 
     Returns:
         ``label``, the class predicted for the whole image, and its ``probability``; ``n_segments`` and ``n_evaluated``,
@@ -125,7 +123,7 @@ def explain(
     masks, references = (
         _check_rows(rows, name, d) for name, rows in (("masks", masks), ("reference rows", references))
     )
-    return _explain(fast_copy(model, precision), image, labels, masks, references, batch)
+    return _explain(fast_copy(model, image), image, labels, masks, references, batch)
 
 
 def _check_rows(rows: np.ndarray, name: str, d: int) -> np.ndarray:
@@ -157,28 +155,24 @@ def fidelity_stability(
     that is one superpixel is not scored.
 
     Args:
-        model: As in `explain`.
+        model: As in `explain`, and batch as well.
         images: uint8 images, (N, H, W, C) or (N, H, W), or an iterator that yields them one at a time.
-        segments: One (H, W) array of superpixel numbers for each image; None for those of `segment`. They do not depend
-            on the network: make them once where many networks are compared.
-        method: The segmentation to use where ``segments`` is None.
+        segments: One (H, W) array of superpixel numbers for each image; None for those of `segment` by ``method``.
+            They do not depend on the network: make them once where many networks are compared.
         n_masks: Rows for each image.
         n_perturb: Other reference rows for each image.
         seed: Of masks and reference rows.
-        batch: As in `explain`.
-        precision: As in `explain`.
+        precision: ``"float32"`` or ``"bfloat16"``, which is faster where the processor multiplies it, and moves a score
+            by much less than another seed of the masks does.
 
     Returns:
-        A row an image, the columns as `explain` returns them.
-
-    Raises:
-        UserError: For what `explain` refuses, and for unknown names.
+        A row an image, the columns as `explain` returns them; it refuses the same.
     """
     check_at_least(2, n_masks=n_masks)
     check_at_least(1, n_perturb=n_perturb)
     network, rows = None, []
     for image, labels in with_segments(images, segments, method):
-        network = network or fast_copy(model, precision)
+        network = network or fast_copy(model, image, precision)
         drawn = draw_masks(image, labels.max() + 1, n_masks=n_masks, n_perturb=n_perturb, seed=seed)
         rows.append(_explain(network, image, labels, *drawn, batch))
     return pd.DataFrame(rows)
@@ -222,12 +216,12 @@ def generator(seed: int, image: np.ndarray) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(image)])
 
 
-def fast_copy(model: nn.Module, precision: str = "float32") -> tuple[nn.Module, torch.device]:
-    """A copy for evaluation, and the device that it is on."""
+def fast_copy(model: nn.Module, image: np.ndarray, precision: str = "float32") -> tuple[nn.Module, torch.device]:
+    """A copy for evaluation of images such as this, and the device that it is on."""
     choose(precision, PRECISIONS, "precision")
     tensor = next(model.parameters(), next(model.buffers(), None))
     device = torch.device("cpu") if tensor is None else tensor.device
-    return inference_copy(model, getattr(torch, precision)), device
+    return inference_copy(model, as_input(torch.from_numpy(image[None])), getattr(torch, precision)), device
 
 
 def images_per_pass(pixels: int, device: torch.device, batch: int | None) -> int:

@@ -224,14 +224,9 @@ def _random_weights(subject: Subject, question: Sequence, concepts: str, explain
 def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
     """Return at most n images with labelled concepts, fit for a network's input.
 
-    Args:
-        name: ``"scenes"``, the embedded set, or a folder or zip in Broden's layout in ``$LTHLIB_DATA``.
-        size: Side of the network's input; pictures of another size are resized (the labels stay as they are).
-        channels: 1 or 3; colour pictures become gray where the network is.
-        n: How many; of a folder evenly spaced ones.
-
-    Raises:
-        UserError: For an unknown name, or what `read_broden` refuses.
+    ``name`` is "scenes", the embedded set, or a folder or zip in Broden's layout in ``$LTHLIB_DATA``, of which evenly
+    spaced pictures are taken and resized to ``size``, gray for one channel (the labels stay as they are). `UserError`
+    for an unknown name, or what `read_broden` refuses.
     """
     if n < FEWEST:
         raise UserError(f"n_concept_images is {n}; dissection needs at least {FEWEST} images.")
@@ -277,17 +272,11 @@ class _Resized(Sequence):
 
 @dataclass(frozen=True)
 class Dissection:
-    """What the units of one layer stand for.
+    """What the U units of one layer stand for.
 
-    Attributes:
-        layer: Its name.
-        limits: The units' activation thresholds, (U,).
-        scores: IoU of every unit with every concept, (U, L).
-        replicates: The numbers of `dissection.summary` on resampled images.
-        floor: The best IoU that a unit must exceed to be above chance, (U,).
-        formulas: The best formula of every unit.
-        detectors: Unique detectors by category.
-        peaks: Every unit's largest activation in every image, (N, U).
+    ``scores`` (U, L) are their IoU with every concept at the activation thresholds ``limits`` (U,), ``replicates`` the
+    numbers of `dissection.summary` on resampled images, ``floor`` (U,) the best IoU that a unit must exceed to be above
+    chance. ``detectors`` counts unique ones by category; ``peaks`` (N, U) are the largest activations in every image.
     """
 
     layer: str
@@ -325,16 +314,8 @@ def dissect(
 ) -> Dissection:
     """Find what every unit of a layer stands for: a concept, a formula, or nothing beyond chance.
 
-    Args:
-        model: Left as found.
-        concepts: Images that fit the network, and their labels.
-        layer: A module's name.
-        quantile: Fraction of a unit's activations above its threshold; None for what suits the concept set.
-        draws: Shuffles of the labels for the floor, at least 19.
-        formula_length: Concepts in a formula at most.
-
-    Raises:
-        UserError: For an unknown layer (with a near name), too few draws, or a length that is not allowed.
+    The concept set's images fit the network. The other arguments are those of `measure`. `UserError` for an unknown
+    layer (with a near name), too few draws, or a length that is not allowed.
     """
     maps = Stream(model, layer, concepts.images)
     if next(iter(maps[:1])).nbytes * len(concepts) <= IN_MEMORY:

@@ -79,14 +79,10 @@ def occurring(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Upsampler:
-    """Bilinear enlargement with half-pixel centres, as PIL's and torch's (``align_corners=False``).
+    """Bilinear enlargement with half-pixel centres of maps (h, w) to masks (H, W).
 
-    The arithmetic is PIL's: rows, then columns, each summed in double and rounded to single precision.
-    A map finer than the mask is first reduced by the triangle filter that PIL uses (antialiased).
-
-    Args:
-        low: Size (h, w) of the maps.
-        high: Size (H, W) of the masks.
+    As PIL's and torch's (``align_corners=False``). The arithmetic is PIL's: rows, then columns, each summed in double
+    and rounded to single precision. A map finer than the mask is first reduced by the triangle filter that PIL uses.
     """
 
     def __init__(self, low: tuple[int, int], high: tuple[int, int]):
@@ -113,10 +109,8 @@ class Upsampler:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which labels hold in some pictures, and where.
 
-        Args:
-            pictures: K arrays of label planes (D, H, W), 0 for none.
-            shifts: How far to roll each around the torus, (K, 2); None leaves them.
-            entries: `occurring` of each, where it is known already.
+        Pictures are K arrays of label planes (D, H, W), 0 for none, each rolled around the torus by its shift, if any;
+        their entries (`occurring`) may be known already.
 
         Returns:
             Picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
@@ -180,10 +174,7 @@ class Upsampler:
 def activation_regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return where units are active at mask resolution, bool (n, U, H, W): for figures and small sets.
 
-    Args:
-        maps: Low-resolution maps (n, U, h, w).
-        limits: The units' `dissection.thresholds`, (U,).
-        shape: Size (H, W) of the mask.
+    Of low-resolution maps (n, U, h, w) with the units' `dissection.thresholds`, (U,).
     """
     up = Upsampler(maps.shape[2:], tuple(shape))
     active = up.active(maps.astype(np.float32, copy=False), limits)
@@ -195,11 +186,7 @@ def activation_regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, i
 
 
 def shared_pixels(active: Active, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count the active pixels of one image, all of them and those under each mask.
-
-    Args:
-        active: The image's active cells.
-        masks: Packed masks (P, cells, W) from `Upsampler.cells`.
+    """Count the active pixels of one image, all of them and those under each packed mask (P, cells, W).
 
     Returns:
         The units that are active (A,), their active pixels (A,), and those under each mask (A, P).

@@ -29,18 +29,11 @@ def default_segmentation(channels: int, size: int) -> str:
 
 
 def segment(image: np.ndarray | Tensor, method: str = "felzenszwalb", **parameters: float) -> np.ndarray:
-    """Split an image into superpixels; one without structure is a single one, all zeros.
+    """Split a uint8 image (H, W), (H, W, 1) or (H, W, 3) into superpixels; one without structure is one, all zeros.
 
-    A gray image is repeated to three channels first, as LIME does: the paper's thresholds are meant for three.
-
-    Args:
-        image: uint8, (H, W), (H, W, 1) or (H, W, 3).
-        method: ``"felzenszwalb"`` (Felzenszwalb & Huttenlocher, 2004), ``"quickshift"`` (Vedaldi & Soatto, 2008), or
-            ``"grid"``: square cells of ``cell`` pixels.
-        **parameters: Replace the values in `SEGMENTATIONS`.
-
-    Raises:
-        UserError: For an unknown method or parameter, or an image of another type or shape.
+    A gray image is repeated to three channels first, as LIME does: the paper's thresholds are meant for three. The
+    method is ``"felzenszwalb"`` (Felzenszwalb & Huttenlocher, 2004), ``"quickshift"`` (Vedaldi & Soatto, 2008), or
+    ``"grid"``: square cells of ``cell`` pixels. Parameters replace the values in `SEGMENTATIONS`.
     """
     from skimage import segmentation
 
