@@ -18,17 +18,10 @@ from lthlib import data
 from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store
 from lthlib.core.versions import code_version
-from lthlib.data.corruptions import (
-    CORRUPTIONS,
-    SEVERITIES,
-    common,
-    corrupt,
-    has_official,
-    load_official,
-    stream_official,
-)
+from lthlib.data.corruptions import CORRUPTIONS, SEVERITIES, common, corrupt
+from lthlib.data.corruptions.published import has_official, official
 
-PIECE = 250  # corrupted images made at a time
+PIECE = 250  # corrupted images made or read at a time
 KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
 OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
 
@@ -139,32 +132,11 @@ def _batches(
     folder = official_folder(like, name)
     if folder is not None:
         for severity in severities:
-            yield from ((severity, part) for part in _official(like, folder, name, severity, positions))
+            pixels = official(folder, name, severity, like).at(torch.from_numpy(positions))
+            yield from ((severity, part.numpy()) for part in pixels.split(PIECE))
         return
     start = 0
     for batch in like.test.subset(torch.from_numpy(positions)).pixels.split(PIECE):
         for severity in severities:
             yield severity, corrupt(batch.numpy(), name, severity, start=start)
         start += len(batch)
-
-
-def _official(
-    like: data.DataSet, folder: Path, name: str, severity: int, positions: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Pick the positions out of the published files, and see that these belong to the data set."""
-    expected = like.test.labels.numpy()
-    if (folder / f"{name}.npy").is_file():
-        pixels, labels = load_official(folder, name, severity, rows=5 * len(expected))
-        batches = iter([(pixels[positions], labels)])
-    else:
-        expected = expected[positions]
-        batches = stream_official(
-            folder, name, severity, classes=like.classes, rows=len(like.test), positions=positions
-        )
-    for pixels, labels in batches:
-        same, expected = np.array_equal(labels, expected[: len(labels)]), expected[len(labels) :]
-        if not same or pixels.shape[1:] != tuple(like.test.pixels.shape[1:]):
-            raise UserError(
-                f"{folder} does not belong to {like.name}: labels or image size of {name} differ from the test set's."
-            )
-        yield pixels

@@ -147,7 +147,7 @@ def corrupt(
         Hendrycks & Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
         Perturbations, 2019.
     """
-    check_images(images)
+    _check_images(images)
     height, width = images.shape[1:3]
     row = CORRUPTIONS[name]
     constant = row.constant(severity, default_constants(height, width) if constants is None else constants)
@@ -162,8 +162,7 @@ def corrupt(
     return out
 
 
-def check_images(images: np.ndarray) -> None:
-    """Raise `UserError` unless images are uint8 (N, H, W, C) that can be corrupted."""
+def _check_images(images: np.ndarray) -> None:
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise UserError(f"images must be a NumPy array of uint8 (0 to 255), not {kind}.")
