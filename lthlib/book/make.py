@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lthlib.book import front
 from lthlib.book.cost import PAPER
-from lthlib.book.grid import Grid, read_grid, study_name
+from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import lab_made_from, labs, make_labs
 from lthlib.book.plan import (
     BUILD,
@@ -43,10 +43,9 @@ from lthlib.results.collect import COLUMNS, collect, rows_of
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import RESULTS, check_records, recorded_json, write_records
 
-TABLES = ("rows.csv", "costs.csv", "provenance.csv")
 HTML, DOCTREES = BUILD / "html", BUILD / ".doctrees"
 BEGUN = BUILD / "book-begun"  # there while Sphinx builds: what a killed build left is not built upon
-FRONT, BOOK = BUILD / "stamps" / "front.json", BUILD / "stamps" / "book.json"
+BOOK = BUILD / "stamps" / "book.json"
 
 
 def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
@@ -109,43 +108,18 @@ def _keys_of(grid: Grid, store: Store) -> list[str]:
 
 def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     """Return the fingerprint of the built book: of all that stands in its folders, and of what should stand there."""
-    files = [p for p in (ROOT / "book").rglob("*") if p.is_file() and not p.name.startswith(".")]
-    read = [p for p in sorted(files) if not p.is_relative_to(ROOT / RESULTS)] + [ROOT / "_config.yml"]
+    files = [p for p in sorted((ROOT / "book").rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files += [ROOT / name for name in ("_config.yml", *PAPER)]
     pages = [page_made_from(page, made) for page in every_page(grid)]
-    every = [*pages, *map(lab_made_from, labs()), tables_made_from(made), front_made_from(grid, made)]
-    return digest([*(f"{p} {sha256(p)}" for p in read), *every])
-
-
-def tables_made_from(made: Mapping[Job, str]) -> str:
-    """Return the fingerprint of a grid's tables."""
-    return digest([code_version(__name__), *made.values()])
-
-
-def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
-    """Return the fingerprint of the front: of the grid, recorded results, contents and pages."""
-    files = [
-        *sorted((ROOT / RESULTS).rglob("*.json")),
-        ROOT / "book" / "contents.yml",
-        *(ROOT / name for name in PAPER),
-    ]
-    texts = [path.read_text() for path in files]
-    return digest(
-        [
-            repr(grid),
-            code_version(front.__name__),
-            vocabulary(),
-            *texts,
-            *(page_made_from(page, made) for page in every_page(grid)),
-            *made.values(),
-        ]
-    )
+    shown = [repr(grid), code_version(__name__), vocabulary(), *made.values(), *pages, *map(lab_made_from, labs())]
+    return digest([*(f"{p} {sha256(p)}" for p in files), *shown])
 
 
 # --- the book ----------------------------------------------------------------------------------------------------
 
 
 def book(grid: str, workers: int = 1) -> int:
-    """Make a grid's pages, labs, tables and front, as far as they are not current, and build the book.
+    """Make a grid's pages and labs, as far as they are not current, then its tables and front, and build the book.
 
     Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why.
 
@@ -163,13 +137,9 @@ def book(grid: str, workers: int = 1) -> int:
     BOOK.unlink(missing_ok=True)
     plans, lost = make_pages(plan, undone, made, workers), make_labs(workers)
     if not undone:
-        make_tables(plan, store, tables_made_from(made))
+        make_tables(plan, store)
     missing = [page for page in plans if page.missing]
-    if undone or missing or stamped(FRONT) != front_made_from(plan, made):
-        FRONT.unlink(missing_ok=True)
-        front.write(plan, store, plans, undone, grid)
-        if not undone and not missing:
-            put_stamp(FRONT, front_made_from(plan, made))
+    front.write(plan, store, plans, undone, grid)
     of = book_made_from(plan, made)
     log = BUILD / "logs" / "sphinx.log"
     in_forks([(log, _build)], 1)
@@ -247,27 +217,16 @@ def _build() -> None:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def make_tables(grid: Grid, store: Store, of: str) -> None:
-    """Write what a finished grid found: `TABLES`, unless they are current."""
-    folder, mark = GENERATED / grid.name, stamp(grid, "tables")
-    if stamped(mark) == of and all((folder / name).exists() for name in TABLES):
-        return
-    mark.unlink(missing_ok=True)
-    every = list(evaluations(grid, store))
-    found = [rows_of(some, dimension) for dimension, some in every], _costs(grid, store), _provenance(every)
-    tables = pd.concat(found[0])[list(COLUMNS)], *found[1:]
-    for name, table in zip(TABLES, tables, strict=True):
-        write_atomically(folder / name, table.to_csv(index=False))
-    put_stamp(mark, of)
-
-
-def evaluations(grid: Grid, store: Store, without: Iterable[Job] = ()) -> Iterator[tuple[str, list[Evaluation]]]:
-    """Yield each dimension with its evaluations, study by study, those of some jobs left out."""
-    left_out = {(job.study, job.method, job.seed) for job in without}
-    for study in grid.studies:
-        mine = [t for t in study.tickets() if (study_name(study), t.method, t.seed) not in left_out]
-        for dimension, parameters in grid.dimensions.items():
-            yield dimension, [evaluate(t, dimension, store, parameters, grid.precision) for t in mine]
+def make_tables(grid: Grid, store: Store) -> None:
+    """Write what a finished grid found: ``rows.csv``, ``costs.csv`` and ``provenance.csv``."""
+    every = [
+        (name, [evaluate(ticket, name, store, given, grid.precision) for ticket in study.tickets()])
+        for study in grid.studies
+        for name, given in grid.dimensions.items()
+    ]
+    rows = pd.concat([rows_of(found, name) for name, found in every])[list(COLUMNS)]
+    for name, table in (("rows", rows), ("costs", _costs(grid, store)), ("provenance", _provenance(every))):
+        write_atomically(GENERATED / grid.name / f"{name}.csv", table.to_csv(index=False))
 
 
 def _provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:

@@ -37,7 +37,7 @@ TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON
 
 
 def stamp(grid: Grid, name: str) -> Path:
-    """Return the file that says that a job of a grid, its tables, its front or the book is made."""
+    """Return the file that says that a job of a grid is made."""
     return BUILD / "stamps" / grid.name / f"{name}.json"
 
 
