@@ -15,24 +15,12 @@ from lthlib.core.store import Store
 from lthlib.metrics import Value
 from lthlib.results.classes import churn
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
+from lthlib.results.noninferiority import CASE
 from lthlib.results.recorded import read_records
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import Ticket
 
-COLUMNS = (
-    "dataset",
-    "arch",
-    "method",
-    "sparsity",
-    "seed",
-    "dimension",
-    "metric",
-    "shift",
-    "severity",
-    "n",
-    "value",
-    "ticket",
-)
+COLUMNS = ("dataset", "arch", "method", "sparsity", "seed", "dimension", *CASE, "n", "value", "ticket")
 COUNTS = ("sparsity", "n_kept", "n_prunable", "n_parameters", "macs", "macs_dense_kernel", "macs_parent")
 
 

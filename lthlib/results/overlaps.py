@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,14 +21,10 @@ FILE = "overlaps.csv"
 COLUMNS = ("first", "second", "jaccard", "chance")
 
 
-def has_mask(method: str) -> bool:
-    """Say whether a method leaves single weights out: dense and structured networks have no mask."""
-    return METHODS[method].family not in ("dense", "structured")
-
-
 def pairs(study: Study, round: int, seed: int, about: str | None = None) -> list[tuple[Ticket, Ticket]]:
     """Return every two masked tickets of one round and seed; with ``about``, those of which that method is one."""
-    mine = [t for t in study.tickets() if (t.round, t.seed) == (round, seed) and has_mask(t.method)]
+    mine = [t for t in study.tickets() if (t.round, t.seed) == (round, seed)]
+    mine = [t for t in mine if METHODS[t.method].family not in ("dense", "structured")]  # these have no mask
     return [(a, b) for a, b in itertools.combinations(mine, 2) if about in (None, a.method, b.method)]
 
 
@@ -81,10 +77,9 @@ def _compare(a: Ticket, b: Ticket, masks: dict[str, Masks], store: Store) -> tup
 
 
 def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:
-    return {(first, second): (j, chance) for first, second, j, chance in _lines(Path(root))}
-
-
-def _lines(root: Path) -> Iterator[tuple[str, str, float, float]]:
-    for file in sorted(root.glob(f"*/{FILE}")):
+    found = {}
+    for file in sorted(Path(root).glob(f"*/{FILE}")):
         check_records(file.parent)
-        yield from pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None)
+        for first, second, *values in pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None):
+            found[first, second] = tuple(values)
+    return found

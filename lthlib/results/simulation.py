@@ -1,4 +1,4 @@
-"""Made-up studies whose truth is known: what the verdict says of them, how often it errs, what it takes to decide."""
+"""Made-up studies whose truth is known: what the verdict says of them."""
 
 from __future__ import annotations
 
@@ -79,19 +79,7 @@ def simulate(
                 replicates[ticket] |= kept(Value(metric, values[n, k, j], images), again[:, n, k, j])
                 which = f"made up {study}", "none", method, n, 1 - 0.8**n, k, METRICS[metric].dimension
                 lines.append((*which, metric, "none", 0, images, values[n, k, j], ticket))
-    columns = [
-        "dataset",
-        "arch",
-        "method",
-        "round",
-        "sparsity",
-        "seed",
-        "dimension",
-        *verdict.CASE,
-        "n",
-        "value",
-        "ticket",
-    ]
+    columns = [*verdict.TICKET, "sparsity", "seed", "dimension", *verdict.CASE, "n", "value", "ticket"]
     return verdict.judge(pd.DataFrame(lines, columns=columns), replicates, CLASSES, limits)
 
 
@@ -102,19 +90,3 @@ def outcomes(judged: pd.DataFrame) -> dict[str, float]:
     }
     any_lost = judged.groupby(verdict.TICKET, sort=False)["outcome"].agg(lambda found: (found == verdict.LOST).any())
     return {**shares, "any lost": float(any_lost.mean())}
-
-
-def power(
-    images: Sequence[int] = (100, 300, 1000, 3000), seeds: Sequence[int] = (1, 2, 3, 5, 10), studies: int = 100
-) -> pd.DataFrame:
-    """Simulate how often a network is shown to keep a metric: equal to its parent, or worse by twice the tolerance.
-
-    Returns:
-        A line for each number of images, of seeds and each true ``loss``, with the shares of `outcomes`.
-    """
-    lines = []
-    for n in images:
-        for k in seeds:
-            for loss in (0.0, 2.0):
-                lines.append({"images": n, "seeds": k, "loss": loss, **outcomes(simulate(studies, n, k, loss=loss))})
-    return pd.DataFrame(lines)

@@ -7,11 +7,12 @@ everything an LTH-PASS, but publishes no thresholds. Those here are ours; each i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
@@ -57,18 +58,9 @@ class Thresholds:
 
 
 def thresholds_from(given: object) -> Thresholds:
-    """Return thresholds from plain values, the defaults in the place of those not given.
-
-    Raises:
-        UserError: For an unknown one, a value that cannot be, or ``k`` of an older grid.
-    """
+    """Return thresholds from plain values, the defaults in the place of those not given."""
     if not isinstance(given, Mapping):
         raise UserError(f"thresholds is {shown(given)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
-    if "k" in given:
-        raise UserError(
-            "The threshold k is gone: what two standard errors forgave now counts as not shown. Leave it out, or "
-            "name alpha, the probability of a wrong verdict (0.05 by default)."
-        )
     for name in given:
         choose(name, vars(Thresholds()), "threshold")
     return Thresholds(**given)
@@ -213,27 +205,23 @@ def spread(summary: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     Below five seeds Student's interval is so wide (2 seeds: 9 standard deviations either side) that it hides the data;
     the range shows what was seen and claims no more.
     """
-    from scipy.stats import t
-
     many = summary["seeds"] >= 5
-    reach = t.ppf(0.975, np.maximum(summary["seeds"] - 1, 1)) * summary["error"]
+    reach = student.ppf(0.975, np.maximum(summary["seeds"] - 1, 1)) * summary["error"]
     low = (summary["mean"] - reach).where(many, summary["least"])
     return low, (summary["mean"] + reach).where(many, summary["most"])
 
 
-def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.DataFrame:
+def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
     """Say which tickets win everything: LTH-PASS is every metric of the paper kept that was measured in the study.
 
     Args:
-        judged: As `judge` returns it.
-        metrics: Which metrics count; by default those with ``in_verdict``.
+        judged: As `judge` returns it; only metrics in the verdict count.
 
     Returns:
         One line a method and round: ``sparsity``, ``passed``, the ``outcome`` of all together (lost where any is; kept
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
-    wanted = set(metrics) if metrics is not None else {m.name for m in METRICS.values() if m.in_verdict}
-    counted = judged[judged["metric"].isin(wanted) & (judged["outcome"] != "")]
+    counted = judged[judged["metric"].map(lambda name: METRICS[name].in_verdict) & (judged["outcome"] != "")]
     counted = counted.drop_duplicates([*TICKET, *CASE])
     asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
     lines = []
