@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from lthlib import data, networks
@@ -109,3 +110,7 @@ class Ticket:
         digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
         name = self.data.replace("@", "+").lower()
         return f"{name}-{self.arch}-{self.method}-r{self.round:02d}-s{self.seed}-{digest}"
+
+
+TICKET_ID = re.compile(r".+-r\d+-s\d+-[0-9a-f]{12}")
+"""What every `Ticket.id` looks like."""
