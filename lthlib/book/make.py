@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,14 +122,8 @@ def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
 def book(grid: str, workers: int = 1) -> int:
     """Make a grid's pages and labs, as far as they are not current, then its tables and front, and build the book.
 
-    Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why.
-
-    Args:
-        grid: The grid file.
-        workers: How many pages are made at once.
-
-    Returns:
-        1 where something is missing, else 0.
+    Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why, and 1
+    is returned.
     """
     plan, store = read_grid(grid), Store()
     # The stamps are believed: no image is loaded here, because a fork of a process that has run torch may stand still.
@@ -166,7 +161,7 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
     if todo:
         from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports: the forks have it at once
-    in_forks(((logs[page], _maker(page, of[page])) for page in todo), workers)
+    in_forks(((logs[page], functools.partial(_make, page, of[page])) for page in todo), workers)
     found = []
     for page in plans:
         reason = ""
@@ -179,8 +174,8 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
     return found
 
 
-def _maker(page: PagePlan, of: str) -> Callable[[], None]:
-    return lambda: execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
+def _make(page: PagePlan, of: str) -> None:
+    execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
 
 
 def job_log(grid: Grid, job: Job) -> Path:

@@ -64,14 +64,6 @@ class ConceptSet:
         number = 1 + (self.index(label) if isinstance(label, str) else label)
         return np.stack([(self.planes[i] == number).any(0) for i in range(len(self))])
 
-    def areas(self) -> np.ndarray:
-        """Return how many pixels of the whole set each label covers, int64 (L,)."""
-        total = np.zeros(len(self.labels), np.int64)
-        for i in range(len(self)):
-            numbers, masks = present(self.planes[i])
-            total[numbers - 1] += masks.sum((1, 2))
-        return total
-
     def subset(self, indices: Sequence[int] | np.ndarray) -> ConceptSet:
         """Return the set of some of the images, in the given order, with the same labels."""
         indices = np.arange(len(self))[indices]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -99,14 +98,10 @@ def _entries(lines: Sequence[str], files: Sequence[str], path: str, first_word: 
 
 def _split(line: str, known: dict[str, set[str]]) -> tuple[str, str]:
     """Split a line into file name and class, at a comma, a tab or blanks; either may be quoted or have blanks in it."""
-    delimiter = next((mark for mark in ",\t" if mark in line), None)
-    if delimiter:
-        words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+    delimiter = next((mark for mark in ",\t" if mark in line), " ")
+    words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+    if delimiter != " ":
         return words[0], words[1]
-    try:
-        words = shlex.split(line) if '"' in line else line.split()
-    except ValueError:  # a quote that is not closed
-        words = line.split()
     ends = [end for end in range(1, len(words)) if " ".join(words[:end]) in known]
     end = ends[-1] if ends else 1
     return " ".join(words[:end]), " ".join(words[end:])

@@ -38,8 +38,6 @@ class Evidence:
         n_classes: Number of classes.
         replicates: By ticket, arrays as `lthlib.results.verdict.judge` takes them.
         thresholds: Of the verdict.
-        width: How wide its networks are beside others of their family; by default the end of the architecture's name
-            (``resnet20s-x2``), else 1.
     """
 
     label: str
@@ -47,7 +45,6 @@ class Evidence:
     n_classes: int
     replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
-    width: float | None = None
 
     @cached_property
     def judged(self) -> pd.DataFrame:
@@ -90,8 +87,8 @@ class Evidence:
 
     @property
     def wide(self) -> float:
-        """The width, see `width`."""
-        return self._named[1] if self.width is None else self.width
+        """How wide its networks are beside others of their family: the end of ``resnet20s-x2``, else 1."""
+        return self._named[1]
 
     @property
     def _named(self) -> tuple[str, float]:
