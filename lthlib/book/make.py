@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from lthlib.core.forks import in_forks
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, whole_folder, write_atomically
 from lthlib.core.versions import code_version, digest
 from lthlib.results import overlaps
-from lthlib.results.collect import COLUMNS, collect, rows_of
+from lthlib.results.collect import COLUMNS, rows_of, ticket_table
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import RESULTS, check_records, recorded_json, write_records
 
@@ -220,7 +220,8 @@ def make_tables(grid: Grid, store: Store) -> None:
         for name, given in grid.dimensions.items()
     ]
     rows = pd.concat([rows_of(found, name) for name, found in every])[list(COLUMNS)]
-    for name, table in (("rows", rows), ("costs", _costs(grid, store)), ("provenance", _provenance(every))):
+    costs = _costs([e for name, found in every if name == every[0][0] for e in found])  # the same in every dimension
+    for name, table in (("rows", rows), ("costs", costs), ("provenance", _provenance(every))):
         write_atomically(GENERATED / grid.name / f"{name}.csv", table.to_csv(index=False))
 
 
@@ -237,14 +238,10 @@ def _provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _costs(grid: Grid, store: Store) -> pd.DataFrame:
-    """Return what each ticket of a finished grid costs: its counts, bytes, trainings and seconds, a line a ticket."""
-    dimension, parameters = next(iter(grid.dimensions.items()))
-    parts = []
-    for study in grid.studies:
-        tickets = collect(study, dimension, store, parameters=parameters, precision=grid.precision).tickets
-        parts.append(tickets.drop(columns="density_by_layer").assign(dataset=study.data, arch=study.arch))
-    found = pd.concat(parts, ignore_index=True)
+def _costs(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
+    """Return what each ticket costs: its counts, bytes, trainings and seconds, a line a ticket."""
+    found = ticket_table(evaluations).drop(columns="density_by_layer")
+    found = found.assign(dataset=[e.ticket.data for e in evaluations], arch=[e.ticket.arch for e in evaluations])
     which = ["dataset", "arch", "method", "round", "seed", "ticket"]
     return found[[*which, *found.columns.drop(which)]]
 

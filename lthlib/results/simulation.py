@@ -13,6 +13,7 @@ from lthlib.results import verdict
 
 CLASSES = 10
 BASE = 0.5  # every metric's value for a dense network
+SHARED, OWN = 20.0, 10.0  # deviations of an image's effect on all networks, and on one, in units of the tolerance
 
 
 def tolerated(metric: str, thresholds: verdict.Thresholds) -> float:
@@ -32,10 +33,7 @@ def simulate(
     metrics: Sequence[str] = ("test_accuracy",),
     rounds: int = 1,
     trainings: float = 0.3,
-    shared: float = 20.0,
-    own: float = 10.0,
     unlike: float = 0.0,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Judge made-up studies, all at once; a study is a data set of its own.
 
@@ -51,15 +49,12 @@ def simulate(
         metrics: Names in `METRICS`.
         rounds: Sparse tickets of a study, which tell of each other's spread.
         trainings: Spread over trainings.
-        shared: Of an image's effect on all networks.
-        own: Of its effect on one network.
         unlike: Standard deviation, over tickets, of the logarithm of their spread over trainings.
-        seed: Of the draws.
 
     Returns:
         As `lthlib.results.verdict.judge` returns it.
     """
-    rng, counts, limits = np.random.default_rng(seed), resamples(images), verdict.Thresholds()
+    rng, counts, limits = np.random.default_rng(0), resamples(images), verdict.Thresholds()
     lines, replicates = [], {}
     tolerances = np.array([tolerated(metric, limits) for metric in metrics])
     signs = np.array([1 if METRICS[metric].higher_is_better else -1 for metric in metrics])
@@ -67,8 +62,8 @@ def simulate(
     for study in range(studies):
         shape = rounds + 1, seeds, len(metrics)
         spread = trainings * np.exp(unlike * rng.standard_normal((rounds + 1, 1, 1)))
-        terms = spread * rng.standard_normal(shape) - lost + own * rng.standard_normal((images, *shape))
-        terms += shared * rng.standard_normal((images, 1, 1, len(metrics)))
+        terms = spread * rng.standard_normal(shape) - lost + OWN * rng.standard_normal((images, *shape))
+        terms += SHARED * rng.standard_normal((images, 1, 1, len(metrics)))
         values = BASE + tolerances * signs * terms.mean(0)
         again = resampled_mean(terms.reshape(images, -1), counts).reshape(-1, *shape)
         again = BASE + tolerances * signs * again
