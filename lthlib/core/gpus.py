@@ -54,11 +54,7 @@ def visible() -> list[str]:
 def claim() -> str | None:
     """Take a free GPU for the rest of this process, waiting for one where all are taken; return its name.
 
-    Returns:
-        What CUDA_VISIBLE_DEVICES now is, or None where `VARIABLE` names no GPU: then nothing has changed.
-
-    Raises:
-        RuntimeError: CUDA is in use already; it would not notice.
+    None where `VARIABLE` names no GPU: then nothing has changed.
     """
     devices = [device for device in os.environ.get(VARIABLE, "").split(",") if device]
     if not devices:

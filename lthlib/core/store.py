@@ -79,12 +79,7 @@ def seal(content: Mapping[str, object]) -> str:
 
 
 def unseal(path: Path) -> dict[str, object]:
-    """Read what `seal` returned.
-
-    Raises:
-        ValueError: The file is not what was written.
-        OSError: It cannot be read.
-    """
+    """Read what `seal` returned; ValueError where the file is not what was written."""
     try:
         content = json.loads(path.read_bytes())
         whole = content.pop("sha256") == _digest(content)
@@ -164,12 +159,6 @@ class Store:
             key: The folder's name below the root.
             version: Identifies code and inputs; an artifact of another version is made again.
             make: Writes the artifact's files into the empty folder it is given.
-
-        Returns:
-            The folder, whole and verified.
-
-        Raises:
-            UserError: Where the store cannot be written (no space, no permission, read-only).
         """
         path = self.path(key)
         if not self.has(key, version):
@@ -192,11 +181,7 @@ class Store:
                 yield "/".join(parts)
 
     def lost(self, keys: Iterable[str]) -> set[str]:
-        """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside.
-
-        Raises:
-            UserError: Where the store cannot be read, or what is damaged cannot be set aside.
-        """
+        """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside."""
         keys = [*keys]
         with self._guard():
             with ThreadPoolExecutor() as threads:  # hashing lets others run

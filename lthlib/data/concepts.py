@@ -51,11 +51,7 @@ class ConceptSet:
         return tuple(self.planes[0].shape[-2:])
 
     def index(self, label: str) -> int:
-        """Return the index of a label.
-
-        Raises:
-            UserError: If there is no such label, with the nearest name.
-        """
+        """Return the index of a label."""
         choose(label, self.labels, "concept")
         return self.labels.index(label)
 

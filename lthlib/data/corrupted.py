@@ -30,9 +30,6 @@ def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
     """Return the positions of n images, ascending, every class in proportion; of all where there are not more.
 
     Evenly spaced in the order by class: many sets are sorted by class, and their first n images are all alike.
-
-    Raises:
-        UserError: For n below 1.
     """
     if n < 1:
         raise UserError(f"{n} images are asked for; at least 1 is needed.")
@@ -68,8 +65,7 @@ def corrupted_parts(
     Args:
         like: The data set; ``sample(like.test.labels, n)`` of its test images are taken.
         name: A name in `lthlib.data.corruptions.CORRUPTIONS`.
-        n: How many.
-        store: Where they are kept.
+        n, store: How many, and where they are kept.
         severities: Consecutive ones.
 
     Yields:
@@ -97,13 +93,8 @@ def corrupted_parts(
 def write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[tuple[int, np.ndarray]]) -> None:
     """Write an array that need not fit in memory to a ``.npy`` file.
 
-    `numpy.save` does not say when a disk is full, and a mapping that the disk cannot take is fatal.
-
-    Args:
-        path: The file.
-        dtype: Of its numbers.
-        shape: Its shape; the parts must fill it.
-        parts: (index along the first axis, what comes next there); more than fits goes on at the next index.
+    `numpy.save` does not say when a disk is full, and a mapping that the disk cannot take is fatal. The parts, (index
+    along the first axis, what comes next there), fill the shape; more than fits goes on at the next index.
     """
     row, written = math.prod(shape[1:]) * np.dtype(dtype).itemsize, Counter()
     with path.open("wb") as file:

@@ -50,9 +50,6 @@ def compare(
     Returns:
         One line a pair: ``round``, ``seed``, ``a`` and ``b`` (methods), ``first`` and ``second`` (ids of tickets),
         ``jaccard`` and ``chance``, see `lthlib.pruning.masks.jaccard` and `lthlib.pruning.masks.chance_jaccard`.
-
-    Raises:
-        UserError: Where an overlap is missing and may not be computed.
     """
     known = _recorded(recorded) if recorded else {}
     lines = []

@@ -42,17 +42,12 @@ def simulate(
     defaults are about those of accuracies of 96 % that two trainings take 0.3 points apart.
 
     Args:
-        studies: How many.
-        images: Images of each.
-        seeds: Trainings of the dense network and of each sparse one.
+        studies, images, seeds: How many; of each study, and of its dense and each of its sparse networks.
         loss: True shortfall of the sparse networks in each metric, in units of the tolerance; 0: as the dense.
         metrics: Names in `METRICS`.
         rounds: Sparse tickets of a study, which tell of each other's spread.
         trainings: Spread over trainings.
         unlike: Standard deviation, over tickets, of the logarithm of their spread over trainings.
-
-    Returns:
-        As `lthlib.results.verdict.judge` returns it.
     """
     rng, counts, limits = np.random.default_rng(0), resamples(images), verdict.Thresholds()
     lines, replicates = [], {}

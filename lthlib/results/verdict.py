@@ -214,9 +214,6 @@ def spread(summary: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
     """Say which tickets win everything: LTH-PASS is every metric of the paper kept that was measured in the study.
 
-    Args:
-        judged: As `judge` returns it; only metrics in the verdict count.
-
     Returns:
         One line a method and round: ``sparsity``, ``passed``, the ``outcome`` of all together (lost where any is; kept
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
@@ -240,12 +237,8 @@ def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
 def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     """Return the highest sparsity up to which each method is shown to keep, without a break, by metric or dimension.
 
-    Args:
-        judged: As `judge` returns it; only metrics in the verdict count.
-        by: ``"metric"`` or ``"dimension"`` (all of its metrics must be kept).
-
-    Returns:
-        Table methods x metrics (or dimensions) of sparsities; NaN where not even the lowest sparsity is.
+    The table is methods x metrics, or dimensions (all of whose metrics must be kept); only metrics in the verdict
+    count. NaN where not even the lowest sparsity is reached.
     """
     table: dict[str, dict[str, float]] = {}
     for (method, column), lines in _ladders(judged, by):
@@ -285,11 +278,8 @@ def standing_round(judged: pd.DataFrame) -> int:
 def scorecard(summary: pd.DataFrame) -> pd.DataFrame:
     """Scale each metric of the verdict to [0, 1], 1 the best: (x - min) / (max - min), as in the paper's Fig. 1.
 
-    Args:
-        summary: As `summarise` returns it, restricted to what is to be compared (one round, and dense).
-
-    Returns:
-        Table methods x metrics; a metric in which all are equal is 1 for all.
+    Methods x metrics, of a summary restricted to what is to be compared (one round, and dense); a metric in which all
+    are equal is 1 for all.
     """
     counted = summary[summary["metric"].map(lambda name: METRICS[name].in_verdict)]
     table = counted.pivot_table(index="method", columns="metric", values="mean", sort=False)

@@ -123,10 +123,9 @@ def default_constants(height: int, width: int) -> str:
 def corrupt(
     images: np.ndarray, name: str, severity: int, *, constants: str | None = None, seed: int = 0, start: int = 0
 ) -> np.ndarray:
-    """Corrupt every image of a set.
+    """Corrupt every image of a set (Hendrycks & Dietterich, 2019).
 
-    Besides the result the memory needed does not grow with N: images are taken in steps of about
-    `CHUNK_BYTES`.
+    Besides the result the memory needed does not grow with N: images are taken in steps of about `CHUNK_BYTES`.
 
     Args:
         images: uint8 of shape (N, H, W, 1) or (N, H, W, 3), RGB, sides of at least `MIN_SIDE`. Left as it is.
@@ -139,13 +138,6 @@ def corrupt(
 
     Returns:
         uint8 of the shape of ``images``.
-
-    Raises:
-        UserError: For an unknown name, severity or table, a negative seed, or images of another kind.
-
-    References:
-        Hendrycks & Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
-        Perturbations, 2019.
     """
     _check_images(images)
     height, width = images.shape[1:3]
