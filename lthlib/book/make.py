@@ -37,7 +37,7 @@ from lthlib.book.plan import (
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
-from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, whole_folder, write_atomically
+from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
 from lthlib.core.versions import code_version, digest
 from lthlib.results import overlaps
 from lthlib.results.collect import COLUMNS, rows_of, ticket_table
@@ -79,7 +79,6 @@ def clear_stale(grid: Grid, store: Store) -> None:
         check_records(folder)
     for file in sorted((ROOT / RESULTS).glob("[!.]*.json")):
         recorded_json(file)
-    store.tidy()
     keys = {job: artifacts(grid, job) for job in jobs(grid)}
     lost = store.lost(_keys_of(grid, store))
     for key in [key for key in lost if key.startswith("predictions/")]:
@@ -259,6 +258,9 @@ def record(grid: str) -> None:
         ]
     shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
     folder = ROOT / RESULTS / plan.name
-    with whole_folder(folder) as new:
-        write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")

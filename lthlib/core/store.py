@@ -50,29 +50,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``path`` at the end; a reader finds the old one or the new.
-
-    What a killed writer left is removed by the next one. Between the two renames there is neither, for a moment.
-    """
-    new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
-    if old.exists() and not path.exists():  # killed between the renames
-        os.replace(old, path)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new)
-        raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def seal(content: Mapping[str, object]) -> str:
     """Return a mapping as JSON that carries its own SHA-256, so that `unseal` sees any damage."""
     return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
@@ -200,16 +177,6 @@ class Store:
             if self.path(key).exists():
                 self._clear(key, "outdated")
 
-    def tidy(self) -> None:
-        """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
-        with self._guard():
-            for left in (self.root / "tmp").glob("*"):
-                with contextlib.suppress(OSError, Timeout), FileLock(self._lock_file(left.name), timeout=0):
-                    shutil.rmtree(left)
-
-    def _lock_file(self, name: str) -> Path:
-        return self.root / "locks" / f"{name}.lock"
-
     def _version(self, key: str) -> object:
         """Return the version that lies under a key; None where that cannot be read."""
         try:
@@ -277,7 +244,7 @@ class Store:
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
         """Hold the key's lock. The system frees it with the process, however that ends: no lock goes stale."""
-        file = self._lock_file(key.replace("/", "--"))
+        file = self.root / "locks" / f"{key.replace('/', '--')}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
         try:

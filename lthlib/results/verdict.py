@@ -117,14 +117,9 @@ def judge(
 
 
 def _check_dense(summary: pd.DataFrame) -> None:
-    dense = summary[summary["method"] == "dense"]
-    lacking = {*zip(summary["dataset"], summary["arch"], strict=True)} - {
-        *zip(dense["dataset"], dense["arch"], strict=True)
-    }
-    if lacking:
-        raise UserError(
-            f"There is no dense run of {' '.join(min(lacking))} among the rows; a verdict compares with it."
-        )
+    for (dataset, arch), rows in summary.groupby(["dataset", "arch"]):
+        if "dense" not in set(rows["method"]):
+            raise UserError(f"There is no dense run of {dataset} {arch} among the rows; a verdict compares with it.")
 
 
 def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds) -> pd.DataFrame:

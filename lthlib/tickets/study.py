@@ -44,21 +44,13 @@ class Study:
 
     def tickets(self) -> list[Ticket]:
         """Return the dense tickets, then those of each method by seed and round."""
-        dense = [self._ticket("dense", 0, seed) for seed in self.seeds]
-        return dense + [self._ticket(*which) for which in itertools.product(self.methods, self.rounds, self.seeds)]
-
-    def _ticket(self, method: str, round: int, seed: int) -> Ticket:
-        return Ticket(
-            self.data,
-            self.arch,
-            method,
-            round,
-            seed,
-            self.recipe,
-            self.rewind_epoch,
-            self.train_size,
-            tuple(self.options.get(method, {}).items()),
-        )
+        dense, sparse = itertools.product(["dense"], [0], self.seeds), (self.methods, self.rounds, self.seeds)
+        options = {method: tuple(given.items()) for method, given in self.options.items()}
+        shared = self.recipe, self.rewind_epoch, self.train_size
+        return [
+            Ticket(self.data, self.arch, method, round, seed, *shared, options.get(method, ()))
+            for method, round, seed in (*dense, *itertools.product(*sparse))
+        ]
 
 
 def study_from(settings: Mapping[str, object]) -> Study:
