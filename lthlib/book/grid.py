@@ -84,12 +84,7 @@ def study_name(study: Study) -> str:
 def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
     """Read and check a grid file; nothing is trained, loaded or written.
 
-    Args:
-        path: The file.
-        recorded: Whether only its recorded results are wanted; then its data need not be there.
-
-    Raises:
-        UserError: Naming the key, the value and what is allowed.
+    Where only its recorded results are wanted, its data need not be there.
     """
     path = Path(path)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", path.stem):

@@ -70,10 +70,8 @@ def clear_stale(grid: Grid, store: Store) -> None:
     """Take back the stamps of whatever has to be made, or made again: what is left may be believed.
 
     Damaged artifacts of the store are set aside, and the jobs that made them run again; so do those whose logits are
-    damaged, which the evaluations that read them outlive otherwise.
-
-    Raises:
-        UserError: Where recorded results are damaged: these cannot be made again.
+    damaged, which the evaluations that read them outlive otherwise. Damage to recorded results, which cannot be made
+    again, is an error.
     """
     for folder in sorted((ROOT / RESULTS).glob("[!.]*/")):
         check_records(folder)

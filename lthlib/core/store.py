@@ -103,11 +103,7 @@ def say(message: str) -> None:
 
 
 class Store:
-    """A root folder of artifacts.
-
-    Args:
-        root: The folder; by default ``$LTHLIB_STORE``, else ``store`` in the checkout.
-    """
+    """A root folder of artifacts; by default ``$LTHLIB_STORE``, else ``store`` in the checkout."""
 
     def __init__(self, root: str | Path | None = None):
         self.root = Path(root or os.environ.get("LTHLIB_STORE") or ROOT / "store")

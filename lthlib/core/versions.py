@@ -31,8 +31,7 @@ to the next process: what this one finishes in the meantime must not pass for a 
 def code_version(*makers: Callable | str) -> str:
     """Return 12 hexadecimal digits that change with some modules, what they import of this package, or torch.
 
-    Args:
-        makers: Names of modules, such as ``lthlib.training.loop``, or functions and classes defined in them.
+    Makers are names of modules, such as ``lthlib.training.loop``, or functions and classes defined in them.
     """
     return _version(frozenset(maker if isinstance(maker, str) else maker.__module__ for maker in makers))
 

@@ -36,11 +36,6 @@ def read_broden(path: str | Path) -> ConceptSet:
     Args:
         path: The folder that holds ``index.csv``, or a zip with that folder at its root or one level down.
 
-    Raises:
-        UserError: If a table or a category is missing or malformed, if a file that a row names does not
-            exist or has another size than the row says, or (when it is read) if a mask holds a number that
-            ``label.csv`` does not; the row and the file are named.
-
     Source: bau2017network, section 2.1.
     """
     broden = _Broden(Path(path))

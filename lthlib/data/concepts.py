@@ -83,12 +83,7 @@ def present(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Rows(Sequence):
-    """A sequence whose rows are read when they are asked for; its slices are stacked arrays.
-
-    Args:
-        read: Returns the i-th row.
-        n: How many there are.
-    """
+    """A sequence of n rows, of which ``read(i)`` is asked for the i-th; its slices are stacked arrays."""
 
     def __init__(self, read: Callable[[int], np.ndarray], n: int):
         self.read, self.n = read, n

@@ -39,9 +39,6 @@ def listed_classes(
         files: The images, with folders before the name.
         classes: Those of the training images, in the order of the labels; None where there are none.
         where: What holds the files, for messages.
-
-    Raises:
-        UserError: Where no list is found, or one that is damaged or ambiguous, lacks an image, or names another class.
     """
     top = part[: -len(PurePosixPath(part).name)]
     for path in (f"{part}.txt", top + KAGGLE):

@@ -40,8 +40,7 @@ def compare(
     """Compare masks, those of different methods at the same round and seed.
 
     Args:
-        study: Whose tickets.
-        store: Where tickets are kept; they are trained where they are missing.
+        study, store: Whose tickets, and where they are kept; they are trained where they are missing.
         rounds: Which of the study's rounds; all of them if None.
         about: Compare this method with the others only.
         recorded: Folder of recorded results (``book/results``), read before any mask is.

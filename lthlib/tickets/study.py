@@ -57,10 +57,8 @@ def study_from(settings: Mapping[str, object]) -> Study:
     """Build a study from plain values, as a notebook's parameters or a grid file give them.
 
     Accepted keys are the attributes of `Study`, ``method`` for ``methods`` (a name, a list, or "all"), and
-    ``sparsities`` for ``rounds`` (fractions, each within half a point of the ladder).
-
-    Raises:
-        UserError: Naming the key, the value and what is allowed.
+    ``sparsities`` for ``rounds`` (fractions, each within half a point of the ladder). An error names the key, the value
+    and what is allowed.
     """
     check_plain(settings, "the study")
     given = dict(settings)

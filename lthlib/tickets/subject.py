@@ -140,9 +140,7 @@ class Subject:
     def corrupted_logits(self, names: Sequence[str], n: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """Yield (corruption, severity, logits (n, classes)), all kept in one file and read one after the other.
 
-        Args:
-            names: Names in `lthlib.data.corruptions.CORRUPTIONS`.
-            n: Images under each, those of ``sample("test", n)``, whose labels they have.
+        The images under each are those of ``sample("test", n)``, whose labels they have.
         """
         labels = self.labels("test", n)
 
