@@ -79,7 +79,7 @@ import time
 from lthlib.book import make
 from lthlib.book.grid import read_grid
 from lthlib.core.store import Store
-make.make_tables(read_grid(sys.argv[1]), Store(), "")
+make.make_tables(read_grid(sys.argv[1]), Store())
 """
 
 

@@ -38,8 +38,6 @@ print(json.dumps({
     "tickets": {ticket.id: version_of(ticket, images) for ticket in study.tickets()},
     "job": {job.name: of for job, of in made.items()},
     "page": {page.path: plan.page_made_from(page, made) for page in plan.pages(grid)},
-    "rows": {"": make.tables_made_from(made)},
-    "front": {"": make.front_made_from(grid, made)},
     "book": {"": make.book_made_from(grid, made)},
 }))
 """

@@ -8,6 +8,7 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage, stats
 from skimage.color import hsv2rgb, rgb2hsv
@@ -15,6 +16,7 @@ from skimage.filters import gaussian
 from sklearn.datasets import load_sample_images
 
 from lthlib.core.errors import UserError
+from lthlib.data import DataSet, Images
 from lthlib.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -23,15 +25,13 @@ from lthlib.data.corruptions import (
     corrupt,
     corruption,
     extra,
-    has_official,
-    load_official,
     noise,
     registry,
-    stream_official,
     weather,
 )
 from lthlib.data.corruptions.extra import speckle_channel
 from lthlib.data.corruptions.noise import gaussian_channel, impulse_channel, shot_channel
+from lthlib.data.corruptions.published import has_official, official
 
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 TABLES = ("cifar", "imagenet")
@@ -590,52 +590,55 @@ def test_no_images_give_no_images(name):
 # --- Published files ----------------------------------------------------------------------------------------
 
 
+def data_set(classes: tuple[str, ...], labels: list[int], size: int) -> DataSet:
+    test = Images(torch.zeros(len(labels), size, size, 3, dtype=torch.uint8), torch.tensor(labels))
+    return DataSet("photos", classes, test, None, test, (0.5,) * 3, (0.5,) * 3, "digest")
+
+
 @pytest.fixture
 def cifar_c(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "fog.npy", images)
     np.save(tmp_path / "labels.npy", np.tile(np.array([3, 0, 9, 1], np.uint8), 5))
-    return tmp_path, images
+    return tmp_path, images, data_set(tuple("0123456789"), [3, 0, 9, 1], 32)
 
 
 def test_cifar_c_blocks(cifar_c):
-    folder, images = cifar_c
+    folder, images, like = cifar_c
     assert has_official(folder, "fog")
     assert not has_official(folder, "snow")
     for severity in SEVERITIES:
-        found, labels = load_official(folder, "fog", severity, rows=20)
-        assert (found == images[4 * severity - 4 : 4 * severity]).all()
-        assert labels.tolist() == [3, 0, 9, 1]
+        found = official(folder, "fog", severity, like)
+        assert (found[:].numpy() == images[4 * severity - 4 : 4 * severity]).all()
+        assert (found.at(torch.tensor([2, 0]))[:].numpy() == images[[4 * severity - 2, 4 * severity - 4]]).all()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kwargs", "words"),
+    ("spoil", "words"),
     [
-        (lambda f: (f / "fog.npy").unlink(), {}, "fog.npy is missing"),
-        (lambda f: (f / "labels.npy").unlink(), {}, "labels.npy is missing"),
-        (lambda f: (f / "fog.npy").write_bytes(b"\x93NUMPY"), {}, "not a readable .npy"),
-        (lambda f: (f / "fog.npy").write_bytes(b""), {}, "not a readable .npy"),
-        (lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:5000]), {}, "not a readable .npy"),
+        (lambda f: (f / "labels.npy").unlink(), r"labels\.npy is not a readable .npy"),
+        (lambda f: (f / "fog.npy").write_bytes(b"\x93NUMPY"), "not a readable .npy"),
+        (lambda f: (f / "fog.npy").write_bytes(b""), "not a readable .npy"),
+        (lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:5000]), "not a readable .npy"),
         (
             lambda f: (np.savez(f / "fog.npz", np.zeros(20)), (f / "fog.npz").replace(f / "fog.npy")),
-            {},
             "not a readable .npy",
         ),
-        (lambda f: (f / "fog.npy").write_bytes(pickle.dumps([1])), {}, "not a readable .npy"),
-        (lambda f: np.save(f / "fog.npy", np.zeros((19, 32, 32, 3), np.uint8)), {}, "19 rows where 20"),
-        (lambda f: np.save(f / "fog.npy", np.zeros((20, 32, 32, 3))), {}, "uint8"),
-        (lambda f: np.save(f / "fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), {}, "shape"),
-        (lambda f: np.save(f / "labels.npy", np.zeros(4, np.uint8)), {}, "4 rows where 20"),
-        (lambda f: np.save(f / "labels.npy", np.zeros(20)), {}, "whole numbers"),
-        (lambda f: None, {"rows": 50_000}, "20 rows where 50,000"),
+        (lambda f: (f / "fog.npy").write_bytes(pickle.dumps([1])), "not a readable .npy"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((19, 32, 32, 3), np.uint8)), "does not belong"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((20, 32, 32, 3))), "does not belong"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), "does not belong"),
+        (lambda f: np.save(f / "fog.npy", np.uint8(1)), "does not belong"),
+        (lambda f: np.save(f / "labels.npy", np.zeros(4, np.uint8)), "does not belong"),
+        (lambda f: np.save(f / "labels.npy", np.zeros(20)), "does not belong"),
     ],
 )
-def test_spoiled_cifar_c(cifar_c, spoil, kwargs, words):
-    folder, _ = cifar_c
+def test_spoiled_cifar_c(cifar_c, spoil, words):
+    folder, _, like = cifar_c
     spoil(folder)
     with pytest.raises(UserError, match=words):
-        load_official(folder, "fog", 2, **{"rows": 20, **kwargs})
+        official(folder, "fog", 2, like)
 
 
 @pytest.fixture
@@ -650,34 +653,37 @@ def imagenet_c(tmp_path):
     return tmp_path
 
 
-def test_imagenet_c_stream(imagenet_c):
+def imagenet(*classes: str, n: int = 3, size: int = 24) -> DataSet:
+    return data_set(classes, [label for label in range(len(classes)) for _ in range(n)], size)
+
+
+def test_imagenet_c_is_read_in_the_order_of_labels(imagenet_c):
     assert has_official(imagenet_c, "fog")
-    batches = list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6, batch_size=4))
-    assert [len(images) for images, _ in batches] == [4, 2]
-    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    images = official(imagenet_c, "fog", 3, imagenet("n01", "n02"))[:].numpy()
     np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), [60, 70, 80, 200, 210, 220], atol=1.5)
-    ordered = stream_official(imagenet_c, "fog", 3, classes=["n02", "n01"], rows=6)
-    assert next(ordered)[0].mean(axis=(1, 2, 3))[0] == pytest.approx(200, abs=1.5)
+    first = official(imagenet_c, "fog", 3, imagenet("n02", "n01"))[0].numpy()
+    assert first.mean() == pytest.approx(200, abs=1.5)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "words"),
+    ("severity", "like", "words"),
     [
-        ({"severity": 4}, "is missing"),
-        ({"classes": ["n01", "n03", "n04"]}, "2 class folders where 3 are expected; .* n02, n03"),
-        ({"rows": 50_000}, "6 images where 50,000"),
+        (4, imagenet("n01", "n02"), "is missing"),
+        (3, imagenet("n01", "n03"), "does not belong"),
+        (3, imagenet("n01", "n02", n=4), "number, labels or size .* from the 8 of the test set"),
+        (3, imagenet("n01", "n02", size=32), "does not belong"),
     ],
 )
-def test_wrong_imagenet_c_is_refused_before_the_first_batch(imagenet_c, kwargs, words):
+def test_another_imagenet_c_is_refused(imagenet_c, severity, like, words):
     with pytest.raises(UserError, match=words):
-        stream_official(imagenet_c, "fog", **{"severity": 3, "classes": ["n01", "n02"], "rows": 6, **kwargs})
+        official(imagenet_c, "fog", severity, like)
 
 
 def test_broken_and_odd_images_are_named(imagenet_c):
     Image.new("RGB", (25, 24)).save(imagenet_c / "fog" / "3" / "n02" / "ILSVRC_0.JPEG")
+    pixels = official(imagenet_c, "fog", 3, imagenet("n01", "n02"))
     with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG is 25 x 24"):
-        list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6))
+        pixels[:]
     (imagenet_c / "fog" / "3" / "n02" / "ILSVRC_0.JPEG").write_bytes(b"\xff\xd8not a picture")
     with pytest.raises(UserError, match=r"ILSVRC_0\.JPEG is not a readable image"):
-        list(stream_official(imagenet_c, "fog", 3, classes=["n01", "n02"], rows=6))
+        pixels[:]

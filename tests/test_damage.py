@@ -16,6 +16,7 @@ from lthlib.core.errors import UserError
 from lthlib.core.store import MANIFEST, ROOT, Store, seal
 from lthlib.results import recorded
 from lthlib.results.collect import rows_of
+from lthlib.results.evaluate import evaluate
 from lthlib.results.recorded import read_records, recorded_json
 
 GRID = {
@@ -49,7 +50,8 @@ DAMAGES = {
 
 
 def table(grid, store):
-    return pd.concat([rows_of(found, dimension) for dimension, found in make.evaluations(grid, store)])
+    (study,), ((name, given),) = grid.studies, grid.dimensions.items()
+    return rows_of([evaluate(ticket, name, store, given, grid.precision) for ticket in study.tickets()], name)
 
 
 def in_folder(patch, root):

@@ -133,17 +133,17 @@ PROVENANCE = {"time": "2026-01-02T03", "commit": "abc", "python": "3", "torch": 
 
 def test_the_table_of_changes_counts_what_was_planned():
     record = {
-        "every": {"tickets": ["a", "b"], "job": ["j"], "page": ["p", "q", "r"], "rows": [""], "front": [""]},
+        "every": {"tickets": ["a", "b"], "job": ["j"], "page": ["p", "q", "r"]},
         "changes": [
             {"change": "nothing", "tickets": []},
-            {"change": "a template", "tickets": [], "page": ["q"], "front": [""], "book": [""]},
+            {"change": "a template", "tickets": [], "page": ["q"], "book": [""]},
         ],
         "provenance": PROVENANCE,
     }
     head, _, nothing, template = reproducibility.reruns_table(record).splitlines()[:4]
     assert "networks trained (of 2) | jobs run (of 1) | pages (of 3)" in head
     assert nothing == "| nothing | 0 | 0 | 0 | – |"
-    assert template == "| a template | 0 | 0 | 1 | front, book |"
+    assert template == "| a template | 0 | 0 | 1 | again |"
 
 
 def test_the_tables_of_agreement_say_how_many_and_how_far():

@@ -1,4 +1,3 @@
-import contextlib
 import errno
 import hashlib
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lthlib.core.errors import UserError
-from lthlib.core.store import MANIFEST, Store, seal, unseal, whole_folder, write_atomically
+from lthlib.core.store import MANIFEST, Store, seal, unseal, write_atomically
 
 
 def writer(text, calls=None):
@@ -64,39 +63,8 @@ def test_killed_while_it_removes_what_is_outdated_it_leaves_no_damage(tmp_path, 
         store.get("a/b", "2", writer("new"))
     monkeypatch.undo()
     assert (Store(tmp_path).get("a/b", "2", writer("new")) / "value.txt").read_text() == "new"
-    Store(tmp_path).tidy()
     assert capsys.readouterr().err == ""
     assert list((tmp_path / "tmp").iterdir()) == []
-
-
-@pytest.mark.parametrize("killed_at", range(6))
-def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, killed_at):
-    """Killed at any of its steps, it is the old one or the new, and the next time the new."""
-    folder, step = tmp_path / "record", iter(range(100))
-    folder.mkdir()
-    (folder / "value.txt").write_text("old")
-
-    def counted(function):
-        def call(*given, **more):
-            if next(step) == killed_at:
-                raise KeyboardInterrupt
-            return function(*given, **more)
-
-        return call
-
-    def write(text):
-        with whole_folder(folder) as new:
-            (new / "value.txt").write_text(text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-        patch.setattr(os, "replace", counted(os.replace))
-        with contextlib.suppress(KeyboardInterrupt):
-            write("new")
-    assert not folder.exists() or (folder / "value.txt").read_text() in ("old", "new")
-    write("newest")
-    assert (folder / "value.txt").read_text() == "newest"
-    assert [p.name for p in tmp_path.iterdir()] == ["record"]
 
 
 def flip(path):
@@ -332,17 +300,6 @@ def test_a_killed_maker_leaves_neither_lock_nor_rubbish(tmp_path):
     store = Store(tmp_path / "s")
     assert (store.get("a", "1", writer("y")) / "value.txt").read_text() == "y"
     assert list((tmp_path / "s" / "tmp").iterdir()) == []
-
-
-def test_tidying_spares_what_is_being_made(tmp_path):
-    alive = start(tmp_path, 2)
-    while not (tmp_path / "log").exists():
-        time.sleep(0.05)
-    (tmp_path / "s/tmp/b--c").mkdir()
-    Store(tmp_path / "s").tidy()
-    assert [p.name for p in (tmp_path / "s/tmp").iterdir()] == ["a"]
-    assert alive.wait() == 0
-    assert (tmp_path / "s/a/value.txt").read_text() == "x"
 
 
 def test_a_manifest_tells_sizes_and_hashes(tmp_path):

@@ -300,8 +300,6 @@ def test_no_rows_no_dense_run_and_bad_thresholds_are_refused():
             Thresholds(**bad)
     with pytest.raises(UserError, match="must be a mapping"):
         thresholds_from([0.01])
-    with pytest.raises(UserError, match="k is gone"):
-        thresholds_from({"k": 2})
     with pytest.raises(UserError, match="tolerance"):
         thresholds_from({"tolerence": 0.02})
 

@@ -45,7 +45,7 @@ def main() -> int:
     options = parser.parse_args(given)
     os.chdir(ROOT)
     if options.status:
-        print(Progress(0.0).line() if AIMS.exists() else "no run has begun in this checkout")
+        print(told(*progress(0.0)) if AIMS.exists() else "no run has begun in this checkout")
         return 0
     began = time.time()
     try:
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, more: list[str], began: float) -> int:
         command += ["--resources", f"gpu={len(devices)}", "--set-resources", "tickets:gpu=1", "chains:gpu=1"]
     environment = {"TQDM_MININTERVAL": "5", **os.environ, "PYTHONUNBUFFERED": "1", gpus.VARIABLE: ",".join(devices)}
     cancel_leftovers()
-    progress = Progress(began)
+    at_first = None
     with (
         LOG.open("w") as log,
         subprocess.Popen([*command, *more], env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
@@ -116,8 +116,10 @@ def run(options: argparse.Namespace, more: list[str], began: float) -> int:
             time.sleep(0.2)
             heard = warn(heard, bar)
             if time.monotonic() > shown + pause:
-                shown, bar.n = time.monotonic(), 100 * progress.fraction()
-                bar.set_description_str(progress.line())
+                shown, (done, of) = time.monotonic(), progress(began)
+                at_first = done if of and at_first is None else at_first
+                bar.n = 100 * done / max(of, 1)
+                bar.set_description_str(told(done, of, done - (at_first or 0), time.time() - began))
         warn(heard, bar)
     return process.returncode
 
@@ -132,39 +134,19 @@ def warn(heard: int, bar: tqdm) -> int:
     return end
 
 
-class Progress:
-    """How far a run is, from which of its results are there."""
+def progress(began: float) -> tuple[int, int]:
+    """Return how many tickets, evaluations and pages are there, of how many; 0 of 0 until the run has said which."""
+    try:
+        made = json.loads(AIMS.read_text())["made"] if AIMS.stat().st_mtime >= began else []
+    except (OSError, ValueError, KeyError):
+        made = []
+    return sum(map(os.path.exists, made)), len(made)
 
-    def __init__(self, began: float):
-        self.began = began
-        self.at_first: int | None = None
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """Return how many tickets and evaluations are there, of how many, and the same of pages made in this run."""
-        try:
-            if AIMS.stat().st_mtime < self.began:
-                return 0, 0, 0, 0
-            aims = json.loads(AIMS.read_text())
-        except (OSError, ValueError):
-            return 0, 0, 0, 0
-        kept = sum(os.path.exists(path) for path in aims["evaluations"])
-        pages = sum(os.path.exists(path) for path in aims["pages"])
-        return kept, len(aims["evaluations"]), pages, len(aims["pages"])
-
-    def fraction(self) -> float:
-        """Return the part of the work that is done."""
-        kept, of_kept, pages, of_pages = self.counts()
-        return (kept + pages) / (of_kept + of_pages) if of_kept else 0.0
-
-    def line(self) -> str:
-        """Return in one line how far it is, and how long it still takes if it goes on as so far."""
-        kept, of_kept, pages, of_pages = self.counts()
-        if not of_kept:
-            return "preparing"
-        self.at_first = kept + pages if self.at_first is None else self.at_first
-        new, left = kept + pages - self.at_first, of_kept + of_pages - kept - pages
-        rest = f", {span((time.time() - self.began) / new * left)} left" if new > 10 and self.began else ""
-        return f"{kept} of {of_kept} tickets and measurements, {pages} of {of_pages} pages{rest}"
+def told(done: int, of: int, new: int = 0, seconds: float = 0.0) -> str:
+    """Say how far a run is, and how long it still takes if it goes on as so far: ``new`` things in some seconds."""
+    rest = f", {span(seconds / new * (of - done))} left" if new > 10 else ""
+    return f"{done} of {of} tickets, measurements and pages{rest}" if of else "preparing"
 
 
 def span(seconds: float) -> str:
@@ -207,10 +189,10 @@ def finish(options: argparse.Namespace, status: int, began: float) -> int:
         make = [sys.executable, "-m", "lthlib", "book", options.grid, "--workers", str(os.cpu_count())]
         with BOOK_LOG.open("w") as log:
             subprocess.run(make, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT)
-    told = BOOK_LOG.read_text(errors="replace") if BOOK_LOG.exists() and BOOK_LOG.stat().st_mtime >= began else ""
-    say(told.strip() or LOG.read_text()[-3000:])
+    words = BOOK_LOG.read_text(errors="replace") if BOOK_LOG.exists() and BOOK_LOG.stat().st_mtime >= began else ""
+    say(words.strip() or LOG.read_text()[-3000:])
     say(f"\nwhat succeeded is kept. The workflow's log: {LOG}")
-    if "missing: " in told:  # said once the book is built
+    if "missing: " in words:  # said once the book is built
         say(f"book, with what is missing marked: {book}")
     return 1
 

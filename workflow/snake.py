@@ -28,7 +28,7 @@ def look(grid_file: str, dry: bool) -> None:
     kept = [str(store.path(key)) for job in plan.jobs(grid) for key in plan.artifacts(grid, job)]
     pages = [str(page.notebook) for page in plan.every_page(grid)]
     logs = {job.name: str(make.job_log(grid, job)) for job in plan.jobs(grid)}
-    write_atomically(AIMS, json.dumps({"grid": grid.name, "evaluations": kept, "pages": pages, "logs": logs}))
+    write_atomically(AIMS, json.dumps({"made": kept + pages, "logs": logs}))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ THROUGHPUT = ROOT / "book" / "results" / "throughput.json"
 """Training throughput by architecture, measured on the machine it names."""
 
 PAPER = ("workflow/grids/paper.yml", "workflow/grids/paper-imagenet.yml")
+WORK = 2e11  # multiply-accumulates of a measurement, about; some seconds of a core
 PASSES = 3  # a training step multiplies about three times what a forward pass does: forward, and back to both factors
 
 
@@ -98,18 +99,12 @@ def _build(arch: str, images: Images) -> torch.nn.Module:
     )
 
 
-def probe(arch: str, images: Images, batch_size: int, work: float = 2e11) -> float:
+def probe(arch: str, images: Images, batch_size: int) -> float:
     """Measure the multiply-accumulates a second of training on one core, or on the GPU where there is one.
 
     On a core it is the core's own time that counts: what else the machine does is not held against it.
-
-    Args:
-        arch: Name of an architecture.
-        images: Their shape and number of classes.
-        batch_size: Images a step; fewer where less than a step is done.
-        work: Multiply-accumulates to do, about; some seconds of a core.
     """
-    n = max(2, int(work / (PASSES * macs(arch, images))))
+    n = max(2, int(WORK / (PASSES * macs(arch, images))))
     channels, height, width = images.shape
     pixels = torch.randint(256, (n, height, width, channels), generator=torch.Generator().manual_seed(0))
     noise = data.Images(pixels.to(torch.uint8), torch.arange(n) % images.classes)
@@ -137,14 +132,7 @@ def table(grid: Grid, throughput: Mapping[str, float] | float) -> list[dict[str,
     """Return one line a study: networks, images seen in training, multiply-accumulates, hours at a throughput.
 
     Multiply-accumulates are those of the images' forward passes and of their gradients, as if all networks were dense;
-    a method that removes channels needs fewer.
-
-    Args:
-        grid: Which.
-        throughput: Multiply-accumulates a second, one number or by `key`.
-
-    Raises:
-        UserError: A data set is neither here nor in `SIZES`.
+    a method that removes channels needs fewer. The throughput is one number or by `key`.
     """
     lines = []
     for study in grid.studies:

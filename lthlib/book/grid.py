@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -21,22 +21,9 @@ from lthlib.results.evaluate import DIMENSIONS
 from lthlib.results.verdict import thresholds_from
 from lthlib.tickets.study import Study, study_from
 
-STUDY_KEYS = (
-    "data",
-    "arch",
-    "methods",
-    "rounds",
-    "sparsities",
-    "seeds",
-    "recipe",
-    "rewind_epoch",
-    "train_size",
-    "options",
-)
+STUDY_KEYS = (*(field.name for field in fields(Study)), "sparsities")
 KEYS = ("title", *STUDY_KEYS, "dimensions", "precision", "thresholds", "method_pages")
 ON_METHODS = "methods"  # the topic of the pages on the tickets themselves
-
-
 LARGEST = 100_000  # bytes of a grid file
 
 
@@ -97,12 +84,7 @@ def study_name(study: Study) -> str:
 def read_grid(path: Path | str, *, recorded: bool = False) -> Grid:
     """Read and check a grid file; nothing is trained, loaded or written.
 
-    Args:
-        path: The file.
-        recorded: Whether only its recorded results are wanted; then its data need not be there.
-
-    Raises:
-        UserError: Naming the key, the value and what is allowed.
+    Where only its recorded results are wanted, its data need not be there.
     """
     path = Path(path)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", path.stem):

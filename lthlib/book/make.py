@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from lthlib import figures
 from lthlib.book import front
 from lthlib.book.cost import PAPER
-from lthlib.book.grid import Grid, read_grid, study_name
+from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import lab_made_from, labs, make_labs
 from lthlib.book.plan import (
     BUILD,
@@ -38,17 +39,16 @@ from lthlib.book.plan import (
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
-from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, whole_folder, write_atomically
+from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 from lthlib.results import overlaps
-from lthlib.results.collect import COLUMNS, collect, rows_of
+from lthlib.results.collect import COLUMNS, rows_of, ticket_table
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import RESULTS, check_records, recorded_json, write_records
 
-TABLES = ("rows.csv", "costs.csv", "provenance.csv")
 HTML, DOCTREES = BUILD / "html", BUILD / ".doctrees"
 BEGUN = BUILD / "book-begun"  # there while Sphinx builds: what a killed build left is not built upon
-FRONT, BOOK = BUILD / "stamps" / "front.json", BUILD / "stamps" / "book.json"
+BOOK = BUILD / "stamps" / "book.json"
 
 
 def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
@@ -72,16 +72,13 @@ def clear_stale(grid: Grid, store: Store) -> None:
     """Take back the stamps of whatever has to be made, or made again: what is left may be believed.
 
     Damaged artifacts of the store are set aside, and the jobs that made them run again; so do those whose logits are
-    damaged, which the evaluations that read them outlive otherwise.
-
-    Raises:
-        UserError: Where recorded results are damaged: these cannot be made again.
+    damaged, which the evaluations that read them outlive otherwise. Damage to recorded results, which cannot be made
+    again, is an error.
     """
     for folder in sorted((ROOT / RESULTS).glob("[!.]*/")):
         check_records(folder)
     for file in sorted((ROOT / RESULTS).glob("[!.]*.json")):
         recorded_json(file)
-    store.tidy()
     keys = {job: artifacts(grid, job) for job in jobs(grid)}
     lost = store.lost(_keys_of(grid, store))
     for key in [key for key in lost if key.startswith("predictions/")]:
@@ -111,54 +108,22 @@ def _keys_of(grid: Grid, store: Store) -> list[str]:
 
 def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
     """Return the fingerprint of the built book: of all that stands in its folders, and of what should stand there."""
-    files = [p for p in (ROOT / "book").rglob("*") if p.is_file() and not p.name.startswith(".")]
-    read = [p for p in sorted(files) if not p.is_relative_to(ROOT / RESULTS)] + [ROOT / "_config.yml"]
-    read += sorted((ROOT / "lthlib").rglob("*.py"))  # the reference shows docstrings, the labs' archive holds all
+    files = [p for p in sorted((ROOT / "book").rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files += [ROOT / name for name in ("_config.yml", *PAPER)]
+    files += sorted((ROOT / "lthlib").rglob("*.py"))  # the reference shows docstrings, the labs' archive holds all
     pages = [page_made_from(page, made) for page in every_page(grid)]
-    every = [*pages, *map(lab_made_from, labs()), tables_made_from(made), front_made_from(grid, made)]
-    return digest([*(f"{p} {sha256(p)}" for p in read), *every])
-
-
-def tables_made_from(made: Mapping[Job, str]) -> str:
-    """Return the fingerprint of a grid's tables."""
-    return digest([code_version(__name__), *made.values()])
-
-
-def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
-    """Return the fingerprint of the front: of the grid, recorded results, contents and pages."""
-    files = [
-        *sorted((ROOT / RESULTS).rglob("*.json")),
-        ROOT / "book" / "contents.yml",
-        *sorted((ROOT / "book" / "metrics").glob("*.md")),
-        *(ROOT / name for name in PAPER),
-    ]
-    texts = [path.read_text() for path in files]
-    return digest(
-        [
-            repr(grid),
-            code_version(front.__name__),
-            vocabulary(),
-            *texts,
-            *(page_made_from(page, made) for page in every_page(grid)),
-            *made.values(),
-        ]
-    )
+    shown = [repr(grid), vocabulary(), *made.values(), *pages, *map(lab_made_from, labs())]
+    return digest([*(f"{p} {sha256(p)}" for p in files), *shown])
 
 
 # --- the book ----------------------------------------------------------------------------------------------------
 
 
 def book(grid: str, workers: int = 1) -> int:
-    """Make a grid's pages, labs, tables and front, as far as they are not current, and build the book.
+    """Make a grid's pages and labs, as far as they are not current, then its tables and front, and build the book.
 
-    Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why.
-
-    Args:
-        grid: The grid file.
-        workers: How many pages are made at once.
-
-    Returns:
-        1 where something is missing, else 0.
+    Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why, and 1
+    is returned.
     """
     plan, store = read_grid(grid), Store()
     # The stamps are believed: no image is loaded here, because a fork of a process that has run torch may stand still.
@@ -167,13 +132,9 @@ def book(grid: str, workers: int = 1) -> int:
     BOOK.unlink(missing_ok=True)
     plans, lost = make_pages(plan, undone, made, workers), make_labs(workers)
     if not undone:
-        make_tables(plan, store, tables_made_from(made))
+        make_tables(plan, store)
     missing = [page for page in plans if page.missing]
-    if undone or missing or stamped(FRONT) != front_made_from(plan, made):
-        FRONT.unlink(missing_ok=True)
-        front.write(plan, store, plans, undone, grid)
-        if not undone and not missing:
-            put_stamp(FRONT, front_made_from(plan, made))
+    front.write(plan, store, plans, undone, grid)
     of = book_made_from(plan, made)
     log = BUILD / "logs" / "sphinx.log"
     in_forks([(log, _build)], 1)
@@ -200,7 +161,7 @@ def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: 
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
     if todo:
         prepare()
-    in_forks(((logs[page], _maker(page, of[page])) for page in todo), workers)
+    in_forks(((logs[page], functools.partial(_make, page, of[page])) for page in todo), workers)
     found = []
     for page in plans:
         reason = ""
@@ -225,8 +186,8 @@ def prepare() -> None:
     plt.close("all")
 
 
-def _maker(page: PagePlan, of: str) -> Callable[[], None]:
-    return lambda: execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
+def _make(page: PagePlan, of: str) -> None:
+    execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
 
 
 def job_log(grid: Grid, job: Job) -> Path:
@@ -263,27 +224,17 @@ def _build() -> None:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def make_tables(grid: Grid, store: Store, of: str) -> None:
-    """Write what a finished grid found: `TABLES`, unless they are current."""
-    folder, mark = GENERATED / grid.name, stamp(grid, "tables")
-    if stamped(mark) == of and all((folder / name).exists() for name in TABLES):
-        return
-    mark.unlink(missing_ok=True)
-    every = list(evaluations(grid, store))
-    found = [rows_of(some, dimension) for dimension, some in every], _costs(grid, store), _provenance(every)
-    tables = pd.concat(found[0])[list(COLUMNS)], *found[1:]
-    for name, table in zip(TABLES, tables, strict=True):
-        write_atomically(folder / name, table.to_csv(index=False))
-    put_stamp(mark, of)
-
-
-def evaluations(grid: Grid, store: Store, without: Iterable[Job] = ()) -> Iterator[tuple[str, list[Evaluation]]]:
-    """Yield each dimension with its evaluations, study by study, those of some jobs left out."""
-    left_out = {(job.study, job.method, job.seed) for job in without}
-    for study in grid.studies:
-        mine = [t for t in study.tickets() if (study_name(study), t.method, t.seed) not in left_out]
-        for dimension, parameters in grid.dimensions.items():
-            yield dimension, [evaluate(t, dimension, store, parameters, grid.precision) for t in mine]
+def make_tables(grid: Grid, store: Store) -> None:
+    """Write what a finished grid found: ``rows.csv``, ``costs.csv`` and ``provenance.csv``."""
+    every = [
+        (name, [evaluate(ticket, name, store, given, grid.precision) for ticket in study.tickets()])
+        for study in grid.studies
+        for name, given in grid.dimensions.items()
+    ]
+    rows = pd.concat([rows_of(found, name) for name, found in every])[list(COLUMNS)]
+    costs = _costs([e for name, found in every if name == every[0][0] for e in found])  # the same in every dimension
+    for name, table in (("rows", rows), ("costs", costs), ("provenance", _provenance(every))):
+        write_atomically(GENERATED / grid.name / f"{name}.csv", table.to_csv(index=False))
 
 
 def _provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
@@ -299,14 +250,10 @@ def _provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _costs(grid: Grid, store: Store) -> pd.DataFrame:
-    """Return what each ticket of a finished grid costs: its counts, bytes, trainings and seconds, a line a ticket."""
-    dimension, parameters = next(iter(grid.dimensions.items()))
-    parts = []
-    for study in grid.studies:
-        tickets = collect(study, dimension, store, parameters=parameters, precision=grid.precision).tickets
-        parts.append(tickets.drop(columns="density_by_layer").assign(dataset=study.data, arch=study.arch))
-    found = pd.concat(parts, ignore_index=True)
+def _costs(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
+    """Return what each ticket costs: its counts, bytes, trainings and seconds, a line a ticket."""
+    found = ticket_table(evaluations).drop(columns="density_by_layer")
+    found = found.assign(dataset=[e.ticket.data for e in evaluations], arch=[e.ticket.arch for e in evaluations])
     which = ["dataset", "arch", "method", "round", "seed", "ticket"]
     return found[[*which, *found.columns.drop(which)]]
 
@@ -324,6 +271,9 @@ def record(grid: str) -> None:
         ]
     shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
     folder = ROOT / RESULTS / plan.name
-    with whole_folder(folder) as new:
-        write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")

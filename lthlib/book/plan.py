@@ -37,7 +37,7 @@ TOPICS = {name: dimension.title for name, dimension in DIMENSIONS.items()} | {ON
 
 
 def stamp(grid: Grid, name: str) -> Path:
-    """Return the file that says that a job of a grid, its tables, its front or the book is made."""
+    """Return the file that says that a job of a grid is made."""
     return BUILD / "stamps" / grid.name / f"{name}.json"
 
 
@@ -175,9 +175,7 @@ class PagePlan:
 def pages(grid: Grid, *, from_record: bool = False) -> list[PagePlan]:
     """Return the pages of a grid: for each study and topic the comparison, and where asked for a page a method.
 
-    Args:
-        grid: Which.
-        from_record: Whether the pages show recorded results and compute nothing.
+    Pages ``from_record`` show recorded results and compute nothing.
     """
     return [
         _page(grid, study, topic, method, from_record)
@@ -224,12 +222,7 @@ def every_page(grid: Grid) -> list[PagePlan]:
 
 
 def page_made_from(page: PagePlan, jobs_made_from: Mapping[Job, str]) -> str:
-    """Return the fingerprint of a page: results, template, parameters, title, code, words.
-
-    Args:
-        page: Which.
-        jobs_made_from: The fingerprints of the jobs of the grid that is run.
-    """
+    """Return the fingerprint of a page: results (those of the run's jobs), template, parameters, title, code, words."""
     if page.parameters["compute_missing"]:
         results = [of for job, of in jobs_made_from.items() if page.shows(job)]
     else:

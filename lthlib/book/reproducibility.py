@@ -15,7 +15,6 @@ AGREEMENT = ROOT / "book" / "results" / "agreement.json"  # by benchmarks/agreem
 POWER = ROOT / "book" / "results" / "power.json"  # by benchmarks/verdict.py
 SYNFLOW = ROOT / "book" / "results" / "synflow-counts.json"  # by benchmarks/synflow_counts.py
 KINDS = {"tickets": "networks trained", "job": "jobs run", "page": "pages"}
-REST = ("rows", "front", "book")
 GIVEN = "measuring only"  # ends the name of a way that is given the reference's networks
 
 
@@ -84,12 +83,11 @@ def synflow_table(found: Mapping) -> str:
 def reruns_table(found: Mapping) -> str:
     """Return what is made again after each change, as a table in Markdown."""
     every = found["every"]
-    head = ["change", *(f"{title} (of {len(every[kind])})" for kind, title in KINDS.items()), "the rest"]
+    head = ["change", *(f"{title} (of {len(every[kind])})" for kind, title in KINDS.items()), "the book"]
     lines = []
     for line in found["changes"]:
         counts = [str(len(line.get(kind, ()))) for kind in KINDS]
-        rest = ", ".join(name for name in REST if line.get(name))
-        lines.append([line["change"], *counts, rest or "–"])
+        lines.append([line["change"], *counts, "again" if line.get("book") else "–"])
     return f"{markdown_table(head, lines)}\n\n{_provenance(found['provenance'])}\n"
 
 

@@ -22,16 +22,7 @@ def suggest(name: object, allowed: Iterable[object]) -> str:
 
 
 def choose(name: object, allowed: Iterable[object], kind: str) -> None:
-    """Raise `UserError` unless ``name`` is one of ``allowed``.
-
-    Args:
-        name: What the person wrote.
-        allowed: What may be written.
-        kind: What it names, in the singular ("method", "grid key"), for the message.
-
-    Raises:
-        UserError: With the nearest allowed name and the whole list.
-    """
+    """Raise `UserError` unless ``name`` is one of ``allowed``; ``kind`` says in the singular what it names."""
     allowed = list(allowed)
     if name not in allowed:
         raise UserError(
@@ -53,17 +44,10 @@ def shown(value: object) -> str:
 
 
 def check_plain(value: object, name: str) -> None:
-    """Raise `UserError` unless a value is plain and of sane size, whatever it may be about.
+    """Raise `UserError` unless the value of a key is plain and of sane size, whatever it may be about.
 
     Plain is what JSON and YAML share: null, true and false, finite numbers, text, lists, and mappings whose keys are
     text. What comes from a file may also be a date, nested without end, or small to write and huge to hold.
-
-    Args:
-        value: What the person wrote.
-        name: Its key, for the message.
-
-    Raises:
-        UserError: Naming the key within it, the value there, and what is allowed.
     """
     waiting, n_seen = [(name, value, 0)], 0
     while waiting:

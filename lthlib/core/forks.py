@@ -21,11 +21,8 @@ Task = Callable[[], None]
 def in_forks(tasks: Iterable[tuple[Path, Task]], workers: int) -> None:
     """Run each task in a fork of its own, at most ``workers`` at a time; what one says goes into its log.
 
-    A task has failed where its log is there at the end: that of a task that succeeded is removed.
-
-    Args:
-        tasks: Pairs of a log and what to do; taken one by one, so that what the next needs can be loaded meanwhile.
-        workers: How many run at once.
+    Tasks are pairs of a log and what to do. One has failed where its log is there at the end: that of a task that
+    succeeded is removed.
     """
     running: dict[BaseProcess, Path] = {}
     for log, task in tasks:

@@ -7,7 +7,8 @@ the scheduler shares out the GPUs.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -15,13 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lthlib.core.store import say
 
 VARIABLE = "LTHLIB_GPUS"
 CUDA = "CUDA_VISIBLE_DEVICES"
 SECONDS = 0.2
 
-_held: list[int] = []  # descriptors of locks, open as long as this process lives
+_held: list[FileLock] = []  # as long as this process lives
 
 
 def visible() -> list[str]:
@@ -51,36 +54,24 @@ def visible() -> list[str]:
 def claim() -> str | None:
     """Take a free GPU for the rest of this process, waiting for one where all are taken; return its name.
 
-    Returns:
-        What CUDA_VISIBLE_DEVICES now is, or None where `VARIABLE` names no GPU: then nothing has changed.
-
-    Raises:
-        RuntimeError: CUDA is in use already; it would not notice.
+    None where `VARIABLE` names no GPU: then nothing has changed.
     """
     devices = [device for device in os.environ.get(VARIABLE, "").split(",") if device]
     if not devices:
         return None
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         raise RuntimeError(f"CUDA was initialised before a GPU was chosen among {', '.join(devices)}")
-    for attempt in range(sys.maxsize):
-        for device in devices:
-            if (lock := _lock(device)) is not None:
+    folder = Path("/tmp", f"lthlib-gpus-{os.getuid()}")  # not TMPDIR: it is another one in each run
+    folder.mkdir(mode=0o700, exist_ok=True)
+    locks = {device: FileLock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device)}.lock") for device in devices}
+    for attempt in itertools.count():
+        for device, lock in locks.items():
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
                 _held.append(lock)
                 os.environ[CUDA] = device
                 return device
         if attempt == 0:
             say(f"waiting: {len(devices)} of {len(devices)} GPUs are taken by other jobs")
         time.sleep(SECONDS)
-    raise AssertionError("unreachable")
-
-
-def _lock(device: str) -> int | None:
-    folder = Path("/tmp", f"lthlib-gpus-{os.getuid()}")  # not TMPDIR: it is another one in each run
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = os.open(folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device)}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+    return None  # unreachable: it is counted without end

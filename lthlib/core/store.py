@@ -50,41 +50,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``path`` at the end; a reader finds the old one or the new.
-
-    What a killed writer left is removed by the next one. Between the two renames there is neither, for a moment.
-    """
-    new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
-    if old.exists() and not path.exists():  # killed between the renames
-        os.replace(old, path)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new)
-        raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def seal(content: Mapping[str, object]) -> str:
     """Return a mapping as JSON that carries its own SHA-256, so that `unseal` sees any damage."""
     return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
 def unseal(path: Path) -> dict[str, object]:
-    """Read what `seal` returned.
-
-    Raises:
-        ValueError: The file is not what was written.
-        OSError: It cannot be read.
-    """
+    """Read what `seal` returned; ValueError where the file is not what was written."""
     try:
         content = json.loads(path.read_bytes())
         whole = content.pop("sha256") == _digest(content)
@@ -131,11 +103,7 @@ def say(message: str) -> None:
 
 
 class Store:
-    """A root folder of artifacts.
-
-    Args:
-        root: The folder; by default ``$LTHLIB_STORE``, else ``store`` in the checkout.
-    """
+    """A root folder of artifacts; by default ``$LTHLIB_STORE``, else ``store`` in the checkout."""
 
     def __init__(self, root: str | Path | None = None):
         self.root = Path(root or os.environ.get("LTHLIB_STORE") or ROOT / "store")
@@ -164,12 +132,6 @@ class Store:
             key: The folder's name below the root.
             version: Identifies code and inputs; an artifact of another version is made again.
             make: Writes the artifact's files into the empty folder it is given.
-
-        Returns:
-            The folder, whole and verified.
-
-        Raises:
-            UserError: Where the store cannot be written (no space, no permission, read-only).
         """
         path = self.path(key)
         if not self.has(key, version):
@@ -192,11 +154,7 @@ class Store:
                 yield "/".join(parts)
 
     def lost(self, keys: Iterable[str]) -> set[str]:
-        """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside.
-
-        Raises:
-            UserError: Where the store cannot be read, or what is damaged cannot be set aside.
-        """
+        """Verify artifacts of whatever version; return the keys that are not there whole, the damaged set aside."""
         keys = [*keys]
         with self._guard():
             with ThreadPoolExecutor() as threads:  # hashing lets others run
@@ -214,16 +172,6 @@ class Store:
         with self._guard(), self._lock(key):
             if self.path(key).exists():
                 self._clear(key, "outdated")
-
-    def tidy(self) -> None:
-        """Remove what killed makers left half-made: nobody sees it, but it takes space. What is being made stays."""
-        with self._guard():
-            for left in (self.root / "tmp").glob("*"):
-                with contextlib.suppress(OSError, Timeout), FileLock(self._lock_file(left.name), timeout=0):
-                    shutil.rmtree(left)
-
-    def _lock_file(self, name: str) -> Path:
-        return self.root / "locks" / f"{name}.lock"
 
     def _version(self, key: str) -> object:
         """Return the version that lies under a key; None where that cannot be read."""
@@ -292,7 +240,7 @@ class Store:
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
         """Hold the key's lock. The system frees it with the process, however that ends: no lock goes stale."""
-        file = self._lock_file(key.replace("/", "--"))
+        file = self.root / "locks" / f"{key.replace('/', '--')}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
         try:

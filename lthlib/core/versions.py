@@ -33,8 +33,7 @@ def code_version(*makers: Callable | str) -> str:
     """Return 12 hexadecimal digits that change with some modules, with what they import of this package, and with the
     releases (first two numbers) of the other packages that all these import.
 
-    Args:
-        makers: Names of modules, such as ``lthlib.training.loop``, or functions and classes defined in them.
+    Makers are names of modules, such as ``lthlib.training.loop``, or functions and classes defined in them.
     """
     return _version(frozenset(maker if isinstance(maker, str) else maker.__module__ for maker in makers))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lthlib.core.errors import UserError, choose
+from lthlib.core.errors import UserError
 from lthlib.data.concepts import ConceptSet, Rows
 from lthlib.data.files import Files, decode_image, open_image
 from lthlib.data.listing import lines_of
@@ -22,7 +22,7 @@ CACHE_BYTES = 2**28
 """Decoded planes of a Broden folder are kept up to this size: null floors read them many times."""
 
 
-def read_broden(path: str | Path, categories: Sequence[str] | None = None) -> ConceptSet:
+def read_broden(path: str | Path) -> ConceptSet:
     """Read a concept set in the directory layout of Broden, from a folder or a zip of one.
 
     ``index.csv`` lists images (``image,split,ih,iw,sh,sw`` and one column per category), ``category.csv`` the
@@ -35,20 +35,11 @@ def read_broden(path: str | Path, categories: Sequence[str] | None = None) -> Co
 
     Args:
         path: The folder that holds ``index.csv``, or a zip with that folder at its root or one level down.
-        categories: Use only these; None uses every row of ``category.csv``.
-
-    Raises:
-        UserError: If a table or a category is missing or malformed, if a file that a row names does not
-            exist or has another size than the row says, or (when it is read) if a mask holds a number that
-            ``label.csv`` does not; the row and the file are named.
 
     Source: bau2017network, section 2.1.
     """
     broden = _Broden(Path(path))
-    listed = [row["name"] for row in broden.table("category.csv", "name")]
-    for name in categories or ():
-        choose(name, listed, "category of " + broden.path.stem)
-    categories = tuple(c for c in listed if categories is None or c in categories)
+    categories = tuple(row["name"] for row in broden.table("category.csv", "name"))
     names = {
         _number(row["number"], "label.csv", i): row["name"]
         for i, row in enumerate(broden.table("label.csv", "number", "name"), 2)

@@ -51,11 +51,7 @@ class ConceptSet:
         return tuple(self.planes[0].shape[-2:])
 
     def index(self, label: str) -> int:
-        """Return the index of a label.
-
-        Raises:
-            UserError: If there is no such label, with the nearest name.
-        """
+        """Return the index of a label."""
         choose(label, self.labels, "concept")
         return self.labels.index(label)
 
@@ -63,14 +59,6 @@ class ConceptSet:
         """Return where a label holds, bool (N, h, w)."""
         number = 1 + (self.index(label) if isinstance(label, str) else label)
         return np.stack([(self.planes[i] == number).any(0) for i in range(len(self))])
-
-    def areas(self) -> np.ndarray:
-        """Return how many pixels of the whole set each label covers, int64 (L,)."""
-        total = np.zeros(len(self.labels), np.int64)
-        for i in range(len(self)):
-            numbers, masks = present(self.planes[i])
-            total[numbers - 1] += masks.sum((1, 2))
-        return total
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ConceptSet:
         """Return the set of some of the images, in the given order, with the same labels."""
@@ -95,12 +83,7 @@ def present(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Rows(Sequence):
-    """A sequence whose rows are read when they are asked for; its slices are stacked arrays.
-
-    Args:
-        read: Returns the i-th row.
-        n: How many there are.
-    """
+    """A sequence of n rows, of which ``read(i)`` is asked for the i-th; its slices are stacked arrays."""
 
     def __init__(self, read: Callable[[int], np.ndarray], n: int):
         self.read, self.n = read, n

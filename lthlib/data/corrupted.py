@@ -18,17 +18,10 @@ from lthlib import data
 from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store
 from lthlib.core.versions import code_version
-from lthlib.data.corruptions import (
-    CORRUPTIONS,
-    SEVERITIES,
-    common,
-    corrupt,
-    has_official,
-    load_official,
-    stream_official,
-)
+from lthlib.data.corruptions import CORRUPTIONS, SEVERITIES, common, corrupt
+from lthlib.data.corruptions.published import has_official, official
 
-PIECE = 250  # corrupted images made at a time
+PIECE = 250  # corrupted images made or read at a time
 KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
 OFFICIAL = {"cifar10": ("CIFAR-10-C", 32), "cifar100": ("CIFAR-100-C", 32), "imagenet": ("ImageNet-C", 224)}
 
@@ -37,9 +30,6 @@ def sample(labels: torch.Tensor, n: int) -> torch.Tensor:
     """Return the positions of n images, ascending, every class in proportion; of all where there are not more.
 
     Evenly spaced in the order by class: many sets are sorted by class, and their first n images are all alike.
-
-    Raises:
-        UserError: For n below 1.
     """
     if n < 1:
         raise UserError(f"{n} images are asked for; at least 1 is needed.")
@@ -75,8 +65,7 @@ def corrupted_parts(
     Args:
         like: The data set; ``sample(like.test.labels, n)`` of its test images are taken.
         name: A name in `lthlib.data.corruptions.CORRUPTIONS`.
-        n: How many.
-        store: Where they are kept.
+        n, store: How many, and where they are kept.
         severities: Consecutive ones.
 
     Yields:
@@ -104,13 +93,8 @@ def corrupted_parts(
 def write_array(path: Path, dtype: type, shape: tuple[int, ...], parts: Iterable[tuple[int, np.ndarray]]) -> None:
     """Write an array that need not fit in memory to a ``.npy`` file.
 
-    `numpy.save` does not say when a disk is full, and a mapping that the disk cannot take is fatal.
-
-    Args:
-        path: The file.
-        dtype: Of its numbers.
-        shape: Its shape; the parts must fill it.
-        parts: (index along the first axis, what comes next there); more than fits goes on at the next index.
+    `numpy.save` does not say when a disk is full, and a mapping that the disk cannot take is fatal. The parts, (index
+    along the first axis, what comes next there), fill the shape; more than fits goes on at the next index.
     """
     row, written = math.prod(shape[1:]) * np.dtype(dtype).itemsize, Counter()
     with path.open("wb") as file:
@@ -139,32 +123,11 @@ def _batches(
     folder = official_folder(like, name)
     if folder is not None:
         for severity in severities:
-            yield from ((severity, part) for part in _official(like, folder, name, severity, positions))
+            pixels = official(folder, name, severity, like).at(torch.from_numpy(positions))
+            yield from ((severity, part.numpy()) for part in pixels.split(PIECE))
         return
     start = 0
     for batch in like.test.subset(torch.from_numpy(positions)).pixels.split(PIECE):
         for severity in severities:
             yield severity, corrupt(batch.numpy(), name, severity, start=start)
         start += len(batch)
-
-
-def _official(
-    like: data.DataSet, folder: Path, name: str, severity: int, positions: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Pick the positions out of the published files, and see that these belong to the data set."""
-    expected = like.test.labels.numpy()
-    if (folder / f"{name}.npy").is_file():
-        pixels, labels = load_official(folder, name, severity, rows=5 * len(expected))
-        batches = iter([(pixels[positions], labels)])
-    else:
-        expected = expected[positions]
-        batches = stream_official(
-            folder, name, severity, classes=like.classes, rows=len(like.test), positions=positions
-        )
-    for pixels, labels in batches:
-        same, expected = np.array_equal(labels, expected[: len(labels)]), expected[len(labels) :]
-        if not same or pixels.shape[1:] != tuple(like.test.pixels.shape[1:]):
-            raise UserError(
-                f"{folder} does not belong to {like.name}: labels or image size of {name} differ from the test set's."
-            )
-        yield pixels

@@ -53,11 +53,7 @@ def names_in_data_folder() -> list[str]:
 
 
 class Files:
-    """The files of a folder or zip by their names in it, with / between folders.
-
-    Raises:
-        UserError: Where a name or link cannot be used, a folder is met twice, or the zip is damaged or encrypted.
-    """
+    """The files of a folder or zip by their names in it, with / between folders."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -184,11 +180,7 @@ def _open_archive(path: Path, time: int, process: int) -> tuple[zipfile.ZipFile,
 
 
 def open_image(content: bytes, where: str) -> Image.Image:
-    """Open an image without decoding its pixels.
-
-    Raises:
-        UserError: Where it is of no format in `FORMATS`, damaged, an animation, or too large.
-    """
+    """Open an image without decoding its pixels."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         frames = getattr(image, "n_frames", 1)

@@ -32,9 +32,6 @@ def find_parts(files: Files) -> tuple[str, dict[str, str]]:
     """Return the folder around everything ("" or ending in /) and the folders in it of the parts of a data set.
 
     Validation images serve as test images where there are no others.
-
-    Raises:
-        UserError: Where there are no images, or a folder may be a part or a class.
     """
     if not files.images:
         raise UserError(f"{files.path} has no images: it holds none of {', '.join(sorted(SUFFIXES))}.")
@@ -66,12 +63,7 @@ def find_parts(files: Files) -> tuple[str, dict[str, str]]:
 def load_folder(name: str, path: Path) -> tuple[dict[str, tuple[np.ndarray | OnDemand, np.ndarray]], list[str]]:
     """Return {"train": (pixels, labels), "test": ...} and the class names of a folder or zip.
 
-    Args:
-        name: What the data set was asked for by, perhaps with @ and a size.
-        path: The folder or zip.
-
-    Raises:
-        UserError: For images that cannot form a classification problem.
+    Its name is what the data set was asked for by, perhaps with @ and a size.
     """
     files = Files(path)
     labelled, classes = _labelled(files)

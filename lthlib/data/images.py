@@ -83,11 +83,7 @@ class Images:
 
 
 def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions into ``n_first`` with every class in proportion, and the rest; both sorted.
-
-    Raises:
-        UserError: Where a class is too small to be on both sides.
-    """
+    """Split positions into ``n_first`` with every class in proportion, and the rest; both sorted."""
     from sklearn.model_selection import train_test_split
 
     if n_first == len(labels):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -40,9 +39,6 @@ def listed_classes(
         files: The images, with folders before the name.
         classes: Those of the training images, in the order of the labels; None where there are none.
         where: What holds the files, for messages.
-
-    Raises:
-        UserError: Where no list is found, or one that is damaged or ambiguous, lacks an image, or names another class.
     """
     top = part[: -len(PurePosixPath(part).name)]
     for path in (f"{part}.txt", top + KAGGLE):
@@ -99,14 +95,10 @@ def _entries(lines: Sequence[str], files: Sequence[str], path: str, first_word: 
 
 def _split(line: str, known: dict[str, set[str]]) -> tuple[str, str]:
     """Split a line into file name and class, at a comma, a tab or blanks; either may be quoted or have blanks in it."""
-    delimiter = next((mark for mark in ",\t" if mark in line), None)
-    if delimiter:
-        words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+    delimiter = next((mark for mark in ",\t" if mark in line), " ")
+    words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+    if delimiter != " ":
         return words[0], words[1]
-    try:
-        words = shlex.split(line) if '"' in line else line.split()
-    except ValueError:  # a quote that is not closed
-        words = line.split()
     ends = [end for end in range(1, len(words)) if " ".join(words[:end]) in known]
     end = ends[-1] if ends else 1
     return " ".join(words[:end]), " ".join(words[end:])

@@ -49,9 +49,6 @@ def ood_images(name: str, like: DataSet, n: int, store: Store) -> Pixels:
         like: The in-distribution data set, whose size and channels the images get.
         n: How many; a set that has fewer gives all it has.
         store: Where they are kept.
-
-    Raises:
-        UserError: For an unknown name, or a set without images.
     """
     check_ood(name)
 

@@ -60,9 +60,6 @@ def scenes(size: int = 32, channels: int = 3, n: int = 1000, seed: int = 0) -> C
         channels: 3 for colour, 1 for grey.
         n: Number of scenes.
         seed: Of the generator.
-
-    Raises:
-        UserError: If a size, a number of channels or a number of scenes is not allowed.
     """
     if size < 16 or n < 1:
         raise UserError(f"Scenes need a side of at least 16 and at least one image, not {size} and {n}.")

@@ -235,8 +235,9 @@ def heatmap(
 def power_curves(table: pd.DataFrame) -> Figure:
     """Draw how often a metric is called kept, against images, a line for each number of seeds.
 
-    Of what `lthlib.results.simulation.power` returns: on the left networks equal to their parent, which are to be
-    called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
+    Args:
+        table: As ``benchmarks/verdict.py`` records it. On the left networks equal to their parent, which are
+            to be called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     titles = {0.0: ("equal to its parent", 80), 2.0: ("worse by twice the tolerance", 5)}

@@ -38,8 +38,6 @@ class Evidence:
         n_classes: Number of classes.
         replicates: By ticket, arrays as `lthlib.results.verdict.judge` takes them.
         thresholds: Of the verdict.
-        width: How wide its networks are beside others of their family; by default the end of the architecture's name
-            (``resnet20s-x2``), else 1.
     """
 
     label: str
@@ -47,7 +45,6 @@ class Evidence:
     n_classes: int
     replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
-    width: float | None = None
 
     @cached_property
     def judged(self) -> pd.DataFrame:
@@ -90,8 +87,8 @@ class Evidence:
 
     @property
     def wide(self) -> float:
-        """The width, see `width`."""
-        return self._named[1] if self.width is None else self.width
+        """How wide its networks are beside others of their family: the end of ``resnet20s-x2``, else 1."""
+        return self._named[1]
 
     @property
     def _named(self) -> tuple[str, float]:
@@ -152,14 +149,9 @@ def mean_of(cells: pd.DataFrame, methods: Sequence[str], rounds: Sequence[int]) 
 
 
 def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:
-    """Say whether a difference is above zero (holds), below (fails), or cannot be told from it.
+    """Say whether a difference is above zero (holds), below (fails), or cannot be told; and its interval's bounds.
 
-    Args:
-        d: The difference.
-        tests: Number of such tests of which the best is looked for (Bonferroni).
-
-    Returns:
-        The outcome, and the bounds of the interval (NaN for one seed).
+    The bounds are NaN for one seed. ``tests`` is the number of such tests of which the best is looked for (Bonferroni).
     """
     if d.each.empty:
         return UNMEASURED, math.nan, math.nan
@@ -174,14 +166,10 @@ def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:
 def difference(
     metric: str, names: Sequence[str], a: Mean | None, b: Mean | None, sign: int = 0, tests: int = 1
 ) -> Part:
-    """Ask whether ``a`` is better than ``b`` in a metric.
+    """Ask whether the first of two ``names``, of mean ``a``, is better in a metric than the second, of mean ``b``.
 
-    Args:
-        metric: In whose direction and unit.
-        names: What ``a`` and ``b`` are.
-        a, b: The means; None where not measured.
-        sign: 1 where more is asked for, -1 where less is; the metric's own by default.
-        tests: As in `settle`.
+    A mean is None where it was not measured. ``sign`` is 1 where more is asked for, -1 where less is; by default the
+    metric's own.
     """
     if a is None or b is None or (a - b).each.empty:
         return Part(UNMEASURED, f"{titled(metric)} of {names[0]} and {names[1]}")

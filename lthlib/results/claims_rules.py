@@ -262,13 +262,9 @@ def few_pay(e: Evidence) -> Finding:
 # --- rules of several studies ------------------------------------------------------------------------------------
 
 
-def _mean(e: Evidence, metric: str, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
-    return mean_of(e.cells(metric), methods, rounds)
-
-
 def _lost(e: Evidence, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
     """Return which share of the distance from dense accuracy to guessing is lost."""
-    dense, sparse = (_mean(e, "test_accuracy", m, rounds) for m in (["dense"], methods))
+    dense, sparse = (mean_of(e.cells("test_accuracy"), m, rounds) for m in (["dense"], methods))
     if dense is None or sparse is None:
         return None
     return (dense - sparse) * (1 / (dense.value - 1 / e.n_classes))
@@ -293,7 +289,7 @@ def wide_withstand(pair: Sequence[Evidence]) -> Finding:
     pair = pair[::-1]
     return _of(
         *(
-            difference(metric, _labels(pair, m), *(_mean(e, metric, m, rounds) for e in pair))
+            difference(metric, _labels(pair, m), *(mean_of(e.cells(metric), m, rounds) for e in pair))
             for m in (["dense"], methods)
         )
     )
@@ -304,7 +300,7 @@ def wide_win(pair: Sequence[Evidence]) -> Finding:
     methods, rounds = _shared(pair, "ood_auroc")
     pair = pair[::-1]
     names = _labels(pair, methods)
-    foreign = difference("ood_auroc", names, *(_mean(e, "ood_auroc", methods, rounds) for e in pair))
+    foreign = difference("ood_auroc", names, *(mean_of(e.cells("ood_auroc"), methods, rounds) for e in pair))
     return _of(foreign, _lost_part(pair, *_shared(pair, "test_accuracy"), -1))
 
 

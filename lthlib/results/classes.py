@@ -23,12 +23,9 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def churn(answers: Iterable[tuple[Ticket, Mapping[str, np.ndarray]]]) -> dict[str, Value]:
-    """Return the churn of each ticket of which it is known, by id.
+    """Return the churn of each ticket of which it is known, by id, from the arrays of their evaluations.
 
     A sparse network is compared with its dense parent, a dense one with that of the seed before it.
-
-    Args:
-        answers: Tickets and the arrays of their evaluations.
     """
     known = {ticket: arrays["predicted"] for ticket, arrays in answers if "predicted" in arrays}
     by_id, before, found = {ticket.id: predicted for ticket, predicted in known.items()}, {}, {}
@@ -52,15 +49,9 @@ def kept_of(tickets: pd.DataFrame, arrays: Arrays, method: str, round: int, name
 def recall_changes(tickets: pd.DataFrame, arrays: Arrays, cases: Sequence[tuple[str, int]]) -> pd.DataFrame:
     """Return by how much each class's recall differs from that of the dense parent, mean over seeds.
 
-    Args:
-        tickets: As in `lthlib.results.collect.Results`.
-        arrays: By ticket.
-        cases: Pairs (method, round).
-
-    Returns:
-        A line a class that has test images, by name; a column a case of which answers are kept; and ``"dense"``: by
-        how much two dense networks of different seeds differ, mean over pairs without sign (NaN for one seed). No
-        columns where nothing is kept.
+    A line a class that has test images, by name; a column a case (method, round) of which answers are kept; and
+    ``"dense"``: by how much two dense networks of different seeds differ, mean over pairs without sign (NaN for one
+    seed). No columns where nothing is kept.
     """
     dense = kept_of(tickets, arrays, "dense", 0, "recall_by_class")
     found = {case: kept_of(tickets, arrays, *case, "recall_by_class") for case in cases}

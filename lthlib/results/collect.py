@@ -15,24 +15,12 @@ from lthlib.core.store import Store
 from lthlib.metrics import Value
 from lthlib.results.classes import churn
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
+from lthlib.results.noninferiority import CASE
 from lthlib.results.recorded import read_records
 from lthlib.tickets.study import Study
 from lthlib.tickets.ticket import Ticket
 
-COLUMNS = (
-    "dataset",
-    "arch",
-    "method",
-    "sparsity",
-    "seed",
-    "dimension",
-    "metric",
-    "shift",
-    "severity",
-    "n",
-    "value",
-    "ticket",
-)
+COLUMNS = ("dataset", "arch", "method", "sparsity", "seed", "dimension", *CASE, "n", "value", "ticket")
 COUNTS = ("sparsity", "n_kept", "n_prunable", "n_parameters", "macs", "macs_dense_kernel", "macs_parent")
 
 
@@ -72,16 +60,9 @@ def collect(
     """Gather the evaluations of every ticket of a study, computing (with a progress bar) what is missing.
 
     Args:
-        study: Which tickets.
-        dimension: A name in `DIMENSIONS`.
-        store: Where tickets and evaluations are kept.
-        parameters: Of the dimension.
+        study, dimension, store, parameters, precision: As `evaluate` takes them.
         recorded: Folder of recorded results (``book/results``), read before anything is computed; None to ignore.
         compute_missing: Whether to compute what is not recorded; else that is an error.
-        precision: Of the forward passes for logits.
-
-    Raises:
-        UserError: Where results are missing and may not be computed.
     """
     settings = DIMENSIONS[dimension].parameters(parameters)
     name = question(dimension, settings, precision)

@@ -45,11 +45,7 @@ class Dimension:
         return digest([code_version(self.module, __name__), inputs(subject, **settings)])
 
     def parameters(self, given: Mapping | None = None) -> dict[str, object]:
-        """Return the parameters of ``measure``: its defaults, and what is given in their place.
-
-        Raises:
-            UserError: For an unknown parameter or one of another type than its default.
-        """
+        """Return the parameters of ``measure``: its defaults, and what is given in their place, of the same types."""
         signature = inspect.signature(self.measure()).parameters
         defaults = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
         for name, value in (given or {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,14 +21,10 @@ FILE = "overlaps.csv"
 COLUMNS = ("first", "second", "jaccard", "chance")
 
 
-def has_mask(method: str) -> bool:
-    """Say whether a method leaves single weights out: dense and structured networks have no mask."""
-    return METHODS[method].family not in ("dense", "structured")
-
-
 def pairs(study: Study, round: int, seed: int, about: str | None = None) -> list[tuple[Ticket, Ticket]]:
     """Return every two masked tickets of one round and seed; with ``about``, those of which that method is one."""
-    mine = [t for t in study.tickets() if (t.round, t.seed) == (round, seed) and has_mask(t.method)]
+    mine = [t for t in study.tickets() if (t.round, t.seed) == (round, seed)]
+    mine = [t for t in mine if METHODS[t.method].family not in ("dense", "structured")]  # these have no mask
     return [(a, b) for a, b in itertools.combinations(mine, 2) if about in (None, a.method, b.method)]
 
 
@@ -44,8 +40,7 @@ def compare(
     """Compare masks, those of different methods at the same round and seed.
 
     Args:
-        study: Whose tickets.
-        store: Where tickets are kept; they are trained where they are missing.
+        study, store: Whose tickets, and where they are kept; they are trained where they are missing.
         rounds: Which of the study's rounds; all of them if None.
         about: Compare this method with the others only.
         recorded: Folder of recorded results (``book/results``), read before any mask is.
@@ -54,9 +49,6 @@ def compare(
     Returns:
         One line a pair: ``round``, ``seed``, ``a`` and ``b`` (methods), ``first`` and ``second`` (ids of tickets),
         ``jaccard`` and ``chance``, see `lthlib.pruning.masks.jaccard` and `lthlib.pruning.masks.chance_jaccard`.
-
-    Raises:
-        UserError: Where an overlap is missing and may not be computed.
     """
     known = _recorded(recorded) if recorded else {}
     lines = []
@@ -81,10 +73,9 @@ def _compare(a: Ticket, b: Ticket, masks: dict[str, Masks], store: Store) -> tup
 
 
 def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:
-    return {(first, second): (j, chance) for first, second, j, chance in _lines(Path(root))}
-
-
-def _lines(root: Path) -> Iterator[tuple[str, str, float, float]]:
-    for file in sorted(root.glob(f"*/{FILE}")):
+    found = {}
+    for file in sorted(Path(root).glob(f"*/{FILE}")):
         check_records(file.parent)
-        yield from pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None)
+        for first, second, *values in pd.read_csv(file)[list(COLUMNS)].itertuples(index=False, name=None):
+            found[first, second] = tuple(values)
+    return found

@@ -56,11 +56,7 @@ def _stacks(path: Path, changed: int) -> dict[str, np.ndarray]:
 
 
 def read_records(root: Path | str) -> dict[tuple[str, str], Record]:
-    """Index all recorded evaluations below a folder by (ticket id, question).
-
-    Raises:
-        UserError: Where a recorded file is damaged.
-    """
+    """Index all recorded evaluations below a folder by (ticket id, question); UserError where a file is damaged."""
     found = {}
     for folder in sorted(Path(root).glob("[!.]*/")):
         for name in (name for name in check_records(folder) if name.endswith(".json.gz")):
@@ -71,11 +67,7 @@ def read_records(root: Path | str) -> dict[tuple[str, str], Record]:
 
 
 def check_records(folder: Path) -> list[str]:
-    """Verify the recorded results of one grid, and return the names of their files.
-
-    Raises:
-        UserError: Where one is damaged or missing; says which, and how to get it back.
-    """
+    """Verify the recorded results of one grid, and return the names of their files; UserError says what is damaged."""
     try:
         try:
             files = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -89,17 +81,9 @@ def check_records(folder: Path) -> list[str]:
 
 
 def write_records(
-    folder: Path,
-    evaluations: Mapping[str, Sequence[tuple[str, Evaluation]]],
-    tables: Mapping[str, pd.DataFrame] | None = None,
+    folder: Path, evaluations: Mapping[str, Sequence[tuple[str, Evaluation]]], tables: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Record evaluations.
-
-    Args:
-        folder: ``book/results/<grid>``.
-        evaluations: By dimension, pairs of a question's name and its evaluation.
-        tables: What else there is to record, by file name (``*.csv``).
-    """
+    """Record evaluations, by dimension pairs of a question's name and its evaluation, and tables by file name."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for dimension, pairs in evaluations.items():
@@ -119,7 +103,7 @@ def write_records(
         write_atomically(folder / f"{dimension}.json.gz", packed)
         np.savez_compressed(folder / f"{dimension}.npz", **{str(n): np.stack(s) for n, s in enumerate(stacks.values())})
         files += [f"{dimension}.json.gz", f"{dimension}.npz"]
-    for name, table in (tables or {}).items():
+    for name, table in tables.items():
         write_atomically(folder / name, table.to_csv(index=False))
         files.append(name)
     sizes = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in files}

@@ -1,4 +1,4 @@
-"""Made-up studies whose truth is known: what the verdict says of them, how often it errs, what it takes to decide."""
+"""Made-up studies whose truth is known: what the verdict says of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lthlib.results import verdict
 
 CLASSES = 10
 BASE = 0.5  # every metric's value for a dense network
+SHARED, OWN = 20.0, 10.0  # deviations of an image's effect on all networks, and on one, in units of the tolerance
 
 
 def tolerated(metric: str, thresholds: verdict.Thresholds) -> float:
@@ -32,10 +33,7 @@ def simulate(
     metrics: Sequence[str] = ("test_accuracy",),
     rounds: int = 1,
     trainings: float = 0.3,
-    shared: float = 20.0,
-    own: float = 10.0,
     unlike: float = 0.0,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Judge made-up studies, all at once; a study is a data set of its own.
 
@@ -44,22 +42,14 @@ def simulate(
     defaults are about those of accuracies of 96 % that two trainings take 0.3 points apart.
 
     Args:
-        studies: How many.
-        images: Images of each.
-        seeds: Trainings of the dense network and of each sparse one.
+        studies, images, seeds: How many; of each study, and of its dense and each of its sparse networks.
         loss: True shortfall of the sparse networks in each metric, in units of the tolerance; 0: as the dense.
         metrics: Names in `METRICS`.
         rounds: Sparse tickets of a study, which tell of each other's spread.
         trainings: Spread over trainings.
-        shared: Of an image's effect on all networks.
-        own: Of its effect on one network.
         unlike: Standard deviation, over tickets, of the logarithm of their spread over trainings.
-        seed: Of the draws.
-
-    Returns:
-        As `lthlib.results.verdict.judge` returns it.
     """
-    rng, counts, limits = np.random.default_rng(seed), resamples(images), verdict.Thresholds()
+    rng, counts, limits = np.random.default_rng(0), resamples(images), verdict.Thresholds()
     lines, replicates = [], {}
     tolerances = np.array([tolerated(metric, limits) for metric in metrics])
     signs = np.array([1 if METRICS[metric].higher_is_better else -1 for metric in metrics])
@@ -67,8 +57,8 @@ def simulate(
     for study in range(studies):
         shape = rounds + 1, seeds, len(metrics)
         spread = trainings * np.exp(unlike * rng.standard_normal((rounds + 1, 1, 1)))
-        terms = spread * rng.standard_normal(shape) - lost + own * rng.standard_normal((images, *shape))
-        terms += shared * rng.standard_normal((images, 1, 1, len(metrics)))
+        terms = spread * rng.standard_normal(shape) - lost + OWN * rng.standard_normal((images, *shape))
+        terms += SHARED * rng.standard_normal((images, 1, 1, len(metrics)))
         values = BASE + tolerances * signs * terms.mean(0)
         again = resampled_mean(terms.reshape(images, -1), counts).reshape(-1, *shape)
         again = BASE + tolerances * signs * again
@@ -79,19 +69,7 @@ def simulate(
                 replicates[ticket] |= kept(Value(metric, values[n, k, j], images), again[:, n, k, j])
                 which = f"made up {study}", "none", method, n, 1 - 0.8**n, k, METRICS[metric].dimension
                 lines.append((*which, metric, "none", 0, images, values[n, k, j], ticket))
-    columns = [
-        "dataset",
-        "arch",
-        "method",
-        "round",
-        "sparsity",
-        "seed",
-        "dimension",
-        *verdict.CASE,
-        "n",
-        "value",
-        "ticket",
-    ]
+    columns = [*verdict.TICKET, "sparsity", "seed", "dimension", *verdict.CASE, "n", "value", "ticket"]
     return verdict.judge(pd.DataFrame(lines, columns=columns), replicates, CLASSES, limits)
 
 
@@ -102,19 +80,3 @@ def outcomes(judged: pd.DataFrame) -> dict[str, float]:
     }
     any_lost = judged.groupby(verdict.TICKET, sort=False)["outcome"].agg(lambda found: (found == verdict.LOST).any())
     return {**shares, "any lost": float(any_lost.mean())}
-
-
-def power(
-    images: Sequence[int] = (100, 300, 1000, 3000), seeds: Sequence[int] = (1, 2, 3, 5, 10), studies: int = 100
-) -> pd.DataFrame:
-    """Simulate how often a network is shown to keep a metric: equal to its parent, or worse by twice the tolerance.
-
-    Returns:
-        A line for each number of images, of seeds and each true ``loss``, with the shares of `outcomes`.
-    """
-    lines = []
-    for n in images:
-        for k in seeds:
-            for loss in (0.0, 2.0):
-                lines.append({"images": n, "seeds": k, "loss": loss, **outcomes(simulate(studies, n, k, loss=loss))})
-    return pd.DataFrame(lines)

@@ -7,11 +7,12 @@ everything an LTH-PASS, but publishes no thresholds. Those here are ours; each i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
@@ -58,18 +59,9 @@ class Thresholds:
 
 
 def thresholds_from(given: object) -> Thresholds:
-    """Return thresholds from plain values, the defaults in the place of those not given.
-
-    Raises:
-        UserError: For an unknown one, a value that cannot be, or ``k`` of an older grid.
-    """
+    """Return thresholds from plain values, the defaults in the place of those not given."""
     if not isinstance(given, Mapping):
         raise UserError(f"thresholds is {shown(given)}; it must be a mapping of {', '.join(vars(Thresholds()))}.")
-    if "k" in given:
-        raise UserError(
-            "The threshold k is gone: what two standard errors forgave now counts as not shown. Leave it out, or "
-            "name alpha, the probability of a wrong verdict (0.05 by default)."
-        )
     for name in given:
         choose(name, vars(Thresholds()), "threshold")
     return Thresholds(**given)
@@ -126,14 +118,9 @@ def judge(
 
 
 def _check_dense(summary: pd.DataFrame) -> None:
-    dense = summary[summary["method"] == "dense"]
-    lacking = {*zip(summary["dataset"], summary["arch"], strict=True)} - {
-        *zip(dense["dataset"], dense["arch"], strict=True)
-    }
-    if lacking:
-        raise UserError(
-            f"There is no dense run of {' '.join(min(lacking))} among the rows; a verdict compares with it."
-        )
+    for (dataset, arch), rows in summary.groupby(["dataset", "arch"]):
+        if "dense" not in set(rows["method"]):
+            raise UserError(f"There is no dense run of {dataset} {arch} among the rows; a verdict compares with it.")
 
 
 def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds) -> pd.DataFrame:
@@ -214,28 +201,22 @@ def spread(summary: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     Below five seeds Student's interval is so wide (2 seeds: 9 standard deviations either side) that it hides the data;
     the range shows what was seen and claims no more.
     """
-    from scipy.stats import t
-
     many = summary["seeds"] >= 5
-    reach = t.ppf(0.975, np.maximum(summary["seeds"] - 1, 1)) * summary["error"]
+    reach = student.ppf(0.975, np.maximum(summary["seeds"] - 1, 1)) * summary["error"]
     low = (summary["mean"] - reach).where(many, summary["least"])
     return low, (summary["mean"] + reach).where(many, summary["most"])
 
 
-def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.DataFrame:
+def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
     """Say which tickets win everything: LTH-PASS is every metric of the paper kept that was measured in the study.
-
-    Args:
-        judged: As `judge` returns it.
-        metrics: Which metrics count; by default those with ``in_verdict``.
 
     Returns:
         One line a method and round: ``sparsity``, ``passed``, the ``outcome`` of all together (lost where any is; kept
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
-    wanted = set(metrics) if metrics is not None else {m.name for m in METRICS.values() if m.in_verdict}
+    counts = judged["metric"].map(lambda name: METRICS[name].in_verdict)
     is_sparse = judged["method"].map(lambda name: METHODS[name].family != "dense")
-    counted = judged[judged["metric"].isin(wanted) & (judged["outcome"] != "") & is_sparse]
+    counted = judged[counts & (judged["outcome"] != "") & is_sparse]
     counted = counted.drop_duplicates([*TICKET, *CASE])
     asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
     lines = []
@@ -254,12 +235,8 @@ def lth_pass(judged: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.D
 def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     """Return the highest sparsity up to which each method is shown to keep, without a break, by metric or dimension.
 
-    Args:
-        judged: As `judge` returns it; only metrics in the verdict count.
-        by: ``"metric"`` or ``"dimension"`` (all of its metrics must be kept).
-
-    Returns:
-        Table methods x metrics (or dimensions) of sparsities; NaN where not even the lowest sparsity is.
+    The table is methods x metrics, or dimensions (all of whose metrics must be kept); only metrics in the verdict
+    count. NaN where not even the lowest sparsity is reached.
     """
     table: dict[str, dict[str, float]] = {}
     for (method, column), lines in _ladders(judged, by):
@@ -299,11 +276,8 @@ def standing_round(judged: pd.DataFrame) -> int:
 def scorecard(summary: pd.DataFrame) -> pd.DataFrame:
     """Scale each metric of the verdict to [0, 1], 1 the best: (x - min) / (max - min), as in the paper's Fig. 1.
 
-    Args:
-        summary: As `summarise` returns it, restricted to what is to be compared (one round, and dense).
-
-    Returns:
-        Table methods x metrics; a metric in which all are equal is 1 for all.
+    Methods x metrics, of a summary restricted to what is to be compared (one round, and dense); a metric in which all
+    are equal is 1 for all.
     """
     counted = summary[summary["metric"].map(lambda name: METRICS[name].in_verdict)]
     table = counted.pivot_table(index="method", columns="metric", values="mean", sort=False)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from lthlib.core.errors import UserError, check_plain, choose, shown
-from lthlib.networks import ARCHITECTURES
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import rounds_of
 from lthlib.tickets.ticket import Ticket
@@ -44,31 +43,22 @@ class Study:
 
     def tickets(self) -> list[Ticket]:
         """Return the dense tickets, then those of each method by seed and round."""
-        dense = [self._ticket("dense", 0, seed) for seed in self.seeds]
-        return dense + [self._ticket(*which) for which in itertools.product(self.methods, self.rounds, self.seeds)]
-
-    def _ticket(self, method: str, round: int, seed: int) -> Ticket:
-        return Ticket(
-            self.data,
-            self.arch,
-            method,
-            round,
-            seed,
-            self.recipe,
-            self.rewind_epoch,
-            self.train_size,
-            tuple(self.options.get(method, {}).items()),
-        )
+        dense = itertools.product(["dense"], [0], self.seeds)
+        sparse = itertools.product(self.methods, self.rounds, self.seeds)
+        options = {method: tuple(given.items()) for method, given in self.options.items()}
+        shared = self.recipe, self.rewind_epoch, self.train_size
+        return [
+            Ticket(self.data, self.arch, method, round, seed, *shared, options.get(method, ()))
+            for method, round, seed in itertools.chain(dense, sparse)
+        ]
 
 
 def study_from(settings: Mapping[str, object]) -> Study:
     """Build a study from plain values, as a notebook's parameters or a grid file give them.
 
     Accepted keys are the attributes of `Study`, ``method`` for ``methods`` (a name, a list, or "all"), and
-    ``sparsities`` for ``rounds`` (fractions, each within half a point of the ladder).
-
-    Raises:
-        UserError: Naming the key, the value and what is allowed.
+    ``sparsities`` for ``rounds`` (fractions, each within half a point of the ladder). An error names the key, the value
+    and what is allowed.
     """
     check_plain(settings, "the study")
     given = dict(settings)
@@ -80,20 +70,23 @@ def study_from(settings: Mapping[str, object]) -> Study:
     methods = given.pop("method", given.pop("methods", "all"))
     if "sparsities" in given:
         values = given.pop("sparsities")
-        _check_list(values, (int, float), "sparsities", "fractions in [0, 1), for instance [0.2, 0.67, 0.89]")
-        given["rounds"] = found = rounds_of(values)
+        given["rounds"] = found = rounds_of(values) if _is_list(values, int, float) else [0]
         if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= LAST_ROUND:
             raise UserError(
-                f"sparsities is {shown(values)}; it must be a list of fractions from 0.2 on, ascending, none twice."
+                f"sparsities is {shown(values)}; it must be a list of fractions from 0.2 on, ascending, none twice, "
+                "for instance [0.2, 0.67, 0.89]."
             )
     study = {**given, "methods": _methods(methods), "recipe": recipe_from(given.get("recipe") or {})}
     for key, low, high in (("rounds", 1, LAST_ROUND), ("seeds", 0, 2**31 - 1)):
         if key in study:
-            what = f"whole numbers from {low} on, at most {high}, ascending, none twice"
-            _check_list(study[key], int, key, what)
-            if list(study[key]) != sorted(set(study[key])) or study[key][0] < low or study[key][-1] > high:
-                raise UserError(f"{key} is {shown(study[key])}; it must be a list of {what}.")
-            study[key] = tuple(study[key])
+            values = study[key]
+            rises = _is_list(values, int) and list(values) == sorted(set(values))
+            if not rises or not low <= values[0] <= values[-1] <= high:
+                raise UserError(
+                    f"{key} is {shown(values)}; it must be a list of whole numbers from {low} on, at most {high}, "
+                    "ascending, none twice."
+                )
+            study[key] = tuple(values)
     for key in ("data", "arch"):
         if key in study and not isinstance(study[key], str):
             raise UserError(f"{key} is {shown(study[key])}; it must be a name.")
@@ -107,8 +100,7 @@ def study_from(settings: Mapping[str, object]) -> Study:
         choose(method, METHODS, "method under options")
         METHODS[method].check_options(options[method])
     made = Study(**{**study, "options": {m: dict(o) for m, o in options.items()}})
-    choose(made.arch, ARCHITECTURES, "architecture")
-    made.tickets()  # each checks itself
+    made.tickets()  # each checks the names of its data, network and method
     return made
 
 
@@ -117,16 +109,12 @@ def _methods(names: object) -> tuple[str, ...]:
         return tuple(name for name in METHODS if name != "dense")
     if isinstance(names, str):
         names = [names]
-    _check_list(names, str, "methods", 'names of methods, or "all"')
-    for name in names:
-        choose(name, METHODS, "method")
+    if not _is_list(names, str):
+        raise UserError(f'methods is {shown(names)}; it must be a list of names of methods, or "all".')
     if len(set(names)) < len(names):
         raise UserError(f"methods names one of them twice: {', '.join(names)}.")
     return tuple(name for name in names if name != "dense")
 
 
-def _check_list(values: object, kinds: type | tuple[type, ...], key: str, what: str) -> None:
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    good = isinstance(values, list | tuple) and len(values) > 0 and all(type(v) in kinds for v in values)
-    if not good:
-        raise UserError(f"{key} is {shown(values)}; it must be a list of {what}.")
+def _is_list(values: object, *kinds: type) -> bool:
+    return isinstance(values, list | tuple) and len(values) > 0 and all(type(v) in kinds for v in values)

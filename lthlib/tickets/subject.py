@@ -98,27 +98,18 @@ class Subject:
         """Return up to n uint8 images (n, H, W, C) of an image set, in memory.
 
         ``"test"``, ``"train"`` and ``"validation"`` are the data set's own, spread evenly over the classes (`sample`);
-        ``"ood:<name>"`` is an out-of-distribution set (`lthlib.data.ood_images`); ``"corrupted:<name>:<severity>"``
-        are the test images of `sample` under a corruption.
+        ``"ood:<name>"`` is an out-of-distribution set (`lthlib.data.ood_images`).
         """
-        kind, _, which = name.partition(":")
-        if kind != "corrupted":
-            return self._pixels(name, n)[:]
-        corruption, _, severity = which.partition(":")
-        choose(severity, [str(s) for s in SEVERITIES], "severity")
-        parts = corrupted_parts(self.data, corruption, n, self.store, severities=(int(severity),))
-        return torch.cat([pixels for _, _, pixels in parts])
+        return self._pixels(name, n)[:]
 
     def _pixels(self, name: str, n: int) -> data.Pixels:
-        """As `images`, for sets that are not corrupted; read on demand where there is too much to hold in memory."""
+        """As `images`, read on demand where there is too much to hold in memory."""
         kind, _, which = name.partition(":")
         if kind in OWN:
             return self._part(name).subset(self.sample(name, n)).pixels
         if kind == "ood":
             return data.ood_images(which, self.data, n, self.store)
-        raise UserError(
-            f"Unknown image set {name!r}. Allowed: {', '.join(OWN)}, ood:<name>, corrupted:<name>:<severity>."
-        )
+        raise UserError(f"Unknown image set {name!r}. Allowed: {', '.join(OWN)}, ood:<name>.")
 
     def labels(self, name: str, n: int) -> torch.Tensor:
         """Return the labels of ``images(name, n)``, for the data set's own images."""
@@ -149,9 +140,7 @@ class Subject:
     def corrupted_logits(self, names: Sequence[str], n: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """Yield (corruption, severity, logits (n, classes)), all kept in one file and read one after the other.
 
-        Args:
-            names: Names in `lthlib.data.corruptions.CORRUPTIONS`.
-            n: Images under each, those of ``sample("test", n)``, whose labels they have.
+        The images under each are those of ``sample("test", n)``, whose labels they have.
         """
         labels = self.labels("test", n)
 

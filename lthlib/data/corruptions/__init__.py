@@ -1,8 +1,8 @@
 """The 15 common corruptions of Hendrycks & Dietterich (2019) and their 4 extra ones, batched, seeded and exact.
 
 Images are uint8 arrays of shape (N, H, W, C) with C = 1 (gray) or 3 (RGB); so are the results. `corrupt` makes one set
-or a part of one; `load_official` and `stream_official` read the published CIFAR-10-C, CIFAR-100-C and ImageNet-C files.
-Where those exist they should be used: the authors ask for it, since library and JPEG versions change pixels.
+or a part of one. Where the published CIFAR-10-C, CIFAR-100-C and ImageNet-C files exist, these should be used: the
+authors ask for it, since library and JPEG versions change pixels. `lthlib.data.corruptions.published` reads them.
 
 Which constants. ``"cifar"`` is the table of CIFAR-10-C (32 pixels), ``"imagenet"`` that of ImageNet-C (224 pixels).
 Lengths (blur widths, shuffle distances) are pixels and are used as they are at any size; only the elastic transform,
@@ -18,7 +18,6 @@ numbers of the same distribution.
 
 # ruff: noqa: F401, I001 (the order of the groups is that of the registry)
 from lthlib.data.corruptions import noise, blur, weather, digital, extra
-from lthlib.data.corruptions.published import has_official, load_official, stream_official
 from lthlib.data.corruptions.registry import (
     CORRUPTIONS,
     GROUPS,

@@ -2,118 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lthlib.core.errors import UserError, choose
-from lthlib.data.corruptions.registry import CORRUPTIONS, SEVERITIES, check_images
+from lthlib.core.errors import UserError
+from lthlib.data.corruptions.registry import SEVERITIES
 from lthlib.data.files import Files, ImageFiles
+from lthlib.data.images import OnDemand
+from lthlib.data.sets import DataSet
 
 
-def has_official(folder: str | Path, name: str) -> bool:
-    """Tell whether ``folder`` holds the published set, as ``name.npy`` or as a folder ``name``."""
-    choose(name, CORRUPTIONS, "corruption")
-    return (Path(folder) / f"{name}.npy").is_file() or (Path(folder) / name).is_dir()
+def has_official(folder: Path, name: str) -> bool:
+    """Tell whether a folder holds the published set of a corruption, as ``name.npy`` or as a folder ``name``."""
+    return (folder / f"{name}.npy").is_file() or (folder / name).is_dir()
 
 
-def load_official(folder: str | Path, name: str, severity: int, *, rows: int = 50_000) -> tuple[np.ndarray, np.ndarray]:
-    """Read one severity from CIFAR-10-C or CIFAR-100-C; no other is read into memory.
+def official(folder: Path, name: str, severity: int, like: DataSet) -> OnDemand:
+    """Return the published test images of a data set under a corruption, read when they are asked for.
 
     Args:
-        folder: Holds ``name.npy``, uint8 (rows, H, W, C) with severity 1 first, and ``labels.npy``, (rows,),
-            which repeats the labels of the test set for each severity.
+        folder: Holds ``name.npy``, uint8 (5 N, H, W, C) with severity 1 first, and ``labels.npy`` (CIFAR-10-C,
+            CIFAR-100-C), or ``name/severity/class/*.JPEG`` (ImageNet-C).
         name: A name in `CORRUPTIONS`.
         severity: 1 to 5.
-        rows: Rows of each file: 5 times the number of test images.
-
-    Returns:
-        Images, uint8 (rows / 5, H, W, C), and their labels, int64 (rows / 5,).
+        like: The data set, whose test images these are, in the same order.
 
     Raises:
-        UserError: For a missing or unreadable file, another number of rows, images or labels of another kind.
+        UserError: For a file that is missing or damaged, and for files of other images.
     """
-    choose(name, CORRUPTIONS, "corruption")
-    choose(severity, SEVERITIES, "severity")
-    n = rows // len(SEVERITIES)
-    paths = Path(folder) / f"{name}.npy", Path(folder) / "labels.npy"
-    images, labels = (_map_array(path, rows)[(severity - 1) * n : severity * n] for path in paths)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"{paths[1]} must hold 5 x n whole numbers, not {labels.dtype} {labels.shape}.")
-    images = np.array(images)
-    try:
-        check_images(images)
-    except UserError as error:
-        raise UserError(f"{paths[0]}: {error} Fetch the published file again.") from None
-    return images, np.array(labels, np.int64)
-
-
-def _map_array(path: Path, rows: int) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is missing. Put the published file there, or move the folder away to generate.")
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a readable .npy file ({error}). Fetch it again.") from error
-    if array.shape[:1] != (rows,):
+    is_array = (folder / f"{name}.npy").is_file()
+    found = (_in_arrays if is_array else _in_folders)(folder, name, severity, like)
+    if found is None or found.shape != tuple(like.test.pixels.shape):
         raise UserError(
-            f"{path} has {array.shape[0] if array.ndim else 0} rows where {rows:,} are expected (5 severities of "
-            f"{rows / 5:,g} images). Put the whole published file there, or move the folder away to generate."
+            f"{folder} does not belong to {like.name}: number, labels or size of the images of {name} differ from the "
+            f"{len(like.test):,} of the test set. Fetch the published files again, or move the folder away to generate."
         )
-    return array
+    return found
 
 
-def stream_official(
-    folder: str | Path,
-    name: str,
-    severity: int,
-    *,
-    classes: Sequence[str],
-    rows: int = 50_000,
-    positions: np.ndarray | None = None,
-    batch_size: int = 64,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read one severity from ImageNet-C, batch by batch, in the order of class folder and file name.
+def _in_arrays(folder: Path, name: str, severity: int, like: DataSet) -> OnDemand | None:
+    arrays = []
+    for path in (folder / f"{name}.npy", folder / "labels.npy"):
+        try:
+            arrays.append(np.lib.format.open_memmap(path, mode="r"))
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is not a readable .npy file ({error}). Fetch it again.") from error
+    images, labels = arrays
+    every = np.tile(like.test.labels.numpy(), len(SEVERITIES))
+    if images.dtype != np.uint8 or images.shape[:1] != every.shape or not np.array_equal(labels, every):
+        return None
+    first = (severity - 1) * len(like.test)
+    return OnDemand(lambda at: np.array(images[at]), first + np.arange(len(like.test)), images.shape[1:])
 
-    Args:
-        folder: Holds ``name/severity/class/*.JPEG``; all images of one size (224 pixels as published).
-        name: A name in `CORRUPTIONS`.
-        severity: 1 to 5.
-        classes: Class folders in the order of the labels.
-        rows: Number of images of the severity.
-        positions: Which of them to read, in this order; by default all.
-        batch_size: Images held at a time.
 
-    Returns:
-        An iterator of images, uint8 (n, H, W, 3), and labels, int64 (n,). The folder is checked at once,
-        before the first batch.
-
-    Raises:
-        UserError: For a missing folder or class, another number of images or classes, an image that cannot
-            be read or has another size.
-    """
-    choose(name, CORRUPTIONS, "corruption")
-    choose(severity, SEVERITIES, "severity")
-    root = Path(folder) / name / str(severity)
+def _in_folders(folder: Path, name: str, severity: int, like: DataSet) -> OnDemand | None:
+    root = folder / name / str(severity)
     if not root.is_dir():
         raise UserError(f"{root} is missing. ImageNet-C lies there as class folders of JPEG files.")
-    files = Files(root)
-    found = {folder for folder in files.folders if "/" not in folder}
-    if odd := sorted(found ^ set(classes))[:3]:
-        raise UserError(
-            f"{root} has {len(found)} class folders where {len(classes)} are expected; the two lists differ in "
-            f"{', '.join(odd)}."
-        )
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
-    listed = sorted((label_of[file.split("/")[0]], file) for file in files.images if "/" in file)
-    if len(listed) != rows:
-        raise UserError(f"{root} has {len(listed):,} images where {rows:,} are expected.")
-    labels, names = zip(*listed, strict=True)
-    index = np.arange(rows) if positions is None else positions
-    pixels = ImageFiles(files, names, "", "RGB").on_demand().at(torch.from_numpy(index))
-    chosen = np.array(labels, np.int64)[index]
-    starts = range(0, len(index), batch_size)
-    batches = zip(pixels.split(batch_size), starts, strict=True)
-    return ((images.numpy(), chosen[start : start + batch_size]) for images, start in batches)
+    files, label_of = Files(root), {wnid: label for label, wnid in enumerate(like.classes)}
+    listed = sorted((label_of.get(file.split("/")[0], -1), file) for file in files.images)
+    if [label for label, _ in listed] != like.test.labels.tolist():
+        return None
+    return ImageFiles(files, [file for _, file in listed], "", "RGB").on_demand()

@@ -124,10 +124,9 @@ def default_constants(height: int, width: int) -> str:
 def corrupt(
     images: np.ndarray, name: str, severity: int, *, constants: str | None = None, seed: int = 0, start: int = 0
 ) -> np.ndarray:
-    """Corrupt every image of a set.
+    """Corrupt every image of a set (Hendrycks & Dietterich, 2019).
 
-    Besides the result the memory needed does not grow with N: images are taken in steps of about
-    `CHUNK_BYTES`.
+    Besides the result the memory needed does not grow with N: images are taken in steps of about `CHUNK_BYTES`.
 
     Args:
         images: uint8 of shape (N, H, W, 1) or (N, H, W, 3), RGB, sides of at least `MIN_SIDE`. Left as it is.
@@ -140,15 +139,8 @@ def corrupt(
 
     Returns:
         uint8 of the shape of ``images``.
-
-    Raises:
-        UserError: For an unknown name, severity or table, a negative seed, or images of another kind.
-
-    References:
-        Hendrycks & Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
-        Perturbations, 2019.
     """
-    check_images(images)
+    _check_images(images)
     height, width = images.shape[1:3]
     row = CORRUPTIONS[name]
     constant = row.constant(severity, default_constants(height, width) if constants is None else constants)
@@ -163,8 +155,7 @@ def corrupt(
     return out
 
 
-def check_images(images: np.ndarray) -> None:
-    """Raise `UserError` unless images are uint8 (N, H, W, C) that can be corrupted."""
+def _check_images(images: np.ndarray) -> None:
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise UserError(f"images must be a NumPy array of uint8 (0 to 255), not {kind}.")
