@@ -421,7 +421,7 @@ def test_longer_formulas_are_never_worse_and_begin_with_netdissects_plain_iou(se
     acts, limits, concepts = random_case(seed, labels=6, depth=3)
     counts = composition.census(acts, limits, concepts)
     both, unit, _ = loop_tally(acts, limits, concepts)
-    plain = both / np.maximum(unit[:, None] + concepts.areas() - both, 1)
+    plain = both / np.maximum(unit[:, None] + dissection.tally(acts, limits, concepts).concept - both, 1)
     short = composition.best_formulas(counts, max_length=3)
     for u, e in enumerate(composition.best_formulas(counts, max_length=10)):
         assert len(e.by_length) == 10
