@@ -4,6 +4,8 @@ import re
 
 import pandas as pd
 import pytest
+from pybtex.database import parse_file
+from pybtex.style.labels.alpha import LabelStyle
 from test_claims import each, made
 
 from lthlib.book.cost import PAPER
@@ -120,6 +122,7 @@ class TestWhyRigLIsLessFlat:
 
     def test_what_lacks_is_not_measured(self):
         assert reasons.why_less_flat(made({"nll": {"dense": 1.0, "rigl": 1.0}})) == ("", ())
+        assert answer("flat") == "Not measured here."
         assert answer("flat", made({"nll": {"dense": 1.0, "rigl": 1.0}})) == "**study.** Not measured here.\n"
         one = reasons.why_less_flat(made({reasons.TRACE: {"rp": 1.0, "rigl": 1.3}}))[0]
         assert reasons.COUNT in one
@@ -148,9 +151,19 @@ def test_a_record_is_shown_as_far_as_it_goes():
         assert {page.topic for page in pages(grid, from_record=True)} == {*grid.dimensions, "methods"}
 
 
-def test_the_works_of_the_post_are_all_cited():
-    works = WORKS.split()
+def cited():
     texts = [path.read_text() for path in (ROOT / "book").rglob("*.md") if "_generated" not in path.parts]
-    cited = {key for text in texts for keys in re.findall(r"\{cite(?::t)?\}`([^`]+)`", text) for key in keys.split(",")}
-    assert len(works) == 26
-    assert {*works, "siddhartha2023can"} <= cited
+    return {key for text in texts for keys in re.findall(r"\{cite(?::t)?\}`([^`]+)`", text) for key in keys.split(",")}
+
+
+def test_the_works_of_the_post_are_all_cited():
+    assert len(WORKS.split()) == 26
+    assert {*WORKS.split(), "siddhartha2023can"} <= cited()
+
+
+def test_no_work_for_further_reading_has_the_label_of_a_cited_one():
+    """The list of references and that of further reading are labelled apart, and Sphinx refuses a label twice."""
+    entries, mine = parse_file(ROOT / "book" / "references.bib").entries, cited()
+    parts = [[entries[key] for key in entries if (key in mine) == told] for told in (True, False)]
+    first, second = (set(LabelStyle().format_labels(part)) for part in parts)
+    assert not first & second

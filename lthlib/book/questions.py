@@ -40,7 +40,7 @@ def questions_pages(studies: Sequence[Evidence], plans: Sequence[PagePlan]) -> d
         "question-rigl.md": rigl_on_cifar(studies) + _pages(on_cifar),
         "question-structured.md": _tallies(studies, cut, four, EVERY_METHOD) + _pages(every),
         "question-metrics.md": metrics_table(ROOT / "book" / "metrics"),
-        "question-flat.md": "\n\n".join(map(less_flat, studies)) + _pages(beside["flatness"]),
+        "question-flat.md": ("\n\n".join(map(less_flat, studies)) or NOTHING) + _pages(beside["flatness"]),
     }
 
 
