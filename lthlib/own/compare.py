@@ -107,9 +107,8 @@ class Comparison:
         """Read what `save` wrote."""
         folder = Path(folder)
         content = json.loads((folder / "facts.json").read_text())
-        rows = pd.read_csv(
-            folder / "rows.csv", dtype={"method": str}, keep_default_na=False, float_precision="round_trip"
-        )
+        exactly = {"keep_default_na": False, "na_values": {"sparsity": [""]}, "float_precision": "round_trip"}
+        rows = pd.read_csv(folder / "rows.csv", dtype={"method": str}, **exactly)
         arrays = {}
         for ticket in rows["ticket"].unique():
             with np.load(folder / f"{ticket}.npz") as file:
