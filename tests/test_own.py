@@ -367,7 +367,7 @@ def foreign(tmp_path_factory, store):
 
 
 def test_the_command_judges_networks_from_files(foreign, store):
-    root = Path(own.__file__).parents[1]
+    root = Path(own.__file__).parents[2]
     run = subprocess.run(
         [
             sys.executable,

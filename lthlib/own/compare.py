@@ -107,7 +107,8 @@ class Comparison:
         """Read what `save` wrote."""
         folder = Path(folder)
         content = json.loads((folder / "facts.json").read_text())
-        rows = pd.read_csv(folder / "rows.csv", dtype={"method": str, "dataset": str}, keep_default_na=False)
+        exactly = {"keep_default_na": False, "na_values": {"sparsity": [""]}, "float_precision": "round_trip"}
+        rows = pd.read_csv(folder / "rows.csv", dtype={"method": str}, **exactly)
         arrays = {}
         for ticket in rows["ticket"].unique():
             with np.load(folder / f"{ticket}.npz") as file:
@@ -225,7 +226,7 @@ def in_memory(images: Tensor | np.ndarray, labels: object, classes: Sequence[str
     images, labels = torch.as_tensor(images).detach().cpu(), torch.as_tensor(labels if labels is not None else [])
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         raise UserError(f"images has the shape {tuple(images.shape)}; (N, C, H, H) is needed, C 1 or 3, square.")
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or (len(labels) and int(labels.min()) < 0):
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels) or int(labels.min()) < 0:
         raise UserError(f"labels has the shape {tuple(labels.shape)}; one whole number from 0 on an image is needed.")
     if images.is_floating_point():
         low, high = float(images.min()), float(images.max())
