@@ -214,11 +214,11 @@ def test_equal_pictures_are_evaluated_once():
     assert found["n_evaluated"][0] == len(np.unique(masks[:, ::4], axis=0)) == 16
 
 
-def test_224_pixel_photographs_streamed_with_quickshift():
+def test_224_pixel_photographs_streamed_with_quickshift(monkeypatch):
     pictures = crops(224, 2)
     model = Small(stride=8).eval()
     settings = {"n_masks": 24, "n_perturb": 2, "seed": 0}
-    found = lime.fidelity_stability(model, (p for p in pictures), method="quickshift", batch=5, **settings)
+    found = lime.fidelity_stability(model, (p for p in pictures), method="quickshift", **settings)
     segments = [segment(picture, "quickshift") for picture in pictures]
     for i, (picture, labels) in enumerate(zip(pictures, segments, strict=True)):
         assert found.n_segments[i] == labels.max() + 1 > 10
@@ -226,7 +226,9 @@ def test_224_pixel_photographs_streamed_with_quickshift():
         assert found.fidelity[i] == pytest.approx(expected["fidelity"], rel=1e-4)
         assert found.stability[i] == pytest.approx(expected["stability"], rel=1e-4)
     few = {"n_fit": 6, "n_eval": 6, "n_neighbours": 2, "segments": segments}
-    streamed, at_once = (expo(model, (p for p in pictures), batch=batch, **few) for batch in (4, 64))
+    at_once = expo(model, (p for p in pictures), **few)
+    monkeypatch.setitem(lime.PIXELS, "cpu", 1)  # the fewest images in a pass
+    streamed = expo(model, (p for p in pictures), **few)
     assert [coef.size for coef in streamed["coef"]] == (3 * found["n_segments"]).tolist()
     np.testing.assert_allclose(streamed[list(EXPO_SCORES)], at_once[list(EXPO_SCORES)], rtol=1e-4)
 
@@ -275,11 +277,12 @@ def test_images_do_not_share_masks():
     assert drawn[0].mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_an_image_keeps_its_numbers_in_any_company_and_chunk():
+def test_an_image_keeps_its_numbers_in_any_company_and_chunk(monkeypatch):
     images = np.stack([photo(seed) for seed in range(3)])
     settings = {"segments": [blocks()] * 3, "n_masks": 60}
-    forward = lime.fidelity_stability(Small(), images, batch=7, **settings)
-    backward = lime.fidelity_stability(Small(), torch.from_numpy(images[::-1].copy()), batch=60, **settings)
+    forward = lime.fidelity_stability(Small(), images, **settings)
+    monkeypatch.setitem(lime.PIXELS, "cpu", 1)  # the fewest images in a pass
+    backward = lime.fidelity_stability(Small(), torch.from_numpy(images[::-1].copy()), **settings)
     np.testing.assert_allclose(forward.fidelity, backward.fidelity[::-1], rtol=1e-5)
     np.testing.assert_allclose(forward.stability, backward.stability[::-1], rtol=1e-5)
 
@@ -482,8 +485,8 @@ def test_the_mean_gradient_is_what_the_regression_converges_to():
 def test_expo_streams_and_is_seeded_by_image():
     images, labels = [photo(s) for s in range(2)], [blocks()] * 2
     settings = {"n_fit": 6, "n_eval": 10, "n_neighbours": 2}
-    both = expo(Small(), iter(images), segments=labels, batch=4, **settings)
-    alone = expo(Small(), images[1:], segments=labels[1:], batch=6, **settings)
+    both = expo(Small(), iter(images), segments=labels, **settings)
+    alone = expo(Small(), images[1:], segments=labels[1:], **settings)
     np.testing.assert_allclose(both.expo_stability[1], alone.expo_stability[0], rtol=1e-3)
     assert both.expo_stability[0] != pytest.approx(both.expo_stability[1], rel=1e-3)
     other = expo(Small(), images[1:], segments=labels[1:], seed=1, **settings)

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from lthlib.core.errors import UserError
 from lthlib.figures import flatness as drawing
 from lthlib.metrics import METRICS
+from lthlib.metrics.flatness import exact
 from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace, sample_factor
 from lthlib.metrics.flatness.frozen import Frozen
 from lthlib.metrics.flatness.landscape import (
@@ -134,10 +135,11 @@ def active_rows(model, masks):
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-@pytest.mark.parametrize("chunk", [2, 10])
-def test_trace_is_the_brute_force_trace(model, batch, masks, pruned, chunk):
+@pytest.mark.parametrize("memory", [1, 2**28])
+def test_trace_is_the_brute_force_trace(model, batch, masks, pruned, memory, monkeypatch):
+    monkeypatch.setattr(exact, "JACOBIAN_BYTES", memory)
     masks = masks if pruned else {}
-    found = exact_trace(model, *batch, masks, chunk=chunk)
+    found = exact_trace(model, *batch, masks)
     hessian, owner, flat = brute_hessian(masked(model, masks), *batch)
     keep = active_rows(model, masks)
     diagonal = hessian.diagonal() * keep
@@ -468,8 +470,9 @@ def brute_input_hessians(model, images, labels):
     return torch.stack(hessians).view(-1, n, n)
 
 
-def test_input_hessian_is_exact_per_image(model, batch):
-    found = input_hessian_trace(model, *batch, chunk=2)
+def test_input_hessian_is_exact_per_image(model, batch, monkeypatch):
+    monkeypatch.setattr(exact, "JACOBIAN_BYTES", 1)
+    found = input_hessian_trace(model, *batch)
     hessians = brute_input_hessians(model, *batch)
     torch.testing.assert_close(found.trace, hessians.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.top, torch.linalg.eigvalsh(hessians)[:, -1], rtol=1e-12, atol=1e-14)

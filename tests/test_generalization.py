@@ -15,9 +15,10 @@ from lthlib.core.errors import UserError
 from lthlib.data.corrupted import sample
 from lthlib.data.corruptions import CORRUPTIONS, corrupt
 from lthlib.metrics import METRICS, softmax
+from lthlib.metrics.generalization import attacks
 from lthlib.metrics.generalization import measure as generalization
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
-from lthlib.metrics.generalization.attacks import adversarial_logits, fgsm, logits_of, pgd
+from lthlib.metrics.generalization.attacks import adversarial_logits, fgsm, pgd
 from lthlib.metrics.generalization.corruption import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERROR,
@@ -225,8 +226,8 @@ def test_images_foreign_to_some_classes_are_scored_among_these(monkeypatch):
             return known if name == "test" else foreign
 
     monkeypatch.setattr(generalization, "ood_classes", lambda name, like: ("n02", "n04"))
-    monkeypatch.setattr(generalization, "_under_corruption", lambda *a: [])
-    monkeypatch.setattr(generalization, "_attacks", lambda *a: [])
+    monkeypatch.setattr(generalization, "_under_corruption", lambda *a: ([], {}))
+    monkeypatch.setattr(generalization, "_attacks", lambda *a: ([], {}))
     values, arrays = measure(Given(), ood=("imagenet-o",))
     mine = (labels == 1) | (labels == 3)
     expected = detection(known[mine][:, [1, 3]], foreign[:, [1, 3]])
@@ -297,11 +298,9 @@ def test_attacks_agree_with_foolbox(epsilon):
     net, (images, labels) = small_net().eval(), batch()
     theirs = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
-    torch.testing.assert_close(
-        fgsm(net, images, labels, epsilon, chunk=7), attack(theirs, images, labels, epsilons=epsilon)[1]
-    )
+    torch.testing.assert_close(fgsm(net, images, labels, epsilon), attack(theirs, images, labels, epsilons=epsilon)[1])
     attack = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=20, random_start=False)
-    ours = pgd(net, images, labels, epsilon, seed=None, chunk=7)
+    ours = pgd(net, images, labels, epsilon, seed=None)
     torch.testing.assert_close(ours, attack(theirs, images, labels, epsilons=epsilon)[1], rtol=0, atol=1e-6)
 
 
@@ -333,11 +332,13 @@ def test_attacks_stay_in_the_ball_and_in_the_pixel_range(attack):
     torch.testing.assert_close(attack(net, images, labels, 0.0), images)
 
 
-def test_chunks_change_nothing_and_the_seed_decides_the_start():
+def test_chunks_change_nothing_and_the_seed_decides_the_start(monkeypatch):
     net, (images, labels) = small_net(), batch()
     for attack in (fgsm, pgd):
-        whole = attack(net, images, labels, 8 / 255, chunk=30)
-        torch.testing.assert_close(attack(net, images, labels, 8 / 255, chunk=4), whole)
+        whole = attack(net, images, labels, 8 / 255)
+        with monkeypatch.context() as patch:
+            patch.setattr(attacks, "CHUNK", 4)
+            torch.testing.assert_close(attack(net, images, labels, 8 / 255), whole)
     one_step = [pgd(net, images, labels, 8 / 255, steps=1, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(one_step[0], one_step[1])
     assert not torch.equal(one_step[0], one_step[2])
@@ -371,7 +372,7 @@ def test_attacks_leave_network_and_random_states_as_found(attack, context):
     modes, originals = [m.training for m in net.modules()], (images.clone(), labels.clone())
     random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     with context():
-        logits_of(net, attack(net, images, labels, 8 / 255), labels)
+        adversarial_logits(net, attack(net, images, labels, 8 / 255), labels, [0])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [p.requires_grad for p in net.parameters()] == flags
     assert [m.training for m in net.modules()] == modes
@@ -392,14 +393,13 @@ def test_training_flags_come_back_after_an_error():
 
 def test_adversarial_logits_start_at_the_clean_ones_and_are_those_of_the_attacked_images():
     net, (images, labels) = small_net(), batch()
-    logits = adversarial_logits(net, images, labels, (0.0, 1 / 255, 8 / 255), chunk=8)
+    logits = adversarial_logits(net, images, labels, (0.0, 1 / 255, 8 / 255))
     twin = copy.deepcopy(net).eval()
     with torch.no_grad():
         expected = [twin(fgsm(net, images, labels, e)).numpy() for e in (0.0, 1 / 255, 8 / 255)]
         clean = twin(images).numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     np.testing.assert_allclose(logits[0], clean, atol=1e-5)
-    np.testing.assert_allclose(logits_of(net, images, labels, chunk=8), clean, atol=1e-5)
     assert (np.diff([true_class_margin(z, labels).mean() for z in logits]) < 0).all()
 
 
@@ -433,9 +433,9 @@ def test_one_backward_pass_serves_every_epsilon():
             output.register_hook(lambda _: passes.__setitem__("backward", passes["backward"] + 1))
 
     net[1].register_forward_hook(count)
-    logits = adversarial_logits(net, images, labels, [0.01, 0.02, 0.04], chunk=15)
+    logits = adversarial_logits(net, images, labels, [0.01, 0.02, 0.04])
     assert logits.shape == (3, 30, 5)
-    assert passes == {"forward": 2 * (1 + 3), "backward": 2}
+    assert passes == {"forward": 1 + 3, "backward": 1}
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -464,7 +464,6 @@ def test_one_backward_pass_serves_every_epsilon():
         (lambda: fgsm(small_net(), batch()[0], batch()[1] + 5, 0.1), "5 classes"),
         (lambda: fgsm(small_net(), batch()[0], batch()[1][:3], 0.1), "one per image"),
         (lambda: fgsm(small_net(), batch()[0][:0], batch()[1][:0], 0.1), "shape"),
-        (lambda: fgsm(small_net(), *batch(), 0.1, chunk=0), "chunk"),
         (lambda: pgd(small_net(), *batch(), 0.1, steps=0), "steps"),
         (lambda: pgd(small_net(), *batch(), 0.1, step_size=-1), "step_size"),
     ],
@@ -560,7 +559,7 @@ def test_measuring_again_gives_the_same(subject, measured):
 
 def test_arrays_hold_the_roc_curve_and_of_dense_the_gallery(subject, measured):
     arrays = measured[1]
-    assert set(arrays) == {"roc_photos", "gallery"}
+    assert {"roc_photos", "gallery"} <= set(arrays)
     area = np.trapezoid(arrays["roc_photos"], dx=0.01)
     assert area == pytest.approx(table(measured[0])["ood_auroc", "photos", 0], abs=0.02)
     clean = subject.images("test", 20)[:1].numpy()

@@ -96,14 +96,8 @@ def voting(judged: pd.DataFrame, also: Sequence[str] = ()) -> list[tuple[str, st
     return [(metric, shift) for metric, shift in pairs if METRICS[metric].in_verdict or metric in also]
 
 
-def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]] | None = None, *, columns: int = 2) -> Figure:
-    """Draw metric against sparsity, one panel a metric and shift, of what `lthlib.results.verdict.judge` returns.
-
-    By default every pair that occurs at one severity and has a direction, of metrics with at most `MANY` such pairs.
-    """
-    if panels is None:
-        groups = judged[judged["metric"].isin(readable(judged))].groupby(["metric", "shift"], sort=False)
-        panels = [key for key, g in groups if (g["outcome"] != "").all() and g["severity"].nunique() == 1]
+def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]], *, columns: int = 2) -> Figure:
+    """Draw metric against sparsity, one panel a metric and shift, of what `lthlib.results.verdict.judge` returns."""
     figure, axes = grid(len(panels), columns, 3.1, 0.6)
     for axis, (metric, shift) in zip(axes, panels, strict=True):
         part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]

@@ -109,7 +109,6 @@ def hessian_trace(
     masks: Mapping[str, Tensor] | None = None,
     *,
     method: str = "auto",
-    chunk: int = 50,
     max_classes: int = 200,
     probes: int = 30,
     seed: int = 0,
@@ -117,18 +116,14 @@ def hessian_trace(
     """Return the trace of the weight Hessian (lower is flatter), exact where possible, else estimated.
 
     It is the Hessian of the mean cross-entropy over the batch in all parameters, restricted to the active ones, at
-    the masked weights. The exact method takes C - 1 vector-Jacobian products; memory grows with ``chunk``, not with
+    the masked weights. The exact method takes C - 1 vector-Jacobian products; memory is bounded, whatever
     the number of images. In a piecewise-linear network the trace does not depend on the labels. In float32 two
     processors round differently: expect exact traces to agree to 1e-5 of themselves.
 
     Args:
         model: Any network that can be differentiated twice.
-        images: See above, as for labels and masks.
-        labels: Class indices.
-        masks: None for a dense network.
         method: ``"exact"``, ``"hutchinson"`` (an estimate from random probes), or ``"auto"``: exact for a
             piecewise-linear network of at most ``max_classes`` classes, else ``"hutchinson"``.
-        chunk: Images at a time, exact method only.
         max_classes: Where ``"auto"`` stops paying one vector-Jacobian product per class.
         probes: Hessian-vector products of the estimator.
         seed: Of the estimator.
@@ -148,7 +143,7 @@ def hessian_trace(
         reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
     if not reasons:
         try:
-            return _exact_trace(frozen, chunk)
+            return _exact_trace(frozen)
         except RuntimeError as error:
             reasons = [f"torch.func cannot follow its forward pass ({str(error).strip().splitlines()[0]})"]
             if method == "exact":
@@ -163,7 +158,7 @@ def _refused(reasons: list[str]) -> UserError:
     )
 
 
-def _exact_trace(frozen: Frozen, chunk: int) -> WeightTrace:
+def _exact_trace(frozen: Frozen) -> WeightTrace:
     measures = {name: _measures(weight, frozen.masks.get(name)) for name, weight in frozen.weights.items()}
 
     def squared_gradients(image: Tensor) -> dict[str, Tensor]:
@@ -176,7 +171,7 @@ def _exact_trace(frozen: Frozen, chunk: int) -> WeightTrace:
         return sums
 
     bytes_per_image = 4 * sum(weight.numel() * weight.element_size() for weight in frozen.weights.values())
-    chunk = max(1, min(chunk, JACOBIAN_BYTES // bytes_per_image))
+    chunk = max(1, min(50, JACOBIAN_BYTES // bytes_per_image))
     parts = [vmap(squared_gradients)(images) for images in frozen.images.split(chunk)]
     images = {name: check_finite(torch.cat([part[name] for part in parts])) for name in measures}
     shares = {name: value.double().mean(0).tolist() for name, value in images.items()}
@@ -230,15 +225,14 @@ def _estimated_trace(frozen: Frozen, probes: int, seed: int, reason: str) -> Wei
 
 
 def input_hessian_trace(
-    model: nn.Module, images: Tensor, labels: Tensor, *, chunk: int | None = None, probes: int = 30, seed: int = 0
+    model: nn.Module, images: Tensor, labels: Tensor, *, probes: int = 30, seed: int = 0
 ) -> InputHessian:
     """Return trace and top eigenvalue of every image's Hessian in its pixels (lower is flatter).
 
     Each image's own cross-entropy is differentiated, not the batch's mean, in [0, 1] pixels, before the normalisation
     inside the network. Exact for a piecewise-linear network, from C - 1 vector-Jacobian products and one (C - 1) x (C -
     1) Gram matrix per image, whatever the labels; estimated otherwise, and said so, from ``probes`` Hessian-vector
-    products for the trace and as many for the eigenvalue. ``chunk`` images at a time; None: as many as keep their
-    Jacobians below 256 MB.
+    products for the trace and as many for the eigenvalue.
 
     In float32 two processors agree to 1e-5 of each number, but for the few images with a ReLU within rounding of its
     kink: a trace or eigenvalue of such an image may differ by 1e-2 of itself.
@@ -248,7 +242,7 @@ def input_hessian_trace(
     if reasons:
         return _estimated_input_hessian(frozen, probes, seed, "; ".join(reasons))
     bytes_per_image = frozen.classes * images[0].numel() * images.element_size()
-    chunk = chunk or max(1, min(100, JACOBIAN_BYTES // bytes_per_image))
+    chunk = max(1, min(100, JACOBIAN_BYTES // bytes_per_image))
     eigenvalues = torch.cat([_input_eigenvalues(frozen, part) for part in images.split(chunk)])
     zeros = torch.zeros_like(eigenvalues[:, 0])
     return InputHessian(eigenvalues.sum(1), eigenvalues[:, -1], "exact", zeros, zeros)

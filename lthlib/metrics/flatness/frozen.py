@@ -19,6 +19,8 @@ from lthlib.metrics.arrays import check_labels
 from lthlib.networks.checks import check_deterministic, check_own_weights, copied
 from lthlib.pruning.masks import apply_
 
+CHUNK = 250  # images at a time where nothing is differentiated twice
+
 
 class Frozen:
     """A copy of a network in evaluation mode, with its masked weights at zero, and a batch; all checked.
@@ -73,12 +75,10 @@ class Frozen:
             return functional_call(self.model, given, (images,), tie_weights=False)
 
     @torch.no_grad()
-    def logits(
-        self, weights: Mapping[str, Tensor] | None = None, images: Tensor | None = None, chunk: int = 250
-    ) -> Tensor:
-        """Return the logits of all images, ``chunk`` at a time and without gradients."""
+    def logits(self, weights: Mapping[str, Tensor] | None = None, images: Tensor | None = None) -> Tensor:
+        """Return the logits of all images, without gradients."""
         images = self.images if images is None else images
-        return torch.cat([self(part, weights) for part in images.split(chunk)])
+        return torch.cat([self(part, weights) for part in images.split(CHUNK)])
 
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross-entropy over the batch in nats, with a graph; `UserError` where it is not finite."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError, choose
-from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, rademacher_like
+from lthlib.metrics.flatness.frozen import CHUNK, Frozen, check_finite, normal_like, rademacher_like
 from lthlib.networks.checks import copied
 
 STATISTICS = ("interpolate", "recompute")
@@ -63,7 +63,6 @@ def interpolate(
     labels: Tensor,
     points: int = 11,
     statistics: str = "interpolate",
-    chunk: int = 250,
 ) -> LossPath:
     """Measure loss and error between two networks of one architecture (linear mode connectivity).
 
@@ -73,18 +72,15 @@ def interpolate(
         model: The architecture.
         state_a: ``state_dict`` at t = 0, for instance of the dense network.
         state_b: ``state_dict`` at t = 1, for instance of the ticket (pruned weights as zeros).
-        images: On which loss and error are means.
-        labels: Class indices.
         points: Positions, both ends included; barriers are maxima over these.
         statistics: ``"interpolate"`` draws the line in batch norm's running statistics too; ``"recompute"``
-            measures them anew at every point, ends included, as the mean over the images, in batches of ``chunk``.
-        chunk: Images at a time.
+            measures them anew at every point, ends included, as the mean over batches of the images.
     """
     choose(statistics, STATISTICS, "treatment of batch-norm statistics")
     if points < 3:
         raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
-    if statistics == "recompute" and min(len(images), chunk) < 2:
-        raise UserError("Batch norm's statistics need two images or more at a time.")
+    if statistics == "recompute" and len(images) < 2:
+        raise UserError("Batch norm's statistics need two images or more.")
     frozen = Frozen(model, images, labels)
     for state in (state_b, state_a):
         try:
@@ -99,8 +95,8 @@ def interpolate(
     for t in ts:
         frozen.model.load_state_dict(_mix(state_a, state_b, float(t)))
         if statistics == "recompute":
-            _measure_statistics(frozen.model, images, chunk)
-        logits = frozen.logits(chunk=chunk)
+            _measure_statistics(frozen.model, images)
+        logits = frozen.logits()
         rows.append((float(F.cross_entropy(logits, labels)), float((logits.argmax(1) != labels).double().mean())))
     loss, error = np.array(rows).T
     check_finite(torch.from_numpy(loss[[0, -1]]))
@@ -164,9 +160,9 @@ def _surface(at: Callable[[float, float], Tensor], a: np.ndarray, b: np.ndarray)
     return LossSurface(a, b, loss)
 
 
-def _gradient_signs(frozen: Frozen, chunk: int = 250) -> Tensor:
+def _gradient_signs(frozen: Frozen) -> Tensor:
     signs = []
-    for images, labels in zip(frozen.images.split(chunk), frozen.labels.split(chunk), strict=True):
+    for images, labels in zip(frozen.images.split(CHUNK), frozen.labels.split(CHUNK), strict=True):
         pixels = images.detach().requires_grad_()
         with torch.enable_grad():
             loss = F.cross_entropy(frozen(pixels), labels, reduction="sum")
@@ -195,14 +191,14 @@ def _mix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> dict[str
 
 
 @torch.no_grad()
-def _measure_statistics(model: nn.Module, images: Tensor, chunk: int) -> None:
+def _measure_statistics(model: nn.Module, images: Tensor) -> None:
     """Set batch norm's running statistics to those of some images, the mean over batches."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # so that they are the mean
         norm.train()
-    for batch in images.split(chunk):
+    for batch in images.split(CHUNK):
         if len(batch) > 1:
             model(batch)
     model.eval()

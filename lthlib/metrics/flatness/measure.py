@@ -179,8 +179,8 @@ def measure(
         ``weight_standard_error`` (of trace and relative flatness), and ``input_method``; ``top_bound`` and
         ``top_magnitude`` (the eigenvalue farthest from 0, signed); ``weight_sigma`` and ``input_sigma`` (low,
         high); ``dense_t``, ``dense_loss``, ``dense_error`` (the line to the dense network) and the same with
-        ``partner_``; of pictured tickets ``density_at`` and ``density``, and what `_pictures`, `_wide` and
-        `_rescaled` return.
+        ``partner_``; of pictured tickets ``density_at`` and ``density``, the traces of more images
+        (``wide_per_image``), and what `_pictures` and `_rescaled` return.
     """
     model, masks = subject.model, subject.masks
     draw = partial(_training_images, subject, seed=batch_seed)
@@ -195,7 +195,8 @@ def measure(
         hessian = WeightHessian(Frozen(model, *draw(n_spectrum), masks))
         density = spectral_density(hessian, probes=probes, steps=steps, points=500)
         pictures = _pictures(model, draw(n_path), masks, surface_points)
-        wide = _wide(model, draw(n_wide), masks)
+        wide = hessian_trace(model, *draw(n_wide), masks).per_image
+        wide = {} if wide is None else {"wide_per_image": _small(wide)}
         shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
         rescaled = _rescaled(model, draw(n_weights), masks, shares)
         parts.append(([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled}))
@@ -299,12 +300,6 @@ def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
     }
     parts = ("a", "b", "loss")
     return {f"{name}_{part}": _small(getattr(s, part)) for name, s in surfaces.items() for part in parts}
-
-
-def _wide(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
-    """Return ``wide_per_image``, the trace image by image over a larger sample, where it is exact."""
-    found = hessian_trace(model, *batch, masks)
-    return {} if found.per_image is None else {"wide_per_image": _small(found.per_image)}
 
 
 def _rescaled(

@@ -23,11 +23,11 @@ class WeightHessian:
     """The Hessian of the mean cross-entropy in the active weights, as a symmetric operator with ``@``.
 
     One graph of the gradient over the whole batch is kept, and differentiated for every product. ``shape`` is (n, n)
-    with n active weights, ``sizes`` says how many of them each parameter has; ``products`` are counted.
+    with n active weights, ``sizes`` says how many of them each parameter has.
     """
 
     def __init__(self, frozen: Frozen):
-        self.frozen, self.products = frozen, 0
+        self.frozen = frozen
         first = next(iter(frozen.weights.values()))
         self.dtype, self.device = first.dtype, first.device
         self.sizes = [frozen.active(name) for name in frozen.weights]
@@ -41,7 +41,6 @@ class WeightHessian:
             self._gradients = grad(loss, self._leaves, create_graph=True, materialize_grads=True)
 
     def __matmul__(self, vector: Tensor) -> Tensor:
-        self.products += 1
         pairs = [(g, v) for g, v in zip(self._gradients, self._spread(vector), strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(vector)

@@ -60,13 +60,13 @@ _row(
 )
 
 
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, chunk: int = CHUNK) -> Tensor:
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
     """Fast gradient sign method: clamp(x + epsilon sign(dL/dx), 0, 1) (Goodfellow et al., 2015).
 
     `pgd` with one step of epsilon and no random start. L is the cross-entropy with the true label. sign(0) = 0, so a
     pixel without influence stays.
     """
-    return pgd(model, images, labels, epsilon, steps=1, step_size=epsilon, seed=None, chunk=chunk)
+    return pgd(model, images, labels, epsilon, steps=1, step_size=epsilon, seed=None)
 
 
 def pgd(
@@ -77,7 +77,6 @@ def pgd(
     steps: int = 20,
     step_size: float | None = None,
     seed: int | None = 0,
-    chunk: int = CHUNK,
 ) -> Tensor:
     """Projected gradient descent in the L-infinity ball (Madry et al., 2018); the last iterate.
 
@@ -88,7 +87,7 @@ def pgd(
     The model takes [0, 1] pixels and normalises them inside. Images are (N, C, H, W), floats in [0, 1] or uint8; those
     returned are in [0, 1], on the same device, in float64 for a network in float64, else in float32. ``epsilon`` is the
     largest change of a pixel (the paper's is 8 / 255), ``step_size`` by default epsilon / 4 (2 / 255, as Madry et al.
-    on CIFAR-10). Without ``seed`` the start is the image itself. ``chunk`` images at a time bound the memory.
+    on CIFAR-10). Without ``seed`` the start is the image itself.
     """
     _check_epsilon(epsilon)
     step_size = epsilon / 4 if step_size is None else step_size
@@ -97,7 +96,7 @@ def pgd(
     start = torch.zeros(images.shape) if seed is None else _uniform(images.shape, epsilon, seed)
     parts, done = [], 0
     model = _still(model)
-    for x, y in _batches(model, images, labels, chunk):
+    for x, y in _batches(model, images, labels):
         adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
         done += len(x)
         for _ in range(steps):
@@ -108,7 +107,7 @@ def pgd(
 
 
 def adversarial_logits(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilons: Sequence[float] = EPSILONS, chunk: int = CHUNK
+    model: nn.Module, images: Tensor, labels: Tensor, epsilons: Sequence[float] = EPSILONS
 ) -> np.ndarray:
     """Logits of FGSM images for each epsilon, (E, N, C), for every metric to read; at epsilon 0 the clean ones.
 
@@ -118,16 +117,10 @@ def adversarial_logits(
     for epsilon in epsilons:
         _check_epsilon(epsilon)
     model, parts = _still(model), []
-    for x, y in _batches(model, images, labels, chunk):
+    for x, y in _batches(model, images, labels):
         sign = _sign(model, x, y)
         parts.append(torch.stack([_logits(model, (x + e * sign).clamp(0, 1)) for e in epsilons]))
     return torch.cat(parts, dim=1).numpy()
-
-
-def logits_of(model: nn.Module, images: Tensor, labels: Tensor, chunk: int = CHUNK) -> np.ndarray:
-    """Logits of attacked images, (N, C), computed as the attacks do."""
-    model = _still(model)
-    return torch.cat([_logits(model, x) for x, _ in _batches(model, images, labels, chunk)]).numpy()
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -140,19 +133,17 @@ def _still(model: nn.Module) -> nn.Module:
     return copied(model).eval().requires_grad_(False)
 
 
-def _batches(model: nn.Module, images: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of images in [0, 1] with their labels, on the model's device, in its precision but at least float32.
 
     A pixel in half precision would be rounded by as much as an attack moves it.
     """
-    if chunk < 1:
-        raise UserError(f"chunk is {chunk}; at least one image per pass is needed.")
     if images.ndim != 4 or len(images) == 0:
         raise UserError(f"The images have the shape {tuple(images.shape)}; (N >= 1, C, H, W) is needed.")
     labels, like = torch.as_tensor(labels), _weight(model)
     if labels.shape != images.shape[:1]:
         raise UserError(f"The labels have the shape {tuple(labels.shape)}; one per image is needed.")
-    chunk = scaled_to(images.shape[2:], chunk)
+    chunk = scaled_to(images.shape[2:], CHUNK)
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
         scale, floating = (255, True) if x.dtype == torch.uint8 else (1, x.is_floating_point())
         x = x.to(like.device, torch.promote_types(like.dtype, torch.float32)) / scale

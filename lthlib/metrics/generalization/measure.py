@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from lthlib.core.errors import UserError, choose
 from lthlib.data import corruptions, ood_classes, source
 from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
-from lthlib.metrics.generalization.attacks import adversarial_logits, logits_of, pgd
+from lthlib.metrics.generalization.attacks import adversarial_logits, pgd
 from lthlib.metrics.generalization.classes import kept_answers
 from lthlib.metrics.generalization.corruption import (
     COMMON_CORRUPTIONS,
@@ -28,23 +29,20 @@ from lthlib.tickets.subject import Subject
 
 Found = tuple[list[Value], dict[str, np.ndarray]]
 
-describe(
+_row = partial(describe, dimension="generalization", reference="hendrycks2019benchmarking")
+_row(
     "corrupted_accuracy",
     "Accuracy under corruption",
-    dimension="generalization",
     higher_is_better=True,
     unit="fraction",
     definition="Accuracy on test images under one corruption at one severity.",
-    reference="hendrycks2019benchmarking",
 )
-describe(
+_row(
     "official_corruptions",
     "Corruptions from published files",
-    dimension="generalization",
     higher_is_better=None,
     unit="",
     definition="Of the corruptions measured, how many were read from the published files; the others were made here.",
-    reference="hendrycks2019benchmarking",
 )
 
 
@@ -185,7 +183,8 @@ def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) ->
     )
     values = [Value("adversarial_accuracy", accuracy(z, labels), len(labels), "fgsm", e) for e, z in after.items()]
     few = sample(labels, n_pgd)
-    pushed = logits_of(subject.model, pgd(subject.model, images[few], labels[few], 8 / 255), labels[few])
+    pushed = pgd(subject.model, images[few], labels[few], 8 / 255)
+    pushed = adversarial_logits(subject.model, pushed, labels[few], [0])[0]  # as they are
     by_pgd = accuracy(pushed, labels[few])
     values += [
         Value("fgsm_accuracy", accuracy(after[8], labels), len(labels), "fgsm", 8),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import sparse
@@ -26,24 +27,19 @@ BEAM = 5
 MAX_LENGTH = 10
 OPERATORS = ("OR", "AND", "AND NOT")
 
-describe(
+_row = partial(describe, dimension="interpretability", unit="", reference="mu2020compositional")
+_row(
     "composition_iou",
     "Compositional IoU",
-    dimension="interpretability",
     higher_is_better=True,
-    unit="",
     definition=r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
     r"search over OR, AND, AND NOT",
-    reference="mu2020compositional",
 )
-describe(
+_row(
     "composition_gain",
     "Gain of composition",
-    dimension="interpretability",
     higher_is_better=None,
-    unit="",
     definition=r"mean over units of the best formula's IoU minus the best single concept's",
-    reference="mu2020compositional",
 )
 
 

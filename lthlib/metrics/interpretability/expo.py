@@ -66,7 +66,6 @@ def expo(
     n_eval: int = 200,
     n_neighbours: int = 5,
     seed: int = 0,
-    batch: int | None = None,
 ) -> pd.DataFrame:
     r"""Measure neighbourhood fidelity and stability as Plumb et al. (2020) define them.
 
@@ -80,7 +79,7 @@ def expo(
 
     (The code published with that paper fits around x again, ``x`` for ``x_pert``: the noise of sampling alone.)
 
-    Model, images, segments, method and batch are as in `lime.fidelity_stability`; a segment number for each pixel makes
+    Model, images, segments and method are as in `lime.fidelity_stability`; a segment number for each pixel makes
     pixels the features. ``sigma`` is in units of the [0, 1] pixel range. Each model is fitted to ``n_fit`` neighbours,
     and again around ``n_neighbours`` of them.
 
@@ -95,7 +94,7 @@ def expo(
     network, rows = None, []
     for image, labels in with_segments(images, segments, method):
         network = network or fast_copy(model, image)
-        local = _Neighbourhood(*network, image, labels, sigma, batch, generator(seed, image))
+        local = _Neighbourhood(*network, image, labels, sigma, generator(seed, image))
         slope, intercept = local.fit(local.image, n_fit)
         fidelity, variance = local.judge(slope, intercept, n_eval)
         centres = torch.cat(list(local.neighbours(local.image, n_neighbours)))
@@ -110,9 +109,9 @@ def expo(
 class _Neighbourhood:
     """Draws neighbours of an image, asks the network about them and fits linear models to its answers."""
 
-    def __init__(self, network, device, image, labels, sigma, batch, rng):
+    def __init__(self, network, device, image, labels, sigma, rng):
         self.network, self.sigma, self.rng = network, sigma, rng
-        self.batch = images_per_pass(labels.size, device, batch)
+        self.batch = images_per_pass(labels.size, device)
         self.image = torch.from_numpy(image).to(device).float().permute(2, 0, 1) / 255
         self.segment = torch.from_numpy(labels).to(device).ravel()
         self.area = torch.bincount(self.segment).double()

@@ -76,6 +76,7 @@ scale_free(
 SCORES = ("fidelity", "stability", "causal", "fidelity_r2", "stability_relative", "lime_r2")
 KERNEL_WIDTH, RIDGE = 0.25, 1.0  # LIME's
 PRECISIONS = ("float32", "bfloat16")
+PIXELS = {"cpu": 51_200, "cuda": 5_120_000}  # in one pass
 
 
 def explain(
@@ -85,7 +86,6 @@ def explain(
     *,
     masks: np.ndarray | None = None,
     references: np.ndarray | None = None,
-    batch: int | None = None,
 ) -> dict[str, object]:
     """Explain a network's prediction for one image, with masks and reference rows of your own where you have some.
 
@@ -100,7 +100,6 @@ def explain(
         references: (K, d) of 0 and 1: the rows around which the fits are weighted, by `lime_kernel`. The first gives
             the explanation, the change to the others its stability (NaN where there is no other). None for those of
             `draw_masks`, or for the whole image alone where masks are given.
-        batch: Masked images in one pass; None for about 51,200 pixels on a processor, whose caches hold the maps.
 
     Returns:
         ``label``, the class predicted for the whole image, and its ``probability``; ``n_segments`` and ``n_evaluated``,
@@ -123,7 +122,7 @@ def explain(
     masks, references = (
         _check_rows(rows, name, d) for name, rows in (("masks", masks), ("reference rows", references))
     )
-    return _explain(fast_copy(model, image), image, labels, masks, references, batch)
+    return _explain(fast_copy(model, image), image, labels, masks, references)
 
 
 def _check_rows(rows: np.ndarray, name: str, d: int) -> np.ndarray:
@@ -144,7 +143,6 @@ def fidelity_stability(
     n_masks: int = 1000,
     n_perturb: int = 5,
     seed: int = 0,
-    batch: int | None = None,
     precision: str = "float32",
 ) -> pd.DataFrame:
     """Measure LIME's explanations of a network's predictions as the official code of the paper does.
@@ -155,7 +153,7 @@ def fidelity_stability(
     that is one superpixel is not scored.
 
     Args:
-        model: As in `explain`, and batch as well.
+        model: As in `explain`.
         images: uint8 images, (N, H, W, C) or (N, H, W), or an iterator that yields them one at a time.
         segments: One (H, W) array of superpixel numbers for each image; None for those of `segment` by ``method``.
             They do not depend on the network: make them once where many networks are compared.
@@ -174,7 +172,7 @@ def fidelity_stability(
     for image, labels in with_segments(images, segments, method):
         network = network or fast_copy(model, image, precision)
         drawn = draw_masks(image, labels.max() + 1, n_masks=n_masks, n_perturb=n_perturb, seed=seed)
-        rows.append(_explain(network, image, labels, *drawn, batch))
+        rows.append(_explain(network, image, labels, *drawn))
     return pd.DataFrame(rows)
 
 
@@ -224,10 +222,9 @@ def fast_copy(model: nn.Module, image: np.ndarray, precision: str = "float32") -
     return inference_copy(model, as_input(torch.from_numpy(image[None])), getattr(torch, precision)), device
 
 
-def images_per_pass(pixels: int, device: torch.device, batch: int | None) -> int:
-    """What was asked for, or 50 images of 32 x 32 on a processor, 5,000 on an accelerator."""
-    check_at_least(1, batch=1 if batch is None else batch)
-    return batch or max(8, (51_200 if device.type == "cpu" else 5_120_000) // pixels)
+def images_per_pass(pixels: int, device: torch.device) -> int:
+    """50 images of 32 x 32 on a processor, whose caches hold the maps, 5,000 on an accelerator."""
+    return max(8, PIXELS[device.type] // pixels)
 
 
 def probabilities(network: nn.Module, batch: Tensor) -> Tensor:
@@ -243,8 +240,8 @@ def is_constant(values: np.ndarray) -> bool:
 # One image ---------------------------------------------------------------------------------------------------
 
 
-def _explain(network: tuple[nn.Module, torch.device], image, labels, masks, references, batch) -> dict[str, object]:
-    f, facts = _answers(*network, image, labels, masks, batch)
+def _explain(network: tuple[nn.Module, torch.device], image, labels, masks, references) -> dict[str, object]:
+    f, facts = _answers(*network, image, labels, masks)
     weights = lime_kernel(masks, references)
     # The normal equations, with a column of ones whose coefficient, the intercept, is free of the penalty; for rows so
     # few and short scikit-learn's ridge takes ten times as long.
@@ -268,7 +265,7 @@ def _explain(network: tuple[nn.Module, torch.device], image, labels, masks, refe
 
 
 @torch.inference_mode()
-def _answers(network, device, image, labels, masks, batch) -> tuple[np.ndarray, dict[str, object]]:
+def _answers(network, device, image, labels, masks) -> tuple[np.ndarray, dict[str, object]]:
     """Return f for every mask, and the explained class, its probability and the number of images evaluated."""
     # Hiding a superpixel that is black already changes nothing: only the others tell masked images apart.
     visible = np.bincount(labels.ravel(), weights=image.sum(axis=2).ravel()) > 0
@@ -278,7 +275,7 @@ def _answers(network, device, image, labels, masks, batch) -> tuple[np.ndarray, 
     where = torch.from_numpy(labels).to(device)
     kept = torch.from_numpy(rows[first]).to(device, pixels.dtype)
     # Channels last in memory, NCHW in shape.
-    passes = kept.split(images_per_pass(labels.size, device, batch))
+    passes = kept.split(images_per_pass(labels.size, device))
     parts = ((pixels * shown[:, where][..., None]).permute(0, 3, 1, 2) for shown in passes)
     found = torch.cat([probabilities(network, part).cpu() for part in parts]).numpy()[inverse.ravel()]
     label = int(found[0].argmax())
