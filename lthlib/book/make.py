@@ -15,27 +15,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from lthlib import figures
-from lthlib.book import front
+from lthlib.book import front, plan
 from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import lab_made_from, labs, make_labs
-from lthlib.book.plan import (
-    BUILD,
-    GENERATED,
-    STUB,
-    Job,
-    PagePlan,
-    artifacts,
-    every_page,
-    job_made_from,
-    jobs,
-    page_made_from,
-    put_stamp,
-    stamp,
-    stamped,
-    tickets_of,
-    vocabulary,
-)
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
@@ -46,23 +29,23 @@ from lthlib.results.collect import COLUMNS, rows_of, ticket_table
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
 from lthlib.results.recorded import RESULTS, check_records, recorded_json, write_records
 
-HTML, DOCTREES = BUILD / "html", BUILD / ".doctrees"
-BEGUN = BUILD / "book-begun"  # there while Sphinx builds: what a killed build left is not built upon
-BOOK = BUILD / "stamps" / "book.json"
+HTML, DOCTREES = plan.BUILD / "html", plan.BUILD / ".doctrees"
+BEGUN = plan.BUILD / "book-begun"  # there while Sphinx builds: what a killed build left is not built upon
+BOOK = plan.BUILD / "stamps" / "book.json"
 
 
 def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = None) -> None:
     """Train and measure one method with one seed at every round of a study, then write its stamp to ``done``."""
-    plan, store, job = read_grid(grid), Store(), Job(study, method, seed)
-    mine = tickets_of(plan, job)
+    asked, store, job = read_grid(grid), Store(), plan.Job(study, method, seed)
+    mine = plan.tickets_of(asked, job)
     if not mine:
         raise UserError(f"{method} with seed {seed} is not part of {study} in {grid}.")
-    of = job_made_from(plan, job, store)
+    of = plan.job_made_from(asked, job, store)
     for ticket in tqdm(mine, desc=f"{method}, seed {seed}", unit="ticket"):
-        for dimension, parameters in plan.dimensions.items():
-            evaluate(ticket, dimension, store, parameters, plan.precision)
+        for dimension, parameters in asked.dimensions.items():
+            evaluate(ticket, dimension, store, parameters, asked.precision)
     if done is not None:
-        put_stamp(done, of)
+        plan.put_stamp(done, of)
 
 
 # --- what is current ---------------------------------------------------------------------------------------------
@@ -79,18 +62,18 @@ def clear_stale(grid: Grid, store: Store) -> None:
         check_records(folder)
     for file in sorted((ROOT / RESULTS).glob("[!.]*.json")):
         recorded_json(file)
-    keys = {job: artifacts(grid, job) for job in jobs(grid)}
+    keys = {job: plan.artifacts(grid, job) for job in plan.jobs(grid)}
     lost = store.lost(_keys_of(grid, store))
     for key in [key for key in lost if key.startswith("predictions/")]:
         for evaluation in [k for of in keys.values() for k in of if k.split("/")[1] == key.split("/")[1]]:
             if evaluation.startswith("evaluations/"):
                 store.drop(evaluation)  # whoever measures anew predicts anew
-    made = {job: job_made_from(grid, job, store) for job in jobs(grid)}
+    made = {job: plan.job_made_from(grid, job, store) for job in plan.jobs(grid)}
     for job, of in made.items():
         there = all((store.path(key) / MANIFEST).exists() for key in keys[job])
-        if stamped(stamp(grid, job.name)) != of or not there:
-            stamp(grid, job.name).unlink(missing_ok=True)
-    if stamped(BOOK) != book_made_from(grid, made) or not (HTML / "index.html").exists():
+        if plan.stamped(plan.stamp(grid, job.name)) != of or not there:
+            plan.stamp(grid, job.name).unlink(missing_ok=True)
+    if plan.stamped(BOOK) != book_made_from(grid, made) or not (HTML / "index.html").exists():
         BOOK.unlink(missing_ok=True)
 
 
@@ -106,13 +89,13 @@ def _keys_of(grid: Grid, store: Store) -> list[str]:
     return found
 
 
-def book_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
+def book_made_from(grid: Grid, made: Mapping[plan.Job, str]) -> str:
     """Return the fingerprint of the built book: of all that stands in its folders, and of what should stand there."""
     files = [p for p in sorted((ROOT / "book").rglob("*")) if p.is_file() and not p.name.startswith(".")]
     files += [ROOT / name for name in ("_config.yml", *PAPER)]
     files += sorted((ROOT / "lthlib").rglob("*.py"))  # the reference shows docstrings, the labs' archive holds all
-    pages = [page_made_from(page, made) for page in every_page(grid)]
-    shown = [repr(grid), vocabulary(), *made.values(), *pages, *map(lab_made_from, labs())]
+    pages = [plan.page_made_from(page, made) for page in plan.every_page(grid)]
+    shown = [repr(grid), plan.vocabulary(), *made.values(), *pages, *map(lab_made_from, labs())]
     return digest([*(f"{p} {sha256(p)}" for p in files), *shown])
 
 
@@ -125,18 +108,18 @@ def book(grid: str, workers: int = 1) -> int:
     Where jobs, pages or labs are missing, the book is built all the same: a stub in the place of each says why, and 1
     is returned.
     """
-    plan, store = read_grid(grid), Store()
+    asked, store = read_grid(grid), Store()
     # The stamps are believed: no image is loaded here, because a fork of a process that has run torch may stand still.
-    made = {job: stamped(stamp(plan, job.name)) for job in jobs(plan)}
+    made = {job: plan.stamped(plan.stamp(asked, job.name)) for job in plan.jobs(asked)}
     undone = [job for job, of in made.items() if not of]
     BOOK.unlink(missing_ok=True)
-    plans, lost = make_pages(plan, undone, made, workers), make_labs(workers)
+    plans, lost = make_pages(asked, undone, made, workers), make_labs(workers)
     if not undone:
-        make_tables(plan, store)
+        make_tables(asked, store)
     missing = [page for page in plans if page.missing]
-    front.write(plan, store, plans, undone, grid)
-    of = book_made_from(plan, made)
-    log = BUILD / "logs" / "sphinx.log"
+    front.write(asked, store, plans, undone, grid)
+    of = book_made_from(asked, made)
+    log = plan.BUILD / "logs" / "sphinx.log"
     in_forks([(log, _build)], 1)
     if log.exists():
         raise UserError(f"The book could not be built. {_last_words(log)} The whole of it: {log}")
@@ -146,17 +129,17 @@ def book(grid: str, workers: int = 1) -> int:
         say(f"missing: the lab on {name}: {reason}")
     if undone or missing or lost:
         return 1
-    put_stamp(BOOK, of)
+    plan.put_stamp(BOOK, of)
     return 0
 
 
-def make_pages(grid: Grid, undone: list[Job], made: Mapping[Job, str], workers: int) -> list[PagePlan]:
+def make_pages(grid: Grid, undone: list[plan.Job], made: Mapping[plan.Job, str], workers: int) -> list[plan.PagePlan]:
     """Make the pages that are not current and whose jobs are done; return all, with what is missing."""
-    plans = every_page(grid)
-    logs = {page: BUILD / "logs" / "pages" / f"{page.path}.log" for page in plans}
+    plans = plan.every_page(grid)
+    logs = {page: plan.BUILD / "logs" / "pages" / f"{page.path}.log" for page in plans}
     behind = {page: [job for job in undone if page.grid == grid.name and page.shows(job)] for page in plans}
-    of = {page: page_made_from(page, made) for page in plans}
-    for stub in GENERATED.rglob(f"*{STUB}"):
+    of = {page: plan.page_made_from(page, made) for page in plans}
+    for stub in plan.GENERATED.rglob(f"*{plan.STUB}"):
         stub.unlink()
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
     if todo:
@@ -186,13 +169,13 @@ def prepare() -> None:
     plt.close("all")
 
 
-def _make(page: PagePlan, of: str) -> None:
+def _make(page: plan.PagePlan, of: str) -> None:
     execute(ROOT / page.template, page.notebook, page.parameters, title=page.title, of=of)
 
 
-def job_log(grid: Grid, job: Job) -> Path:
+def job_log(grid: Grid, job: plan.Job) -> Path:
     """Return where a job's output goes."""
-    return BUILD / "logs" / grid.name / f"{job.name}.log"
+    return plan.BUILD / "logs" / grid.name / f"{job.name}.log"
 
 
 def _last_words(log: Path) -> str:
@@ -212,7 +195,7 @@ def _build() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     write_atomically(BEGUN, "")
     os.chdir(ROOT)
-    toc = GENERATED / "_toc.yml"
+    toc = plan.GENERATED / "_toc.yml"
     options = ["--config", "_config.yml", "--toc", str(toc), "--path-output", ".", "-W", "-n", "--keep-going"]
     with contextlib.suppress(SystemExit):
         main(["build", "book", *options], standalone_mode=False)
@@ -234,7 +217,7 @@ def make_tables(grid: Grid, store: Store) -> None:
     rows = pd.concat([rows_of(found, name) for name, found in every])[list(COLUMNS)]
     costs = _costs([e for name, found in every if name == every[0][0] for e in found])  # the same in every dimension
     for name, table in (("rows", rows), ("costs", costs), ("provenance", _provenance(every))):
-        write_atomically(GENERATED / grid.name / f"{name}.csv", table.to_csv(index=False))
+        write_atomically(plan.GENERATED / grid.name / f"{name}.csv", table.to_csv(index=False))
 
 
 def _provenance(every: Iterable[tuple[str, list[Evaluation]]]) -> pd.DataFrame:
@@ -260,17 +243,17 @@ def _costs(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
 
 def record(grid: str) -> None:
     """Put a grid's results into ``book/results/<grid>``, computing what is missing."""
-    plan, store = read_grid(grid), Store()
+    asked, store = read_grid(grid), Store()
     found = {}
-    for dimension, parameters in plan.dimensions.items():
-        name = question(dimension, DIMENSIONS[dimension].parameters(parameters), plan.precision)
-        every = [ticket for study in plan.studies for ticket in study.tickets()]
+    for dimension, parameters in asked.dimensions.items():
+        name = question(dimension, DIMENSIONS[dimension].parameters(parameters), asked.precision)
+        every = [ticket for study in asked.studies for ticket in study.tickets()]
         found[dimension] = [
-            (name, evaluate(ticket, dimension, store, parameters, plan.precision))
+            (name, evaluate(ticket, dimension, store, parameters, asked.precision))
             for ticket in tqdm(every, desc=dimension)
         ]
-    shared = pd.concat([overlaps.compare(study, store) for study in plan.studies])
-    folder = ROOT / RESULTS / plan.name
+    shared = pd.concat([overlaps.compare(study, store) for study in asked.studies])
+    folder = ROOT / RESULTS / asked.name
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
