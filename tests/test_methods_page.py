@@ -222,9 +222,8 @@ def test_every_study_has_a_page_on_its_methods_and_on_each_of_them():
 
 def test_a_chapters_part_has_the_curve_of_each_study_that_measured_the_method(page, tmp_path, monkeypatch):
     monkeypatch.setattr(front, "GENERATED", tmp_path)
-    grid = grid_from(
-        "test", {"data": "mnist5k", "arch": "resnet8", "rounds": [1], "seeds": [0], "dimensions": {"calibration": {}}}
-    )
+    asked = {"data": "mnist5k", "arch": "resnet8", "rounds": [1], "seeds": [0], "dimensions": {"calibration": {}}}
+    grid = grid_from("test", {**asked, "method_pages": ["calibration"]})
     (study,) = grid.studies
     evidence = Evidence("A *study*", page.results.rows, 10)
     said = dict(
