@@ -33,6 +33,7 @@ from lthlib.book.plan import (
     tickets_of,
     vocabulary,
 )
+from lthlib.book.reference import reference_pages
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
@@ -135,6 +136,7 @@ def front_made_from(grid: Grid, made: Mapping[Job, str]) -> str:
             repr(grid),
             code_version(front.__name__),
             vocabulary(),
+            *reference_pages().values(),
             *texts,
             *(page_made_from(page, made) for page in every_page(grid)),
             *made.values(),
