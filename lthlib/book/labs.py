@@ -28,8 +28,8 @@ from lthlib.core.store import ROOT, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 
 FOLDER, MADE = ROOT / "notebooks" / "labs", GENERATED / "labs"
-NEEDED = ("matplotlib", "numpy", "opencv-python-headless", "pandas", "safetensors", "scikit-image", "scikit-learn")
-NEEDED += ("scipy", "torch", "tqdm")
+NEEDED = ("matplotlib", "numpy", "opencv-python-headless", "pandas", "pillow", "safetensors", "scikit-image")
+NEEDED += ("scikit-learn", "scipy", "torch", "tqdm")
 """The dependencies in ``pyproject.toml`` that the labs, and what they import of the library, use."""
 README = """# The labs
 
