@@ -109,7 +109,7 @@ def test_images_in_memory_give_the_numbers_of_the_same_images_by_name(dense, hal
         (lambda x, y: (x, y[1:]), "one whole number"),
         (lambda x, y: (x, None), "one whole number"),
         (lambda x, y: (x, y.float()), "one whole number"),
-        (lambda x, y: (x[:500], y[:500] % 7), "7 classes, so 7 logits are needed"),
+        (lambda x, y: (x, y % 7), "7 classes, so 7 logits are needed"),
         (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"cannot take images of \(3, 28, 28\)"),
     ],
 )

@@ -94,7 +94,8 @@ def load_whole(path: Path) -> nn.Module | None:
             return _exported(path)
         if "constants.pkl" in names:
             script = torch.jit.load(path, map_location="cpu").float().eval()
-            return Sealed(path, "TorchScript", script, dict(script.named_parameters()), None, gradients=True)
+            ask = lambda x: script(x)  # a module in its place would become a part of the network
+            return Sealed(path, "TorchScript", ask, dict(script.named_parameters()), None, gradients=True)
     except UserError:
         raise
     except Exception as error:  # each reader raises errors of its own
