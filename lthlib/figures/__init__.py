@@ -50,11 +50,14 @@ def use_style() -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as PNG, laid out once and drawn once; every layout is constrained, so nothing is cut off.
+    """Return a figure of constrained layout, where nothing is cut off, as PNG: drawn once.
 
     Matplotlib's own way lays out and draws a figure first, to find its extent, and then again.
     """
     canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    engine = figure.get_layout_engine()
+    if engine is not None and any(axis.get_aspect() != "auto" for axis in figure.axes):
+        engine.execute(figure)  # what has a fixed shape settles only at the second time
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=4)
     return file.getvalue()
