@@ -87,7 +87,8 @@ def train(
         UserError: Where the loss stops being finite.
     """
     device = machine.device()
-    model.to(device=device, memory_format=torch.channels_last).train()
+    layout = _layout(model, device)
+    model.to(device=device, memory_format=layout).train()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -111,7 +112,7 @@ def train(
             step = epoch * stream.steps + i
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(step, stream.steps)
             with autocast:
-                logits = model(x)
+                logits = model(x if layout == torch.channels_last else x.clone(memory_format=layout))
             loss = F.cross_entropy(logits.float(), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -137,6 +138,17 @@ def train(
         if progress is not None:
             progress(epoch + 1)
     return State.of(model, optimizer, recipe.epochs if until is None else until), history
+
+
+def _layout(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Return channels_last, which is faster, unless a gradient would be written past the end of a buffer.
+
+    On CPUs oneDNN does so in that layout, for strided 1x1 convolutions with fewer input channels than a register holds
+    numbers (its issue 6035): the process dies, or goes on with wrong weights. Pruned channels leave such layers.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    few = any(max(m.kernel_size) == 1 < max(m.stride) and m.in_channels < 16 * m.groups for m in convolutions)
+    return torch.contiguous_format if few and device.type == "cpu" else torch.channels_last
 
 
 def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
