@@ -114,7 +114,9 @@ def test_few_channels_before_a_strided_projection_are_trained_right(images, chan
     loss.backward()
     for (name, value), start in zip(model.named_parameters(), exact.parameters(), strict=True):
         gradient = start.grad + recipe.weight_decay * start.detach()
-        assert ((start - value).detach() / 0.5 - gradient).norm() < 0.05 * gradient.norm(), name  # float32 is off by 2 %
+        assert ((start - value).detach() / 0.5 - gradient).norm() < 0.05 * gradient.norm(), (
+            name
+        )  # float32 is off by 2 %
 
 
 def test_masked_training_ends_with_exact_zeros_under_momentum_and_decay(images):
