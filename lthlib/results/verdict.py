@@ -215,7 +215,7 @@ def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
     counts = judged["metric"].map(lambda name: METRICS[name].in_verdict)
-    is_sparse = judged["method"].map(lambda name: METHODS[name].family != "dense")
+    is_sparse = ~judged["method"].isin([m.name for m in METHODS.values() if m.family == "dense"])
     counted = judged[counts & (judged["outcome"] != "") & is_sparse]
     counted = counted.drop_duplicates([*TICKET, *CASE])
     asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
