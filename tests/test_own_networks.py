@@ -158,6 +158,9 @@ def test_whole_networks_from_files_answer_as_the_networks_do(dense, half, images
         torch.testing.assert_close(network.eval()(x), half(x))
     found = own.compare(dense, networks, "mnist5k", dimensions=FEW, store=store)
     assert set(found.rows.loc[found.rows["method"] != "dense", "sparsity"]) == {0.5}
+    wanted = {name.removesuffix(".weight"): float((w != 0).float().mean()) for name, w in half.named_parameters()}
+    for name in networks:
+        assert found.facts["layers"][name] == {layer: wanted[layer] for layer in found.facts["layers"]["dense"]}
     accuracy = clean(found.rows).xs("test_accuracy", level="metric")
     assert accuracy["script"] == accuracy["one"] == accuracy["some"]
     few = {**FEW, "flatness": {"n_weights": 4}}

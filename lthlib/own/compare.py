@@ -279,13 +279,19 @@ def _pruned_kind(used: Mapping[str, Used]) -> str:
 
 
 def _density_by_layer(used: Mapping[str, Used], order: Sequence[str], kind: str) -> dict[str, dict[str, float]]:
-    """Return network -> layer -> the share of the dense layer's weights that are there and not zero."""
+    """Return network -> layer -> the share of the dense layer's weights that are there and not zero.
+
+    Layers of files that hold a whole network have names of their own; they are taken in the order of their use.
+    """
     dense = {layer: weight for layer, (of, weight) in used[DENSE].items() if of in PRUNABLE[kind]}
-    left = lambda name, layer: int(used[name][layer][1].count_nonzero()) if layer in used[name] else 0
-    return {
-        name: {layer.removesuffix(".weight"): left(name, layer) / w.numel() for layer, w in dense.items()}
-        for name in order
-    }
+    found = {}
+    for name in order:
+        mine = {layer: weight for layer, (of, weight) in used[name].items() if of in PRUNABLE[kind]}
+        if not mine.keys() & dense.keys() and len(mine) == len(dense):
+            mine = dict(zip(dense, mine.values(), strict=True))
+        left = {layer: int(mine[layer].count_nonzero()) if layer in mine else 0 for layer in dense}
+        found[name] = {layer.removesuffix(".weight"): left[layer] / w.numel() for layer, w in dense.items()}
+    return found
 
 
 def _assumed(like: data.DataSet, normalised: str, prunable: str, layers: Mapping, sparsities: Mapping) -> str:
