@@ -20,6 +20,7 @@ from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
 from lthlib.book.questions import questions_pages
 from lthlib.book.reference import reference_pages
+from lthlib.book.reproducibility import markdown_table
 from lthlib.core import machine
 from lthlib.core.store import ROOT, Store, write_atomically
 from lthlib.figures import methods
@@ -210,11 +211,6 @@ def _dimension_table(judged: pd.DataFrame, passes: pd.DataFrame) -> str:
 def escaped(text: str) -> str:
     """Return what a person wrote so that Markdown, HTML and Sphinx show it and read nothing into it."""
     return "".join(c if c.isalnum() or c in " .,:;()%+-/'" else f"&#{ord(c)};" for c in text)
-
-
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
 
 
 # --- status and contents -----------------------------------------------------------------------------------------
