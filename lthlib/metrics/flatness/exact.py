@@ -42,7 +42,7 @@ class WeightTrace:
     Attributes:
         total: tr(M H M) in nats; M keeps the active weights.
         relative: Σ_j w_j² H_jj over the active weights, in nats: unchanged when a layer is rescaled and the
-            next normalisation undoes it, as the total is not. What is called relative_... below belongs to it.
+            next normalisation undoes it, as the total is not. What is called ``relative_*`` below belongs to it.
         method: ``"exact"`` or ``"hutchinson"``, which is an estimate.
         standard_error: Of ``total`` from the random probes; 0 for the exact method. What another batch of images
             would change is another matter, see `lthlib.figures.flatness.image_interval`.
