@@ -30,7 +30,7 @@ from torture import Checkout
 
 from lthlib.book.grid import read_grid
 from lthlib.book.plan import Job, jobs, needs
-from lthlib.book.reproducibility import AGREEMENT, agreement_tables
+from lthlib.book.reproducibility import AGREEMENT, agreement_tables, deviation
 from lthlib.core import machine
 from lthlib.core.store import seal, write_atomically
 from lthlib.pruning import METHODS
@@ -167,12 +167,6 @@ def _masks(one: Path, two: Path) -> tuple[int, int]:
     """Return how many weights only the first of two tickets keeps, and how many it keeps in all."""
     first, second = (safetensors.numpy.load_file(folder / "masks.safetensors") for folder in (one, two))
     return sum((m & ~second[n]).sum() for n, m in first.items()), sum(m.sum() for m in first.values())
-
-
-def deviation(value: pd.Series, other: pd.Series) -> pd.Series:
-    """Return how far numbers are apart: the difference, divided by the larger of the two where that exceeds 1."""
-    scale = pd.concat([value.abs(), other.abs()], axis=1).max(axis=1).clip(lower=1.0)
-    return (value - other).abs() / scale
 
 
 def _by_dimension(pairs: pd.DataFrame, other: str) -> dict[str, dict[str, object]]:

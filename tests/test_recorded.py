@@ -27,7 +27,7 @@ def evaluations(n):
 
 def test_what_is_written_is_read_to_the_bit(tmp_path):
     every = list(evaluations(7))
-    write_records(tmp_path / "grid", {"calibration": [("calibration-0", e) for e in every]})
+    write_records(tmp_path / "grid", {"calibration": [("calibration-0", e) for e in every]}, {})
     records = read_records(tmp_path)
     assert len(records) == 7
     for wanted in every:
@@ -42,7 +42,7 @@ def test_what_is_written_is_read_to_the_bit(tmp_path):
 def test_recorded_anew_under_the_same_name_the_new_is_read(tmp_path):
     for n in (2, 3):
         every = list(evaluations(n))[::-1]
-        write_records(tmp_path / "grid", {"calibration": [("q", e) for e in every]})
+        write_records(tmp_path / "grid", {"calibration": [("q", e) for e in every]}, {})
         for e in every:
             read = read_records(tmp_path)[e.ticket.id, "q"].evaluation(e.ticket)
             assert (read.arrays["same"] == e.arrays["same"]).all()

@@ -84,6 +84,9 @@ def test_every_method_becomes_a_ticket(tiny, store, method):
         assert all((w[~found.masks[n]] == 0).all() for n, w in masks.prunable(found.model).items())
         assert info["macs"] < info["macs_dense_kernel"] == info["macs_parent"]
         assert info["density_by_layer"] == masks.density_by_layer(found.masks)
+    elif METHODS[method].family == "dense":
+        assert info["n_kept"] == info["n_prunable"]
+        assert len(info["history"]) == tiny["recipe"].epochs + 3 * (tiny["recipe"].epochs - found.ticket.rewind_epoch)
     else:
         if method.endswith("-macs"):
             assert info["macs"] == pytest.approx(obtain(make(tiny, "omp", 3), store).info["macs"], rel=0.1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import pandas as pd
+
 from lthlib.core.store import ROOT
 from lthlib.results.evaluate import DIMENSIONS
 from lthlib.results.recorded import recorded_json
@@ -87,6 +89,12 @@ def reruns_table(found: Mapping) -> str:
         counts = [str(len(line.get(kind, ()))) for kind in KINDS]
         lines.append([line["change"], *counts, "again" if line.get("book") else "–"])
     return f"{markdown_table(head, lines)}\n\n{_provenance(found['provenance'])}\n"
+
+
+def deviation(value: pd.Series, other: pd.Series) -> pd.Series:
+    """Return how far numbers are apart: the difference, divided by the larger of the two where that exceeds 1."""
+    scale = pd.concat([value.abs(), other.abs()], axis=1).max(axis=1).clip(lower=1.0)
+    return (value - other).abs() / scale
 
 
 def agreement_tables(found: Mapping) -> str:

@@ -27,6 +27,7 @@ import papermill
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
 from matplotlib import pyplot
 from matplotlib_inline.config import InlineBackend
 from nbformat import NotebookNode
@@ -123,6 +124,7 @@ class _InProcess(Engine):
         shell = _Shell(user_ns={"__name__": "__main__"})
         InlineBackend.clear_instance()  # one that served another shell would not tell this one how to draw
         shell.enable_matplotlib("inline")
+        select_figure_formats(shell, {"png"})  # matplotlib-inline does that for the first shell of a process alone
         pyplot.close("all")  # a figure that this process had open would take the page's lines, and is not shown
         for index, cell in enumerate(nb_man.nb.cells):
             nb_man.cell_start(cell, index)
