@@ -99,7 +99,7 @@ def test_numbers_are_those_of_the_same_networks_as_tickets(plan, files, store, m
         assert mine[keys].to_numpy().tolist() == expected[keys].to_numpy().tolist()
         np.testing.assert_allclose(mine["value"], expected["value"], rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(mine["sparsity"], expected["sparsity"])
-    said = summary(judged, Path(name).stem)
+    said = summary(found, Path(name).stem)
     (passed,) = verdict.lth_pass(judged)["passed"]
     assert ("LTH-PASS" in said) == passed
     assert f"{100 * judged['sparsity'].iloc[0]:.1f} %" in said

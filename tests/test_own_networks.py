@@ -17,6 +17,7 @@ from lthlib.core.errors import UserError
 from lthlib.networks.checkpoints import Normalised, builder, load_network
 from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import used_weights
+from lthlib.own.words import as_json, sentence, status
 
 FEW = {"calibration": {"n_test": 200, "n_corrupted": 5, "n_bootstrap": 10}}
 
@@ -166,6 +167,21 @@ def test_whole_networks_from_files_answer_as_the_networks_do(dense, half, images
     few = {**FEW, "flatness": {"n_weights": 4}}
     found = own.compare(dense, networks["script"], "mnist5k", dimensions=few, store=store)
     assert "TorchScript gives no layers to look into" in found.facts["not_measured"]["flatness"]
+
+
+def test_what_was_asked_for_and_cannot_be_measured_is_not_shown(dense, images, store, tmp_path):
+    torch.jit.script(dense).save(tmp_path / "same.pt")
+    same = load_network(tmp_path / "same.pt")
+    wide = {"tolerance": 0.5, "relative_tolerance": 0.5}  # with so few images
+    found = own.compare(dense, same, "mnist5k", dimensions=FEW, store=store, thresholds=wide)
+    assert (status(found), as_json(found)["status"], found.failed) == (0, 0, [])
+    (name,) = list(found.networks)[1:]
+    assert "LTH-PASS" in sentence(found, name)
+    more = {**FEW, "flatness": {"n_weights": 4}}
+    found = own.compare(dense, same, "mnist5k", dimensions=more, store=store, thresholds=wide)
+    assert (status(found), as_json(found)["networks"][name]["outcome"], found.failed) == (3, "not shown", ["flatness"])
+    assert "LTH-PASS" not in sentence(found, name)
+    assert "Nothing is shown of flatness" in sentence(found, name)
 
 
 def test_an_onnx_file_is_asked_through_its_runtime(dense, half, images, store, tmp_path, monkeypatch):

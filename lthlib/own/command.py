@@ -58,14 +58,14 @@ def check(
     plan, arch = read_config(config, data)
     again = shlex.join(["python", "-m", "lthlib", *sys.argv[1:]])
     found = compare_files(plan, dense, pruned, network or arch, prunable, normalise, again)
-    print("\n\n".join(summary(found.judged, name) for name in list(found.networks)[1:]))
+    print("\n\n".join(summary(found, name) for name in list(found.networks)[1:]))
     if rows is not None:
         write_atomically(rows, found.rows[list(COLUMNS)].to_csv(index=False))
     if json is not None:
         write_atomically(json, jsons.dumps(as_json(found), indent=1) + "\n")
     if report is not None:
         found.report(report)
-    return status(found.judged)
+    return status(found)
 
 
 def read_config(config: Path | None, images: str | None) -> tuple[Grid, str | None]:

@@ -83,6 +83,11 @@ class Comparison:
         return verdict.judge(self.rows, self.arrays, self.n_classes, self.thresholds)
 
     @property
+    def failed(self) -> list[str]:
+        """The dimensions that were asked for and could not be measured: nothing is shown to be kept there."""
+        return list(self.facts.get("failed", ()))
+
+    @property
     def networks(self) -> dict[str, str]:
         """Name -> id, dense first, then by sparsity."""
         order = self.rows.sort_values("round", kind="stable").drop_duplicates("method")
@@ -201,6 +206,7 @@ def compare(
         "assumed": assumed,
         "layers": layers,
         "not_measured": {name: "It was not asked for." for name in DIMENSIONS if name not in settings} | lacking,
+        "failed": list(lacking),
         "settings": settings,
         "provenance": machine.provenance(precision),
         "in_memory": not isinstance(images, str),
@@ -330,8 +336,10 @@ def _measure(
             _check_open(subjects[name].network, dimension)
             with sdpa_kernel(SDPBackend.MATH):  # of attention's kernels, the one that has second derivatives
                 values, kept = measured(subjects[name], dimension, settings[dimension])
-        except (UserError, RuntimeError, NotImplementedError) as error:
-            lacking[dimension] = f"It cannot be measured for {name}: {str(error).strip().splitlines()[0]}"
+        except (UserError, RuntimeError) as error:  # PyTorch's: an operation without the derivative that is needed
+            said = str(error).strip().splitlines()[0]
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            lacking[dimension] = f"It cannot be measured for {name}: {kind}{said}"
             say(f"note: {dimension} is left out. {lacking[dimension]}")
             continue
         ticket = subjects[name].ticket

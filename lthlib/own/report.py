@@ -29,7 +29,7 @@ from lthlib.figures.corruption import corruption_map
 from lthlib.figures.flatness import method_table
 from lthlib.figures.interpretability import explanations
 from lthlib.own.compare import DENSE, Comparison
-from lthlib.own.words import sentence, votes_of
+from lthlib.own.words import outcome, sentence, votes_of
 from lthlib.results import verdict
 from lthlib.results.classes import recall_changes
 
@@ -70,7 +70,7 @@ def verdicts(found: Comparison) -> Markdown:
     for name in pruned(found):
         (passed,) = verdict.lth_pass(found.judged[found.judged["method"] == name]).itertuples()
         share = "" if np.isnan(passed.sparsity) else f", {100 * passed.sparsity:.1f} % pruned"
-        lines.append(f"**{_plain(name)}{share}: {WORDS[passed.outcome]}.** {_plain(sentence(found.judged, name))}")
+        lines.append(f"**{_plain(name)}{share}: {WORDS[outcome(found, name)]}.** {_plain(sentence(found, name))}")
         votes = votes_of(found.judged, name)
         lines += [f"- {line.title} would be decided by {line.decides}." for line in votes.itertuples() if line.decides]
         lines.append("")
@@ -95,7 +95,7 @@ def votes(found: Comparison) -> None:
                 name: scaled["mean"].tolist(),
                 "worse by": [f"{line.shortfall} [{line.least}, {line.most}]" for line in scaled.itertuples()],
                 "tolerated": scaled["allowed"].tolist(),
-                "outcome": [f"{figures.MARKS[outcome]} {WORDS[outcome]}" for outcome in lines["outcome"]],
+                "outcome": [f"{figures.MARKS[o]} {WORDS[o]}" for o in lines["outcome"]],
             }
         )
         show(html_table(table.set_index("metric")))

@@ -13,9 +13,15 @@ from lthlib.results import verdict
 NUMBERS = ("dense", "mean", "shortfall", "least", "most", "allowed")
 
 
-def status(judged: pd.DataFrame) -> int:
+def outcome(found: Comparison, name: str) -> str:
+    """Return the outcome of all metrics together; what was asked for and could not be measured is not shown."""
+    (passed,) = verdict.lth_pass(found.judged[found.judged["method"] == name]).itertuples()
+    return verdict.NOT_SHOWN if found.failed and passed.outcome == verdict.KEPT else passed.outcome
+
+
+def status(found: Comparison) -> int:
     """Return the exit status that a verdict is worth: 0 all kept, 2 something lost, 3 something not shown."""
-    outcomes = set(verdict.lth_pass(judged)["outcome"])
+    outcomes = {outcome(found, name) for name in list(found.networks)[1:]}
     return 2 if outcomes & {verdict.LOST, verdict.COLLAPSED} else 3 if verdict.NOT_SHOWN in outcomes else 0
 
 
@@ -30,21 +36,24 @@ def votes_of(judged: pd.DataFrame, name: str) -> pd.DataFrame:
     return mine.assign(title=titles, decides=[verdict.what_would_decide(line) for line in mine.to_dict("records")])
 
 
-def sentence(judged: pd.DataFrame, name: str) -> str:
+def sentence(found: Comparison, name: str) -> str:
     """Say whether a network keeps what its parent has, and whom that is about."""
+    judged = found.judged
     (passed,) = verdict.lth_pass(judged[judged["method"] == name]).itertuples()
     lost = ", ".join(METRICS[metric].title for metric in passed.lost)
     said = {
         verdict.KEPT: "LTH-PASS: it keeps everything that was measured.",
         verdict.NOT_SHOWN: "It loses nothing for certain, and is not shown to keep the rest.",
-    }.get(passed.outcome, f"It does not keep: {lost}.")
+    }.get(outcome(found, name), f"It does not keep: {lost}.")
     scope = next((scope for scope in votes_of(judged, name)["scope"] if scope), "")
+    if found.failed:
+        said += f" Nothing is shown of {' and '.join(found.failed)}, which could not be measured."
     return f"{passed.kept} of {passed.of} kept. {said}" + (f" This is about {scope}." if scope else "")
 
 
-def summary(judged: pd.DataFrame, name: str) -> str:
+def summary(found: Comparison, name: str) -> str:
     """Return what is to be said of one pruned network, as text: every metric with a vote, and the verdict."""
-    votes = votes_of(judged, name)
+    votes = votes_of(found.judged, name)
     lines = [f"{name}: {100 * votes['sparsity'].iloc[0]:.1f} % of the prunable weights are zero or gone", ""]
     lines.append(f"{'':<44}{'dense':>10}{'pruned':>10}{'worse by':>10}{'at most':>10}{'tolerated':>11}")
     for line in votes.to_dict("records"):
@@ -53,7 +62,7 @@ def summary(judged: pd.DataFrame, name: str) -> str:
         lines.append(f"{arrow} {line['title'][:41]:<42}{numbers}{line['allowed']:>11.4g}  {line['outcome']}")
     if open_ := [f"  {line.title}: {line.decides}" for line in votes.itertuples() if line.decides]:
         lines += ["", "What would decide what is not shown:", *open_]
-    return "\n".join([*lines, "", sentence(judged, name)])
+    return "\n".join([*lines, "", sentence(found, name)])
 
 
 def as_json(found: Comparison) -> dict[str, object]:
@@ -65,9 +74,9 @@ def as_json(found: Comparison) -> dict[str, object]:
         kept = votes[["dimension", "metric", "shift", *numbers, "outcome", "decides"]]
         (passed,) = verdict.lth_pass(found.judged[found.judged["method"] == name]).itertuples()
         networks[name] = {
-            "outcome": passed.outcome,
-            "verdict": sentence(found.judged, name),
+            "outcome": outcome(found, name),
+            "verdict": sentence(found, name),
             "sparsity": passed.sparsity if passed.sparsity == passed.sparsity else None,
             "metrics": json.loads(kept.to_json(orient="records")),
         }
-    return {"status": status(found.judged), "networks": networks, **found.facts}
+    return {"status": status(found), "networks": networks, **found.facts}
