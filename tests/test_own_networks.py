@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_own import taught
 from torch import nn
 from torch.nn.utils import prune
 
@@ -51,23 +52,10 @@ class Transformer(nn.Module):
         return self.fc(self.features(x))
 
 
-def taught(model, store):
-    """Fit the last layer by least squares."""
-    images = data.load("mnist5k", store).train
-    with torch.no_grad():
-        seen = model.eval().features(as_input(images.pixels))
-        seen = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
-        goal = 20 * nn.functional.one_hot(images.labels, 10).double() - 10
-        found = torch.linalg.solve(seen.T @ seen + torch.eye(seen.shape[1]), seen.T @ goal)
-        model.fc.weight.copy_(found[:-1].T)
-        model.fc.bias.copy_(found[-1])
-    return model
-
-
 @pytest.fixture(scope="module")
 def dense(store):
     torch.manual_seed(0)
-    return taught(Small(), store)
+    return taught(Small().eval(), store)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +114,7 @@ def test_a_dense_network_cannot_stand_on_the_other_side(dense, half, store):
 
 def test_a_transformer_is_measured_where_that_has_a_meaning(store):
     torch.manual_seed(0)
-    dense = taught(Transformer(), store)
+    dense = taught(Transformer().eval(), store)
     pruned = copy.deepcopy(dense)
     attention = pruned.blocks.layers[0].self_attn
     with torch.no_grad():

@@ -41,7 +41,7 @@ class Record:
         path, names = self.folder / self.arrays_file, self.entry["arrays"]
         if isinstance(names, Mapping):
             stacks = _stacks(path, path.stat().st_mtime_ns)
-            arrays = {key: np.asarray(stacks[stack][row]) for key, (stack, row) in names.items()}
+            arrays = {key: np.array(stacks[stack][row]) for key, (stack, row) in names.items()}
         else:  # recorded before there were stacks
             with np.load(path) as file:
                 arrays = {key: file[f"{ticket.id}/{key}"] for key in names}
