@@ -254,9 +254,12 @@ def record(grid: str) -> None:
         ]
     shared = pd.concat([overlaps.compare(study, store) for study in asked.studies])
     folder = ROOT / RESULTS / asked.name
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    for left in (new, old):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)  # at no time is there a part of a record
     os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
