@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,21 +63,25 @@ def describe(name: str, title: str, **fields: object) -> None:
     METRICS[name] = Metric(name, title, **fields)
 
 
-def metric(name: str, title: str, *, unit: str = "fraction", **fields: object) -> Callable[[Callable], Callable]:
-    """Register the function below as a metric of its folder's dimension; its docstring starts with the definition.
+def metric(name: str, title: str, *, unit: str = "fraction", **fields: object) -> Callable:
+    """Register what it is given as a metric: the function below, or a sentence that defines what ``measure`` computes.
 
-    It takes ``(logits, labels)`` or ``(probs, labels)``, so named, and perhaps ``n_bins``; then the dimension's
-    ``measure`` reports it on the test images without further ado. Corruption errors take ``errors`` instead.
+    A function takes ``(logits, labels)`` or ``(probs, labels)``, so named, and perhaps ``n_bins``; its docstring starts
+    with the definition, and its folder's dimension reports it on the test images without further ado. Corruption errors
+    take ``errors`` instead. With a sentence, the ``dimension`` has to be named.
     """
 
-    def register(function: Callable) -> Callable:
-        first = next(iter(inspect.signature(function).parameters))
+    def register(given: Callable | str) -> Callable | str:
+        if isinstance(given, str):
+            describe(name, title, unit=unit, definition=given, **fields)
+            return given
+        first = next(iter(inspect.signature(given).parameters))
         if first not in INPUTS:
             raise ValueError(f"the first argument of the metric {name} is {first}; name it {' or '.join(INPUTS)}")
-        definition = " ".join(inspect.getdoc(function).split("\n\n")[0].split())
-        dimension = function.__module__.split(".")[2]
-        describe(name, title, dimension=dimension, unit=unit, definition=definition, function=function, **fields)
-        return function
+        definition = " ".join(inspect.getdoc(given).split("\n\n")[0].split())
+        dimension = given.__module__.split(".")[2]
+        describe(name, title, dimension=dimension, unit=unit, definition=definition, function=given, **fields)
+        return given
 
     return register
 
@@ -118,3 +122,8 @@ class Value:
     n: int
     shift: str = "none"
     severity: float = 0
+
+
+def values(numbers: Mapping[str, float], n: int, shift: str = "none", severity: float = 0) -> list[Value]:
+    """Return numbers by metric as values on n images."""
+    return [Value(name, float(value), n, shift, severity) for name, value in numbers.items()]

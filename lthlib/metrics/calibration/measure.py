@@ -11,29 +11,19 @@ from lthlib.metrics.arrays import softmax
 from lthlib.metrics.calibration.errors import N_BINS, reliability_diagram
 from lthlib.metrics.calibration.intervals import bootstrap_intervals, resampler
 from lthlib.metrics.calibration.scores import temperature_scaling
-from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, describe, measured_on_test
+from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, measured_on_test, metric, values
 from lthlib.metrics.resampling import kept, kept_accuracy, resamples
 from lthlib.tickets.subject import Subject
 
 VOTING = ["ece", "sce", "nll"]
 
-for _name in VOTING:
-    _like = {"dimension": "calibration", "higher_is_better": False}
-    _like |= {"unit": METRICS[_name].unit, "over_classes": METRICS[_name].over_classes}
-    _title = METRICS[_name].title
-    describe(
-        f"{_name}_recalibrated",
-        f"{_title} (recalibrated)",
-        definition=f"{_title} of $\\mathrm{{softmax}}(z/T)$, $T$ fitted on images held out from those it is judged on.",
-        reference="guo2017calibration",
-        **_like,
+for _of in [METRICS[name] for name in VOTING]:
+    _like = {"dimension": "calibration", "higher_is_better": False, "unit": _of.unit, "over_classes": _of.over_classes}
+    metric(f"{_of.name}_recalibrated", f"{_of.title} (recalibrated)", reference="guo2017calibration", **_like)(
+        f"{_of.title} of $\\mathrm{{softmax}}(z/T)$, $T$ fitted on images held out from those it is judged on."
     )
-    describe(
-        f"corrupted_{_name}",
-        f"{_title} under corruption",
-        definition=f"{_title} on test images under one corruption at one severity.",
-        reference="ovadia2019can",
-        **_like,
+    metric(f"corrupted_{_of.name}", f"{_of.title} under corruption", reference="ovadia2019can", **_like)(
+        f"{_of.title} on test images under one corruption at one severity."
     )
 
 
@@ -66,15 +56,14 @@ def measure(
     labels, logits = subject.labels("test", n_test).numpy(), subject.logits("test", n_test)
     numbers = computed([*measured_on_test("calibration"), "test_accuracy"], logits, labels, n_bins=n_bins)
     numbers |= _recalibrated(logits, labels, n_bins)
-    values = [Value(name, value, len(labels)) for name, value in numbers.items()]
-    values += _under_corruption(subject, corruption_names(extra), n_corrupted, n_bins)
+    found = values(numbers, len(labels)) + _under_corruption(subject, corruption_names(extra), n_corrupted, n_bins)
     arrays = reliability_diagram(softmax(logits), labels, n_bins)._asdict()
     intervals = bootstrap_intervals(logits, labels, seed=0, n=n_bootstrap, n_bins=n_bins)
-    arrays |= {f"interval_{name}": np.array(found) for name, found in intervals.items()}
+    arrays |= {f"interval_{name}": np.array(interval) for name, interval in intervals.items()}
     counts = resamples(len(labels))
     for name, replicates in resampler(logits, labels, n_bins)(counts).items():
         arrays |= kept(Value(name, numbers[name], len(labels)), replicates)
-    return values, arrays | kept_accuracy(logits, labels)
+    return found, arrays | kept_accuracy(logits, labels)
 
 
 def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:
@@ -84,20 +73,16 @@ def inputs(subject: Subject, *, extra: bool, **rest: object) -> str:
 
 
 def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: int) -> list[Value]:
-    labels, values = subject.labels("test", n).numpy(), []
+    labels, found = subject.labels("test", n).numpy(), []
     for name, severity, logits in subject.corrupted_logits(names, n):
-        found = computed(VOTING, logits, labels, n_bins=n_bins)
-        values += [Value(f"corrupted_{key}", value, len(labels), name, severity) for key, value in found.items()]
-    return values
+        numbers = computed(VOTING, logits, labels, n_bins=n_bins)
+        found += values({f"corrupted_{key}": number for key, number in numbers.items()}, len(labels), name, severity)
+    return found
 
 
 def _recalibrated(logits: np.ndarray, labels: np.ndarray, n_bins: int) -> dict[str, float]:
     """Fit the temperature on one half of the images and scale the other half by it, both ways round."""
-    scaled, temperatures = np.empty_like(logits, dtype=np.float64), []
-    for fold in (0, 1):
-        mine = np.arange(len(labels)) % 2 == fold
-        temperatures.append(temperature_scaling(logits[~mine], labels[~mine]))
-        scaled[mine] = logits[mine] / temperatures[-1]
+    other = np.array([temperature_scaling(logits[half::2], labels[half::2]) for half in (1, 0)])
+    scaled = logits / other[np.arange(len(labels)) % 2, None]
     after = computed(VOTING, scaled, labels, n_bins=n_bins)
-    found = {f"{name}_recalibrated": value for name, value in after.items()}
-    return found | {"temperature": float(np.mean(temperatures))}
+    return {f"{name}_recalibrated": value for name, value in after.items()} | {"temperature": other.mean()}

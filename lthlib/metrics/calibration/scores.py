@@ -10,7 +10,7 @@ from scipy import special
 
 from lthlib.metrics.arrays import check_labels, check_logits, check_probs
 from lthlib.metrics.calibration.errors import N_BINS, bin_index, one_hot
-from lthlib.metrics.registry import describe, metric
+from lthlib.metrics.registry import metric
 
 
 @metric("nll", "NLL", higher_is_better=False, unit="nats", reference="gneiting2007strictly", in_verdict=True)
@@ -94,16 +94,14 @@ def brier_resolution(probs: ArrayLike, labels: ArrayLike, n_bins: int = N_BINS) 
     return brier_decomposition(probs, labels, n_bins).resolution
 
 
-describe(
+metric(
     "temperature",
     "Temperature",
     dimension="calibration",
     higher_is_better=None,
     unit="",
-    definition=r"$T$ that minimises the NLL of $\mathrm{softmax}(z/T)$ on held-out images; above 1 for an "
-    "overconfident network.",
     reference="guo2017calibration",
-)
+)(r"$T$ that minimises the NLL of $\mathrm{softmax}(z/T)$ on held-out images; above 1 for an overconfident network.")
 
 
 def temperature_scaling(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lthlib.metrics import Value, describe
+from lthlib.metrics import Value, metric
 from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace
 from lthlib.metrics.flatness.frozen import Frozen
 from lthlib.metrics.flatness.landscape import (
-    LossPath,
     adversarial_slice,
     filter_normalised_surface,
     interpolate,
@@ -27,97 +26,53 @@ from lthlib.metrics.flatness.landscape import (
 )
 from lthlib.metrics.flatness.noise import input_noise_tolerance, weight_noise_tolerance
 from lthlib.metrics.flatness.spectrum import WeightHessian, spectral_density, top_eigenvalue
+from lthlib.metrics.registry import values
 from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
 
-_row = partial(describe, dimension="flatness", higher_is_better=False, unit="nats")
-_row(
-    "weight_hessian_trace",
-    "Weight-Hessian trace",
-    definition="$\\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all "
-    "parameters, $M$ the mask; exact for piecewise-linear networks.",
-    reference="yao2020pyhessian",
-    in_verdict=True,
+_row = partial(metric, dimension="flatness", higher_is_better=False, unit="nats")
+_row("weight_hessian_trace", "Weight-Hessian trace", reference="yao2020pyhessian", in_verdict=True)(
+    r"$\operatorname{tr}(MHM)$, $H$ the Hessian of the mean cross-entropy of a fixed batch in all parameters, $M$ the "
+    "mask; exact for piecewise-linear networks."
+)
+_row("weight_hessian_trace_per_weight", "Weight-Hessian trace per active weight", reference="yao2020pyhessian")(
+    "$\\operatorname{tr}(MHM)$ divided by the number of active parameters."
+)
+_row("weight_hessian_top", "Weight-Hessian top eigenvalue", reference="ghorbani2019investigation")(
+    "The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error."
+)
+_row("relative_flatness", "Relative flatness", reference="tsuzuku2020normalized")(
+    r"$\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and the next normalisation "
+    r"undoes it; for small $\sigma$, noise $\sigma|w_j|\varepsilon_j$ raises the loss by $\tfrac12\sigma^2$ times this."
+)
+_row("input_hessian_trace", "Input-Hessian trace", unit="nats/pixel²", reference="yao2020pyhessian", in_verdict=True)(
+    r"The mean over images of $\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s cross-entropy in its $[0,1]$ "
+    "pixels; exact for piecewise-linear networks."
+)
+_row("input_hessian_top", "Input-Hessian top eigenvalue", unit="nats/pixel²", reference="yao2020pyhessian")(
+    "The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels."
 )
 _row(
-    "weight_hessian_trace_per_weight",
-    "Weight-Hessian trace per active weight",
-    definition="$\\operatorname{tr}(MHM)$ divided by the number of active parameters.",
-    reference="yao2020pyhessian",
+    "legacy_batch_eigenvalue", "Input-Hessian top eigenvalue, as published", unit="nats/pixel²", reference="chen2022can"
+)(
+    r"$\max_i\lambda_{\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in all its pixels: depends "
+    "on $B$."
 )
-_row(
-    "weight_hessian_top",
-    "Weight-Hessian top eigenvalue",
-    definition="The largest (signed) eigenvalue of $MHM$, by Lanczos, with a bound on its error.",
-    reference="ghorbani2019investigation",
+_row("pac_bayes_weight_sigma", "Weight noise borne", higher_is_better=True, unit="", reference="jiang2020fantastic")(
+    r"The largest $\sigma$ with $\mathbb{E}\,L(w+\sigma|w|\varepsilon)\le1.1\,L(w)$, $\varepsilon$ standard normal, on "
+    "convolution weights."
 )
-_row(
-    "relative_flatness",
-    "Relative flatness",
-    definition="$\\sum_j w_j^2 H_{jj}$ over the active parameters: unchanged when a layer is rescaled and "
-    "the next normalisation undoes it; for small $\\sigma$, noise $\\sigma|w_j|\\varepsilon_j$ raises the "
-    "loss by $\\tfrac12\\sigma^2$ times this.",
-    reference="tsuzuku2020normalized",
+_row("pac_bayes_input_sigma", "Input noise borne", higher_is_better=True, unit="pixel", reference="chen2022can")(
+    r"The largest $\sigma$ with $\mathbb{E}\,L(\operatorname{clamp}(x+\sigma\varepsilon,0,1))\le1.1\,L(x)$, pixels in "
+    "$[0,1]$."
 )
-_row(
-    "input_hessian_trace",
-    "Input-Hessian trace",
-    unit="nats/pixel²",
-    definition="The mean over images of $\\operatorname{tr}(H_i)$, $H_i$ the Hessian of image $i$'s "
-    "cross-entropy in its $[0,1]$ pixels; exact for piecewise-linear networks.",
-    reference="yao2020pyhessian",
-    in_verdict=True,
+_row("loss_barrier", "Loss barrier to the dense network", reference="frankle2020linear")(
+    "$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks."
 )
-_row(
-    "input_hessian_top",
-    "Input-Hessian top eigenvalue",
-    unit="nats/pixel²",
-    definition="The mean over images of $\\lambda_{\\max}(H_i)$ in $[0,1]$ pixels.",
-    reference="yao2020pyhessian",
+_row("error_barrier", "Error barrier to the dense network", unit="fraction", reference="frankle2020linear")(
+    "$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified."
 )
-_row(
-    "legacy_batch_eigenvalue",
-    "Input-Hessian top eigenvalue, as published",
-    unit="nats/pixel²",
-    definition="$\\max_i\\lambda_{\\max}(H_i)/B$, the top eigenvalue of the mean loss of a batch of $B$ in "
-    "all its pixels: depends on $B$.",
-    reference="chen2022can",
-)
-_row(
-    "pac_bayes_weight_sigma",
-    "Weight noise borne",
-    higher_is_better=True,
-    unit="",
-    definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(w+\\sigma|w|\\varepsilon)\\le1.1\\,L(w)$, "
-    "$\\varepsilon$ standard normal, on convolution weights.",
-    reference="jiang2020fantastic",
-)
-_row(
-    "pac_bayes_input_sigma",
-    "Input noise borne",
-    higher_is_better=True,
-    unit="pixel",
-    definition="The largest $\\sigma$ with $\\mathbb{E}\\,L(\\operatorname{clamp}(x+\\sigma\\varepsilon,0,1))"
-    "\\le1.1\\,L(x)$, pixels in $[0,1]$.",
-    reference="chen2022can",
-)
-_row(
-    "loss_barrier",
-    "Loss barrier to the dense network",
-    definition="$\\max_t[L(w_t)-(1-t)L(w_0)-tL(w_1)]$ on the straight line $w_t$ between two networks.",
-    reference="frankle2020linear",
-)
-_row(
-    "error_barrier",
-    "Error barrier to the dense network",
-    unit="fraction",
-    definition="$\\max_t[E(w_t)-(1-t)E(w_0)-tE(w_1)]$, $E$ the fraction misclassified.",
-    reference="frankle2020linear",
-)
-
-
-# ---------------------------------------------------------------------------------------------- what is measured
 
 RESCALED_BY = (0.5, 3.0)
 SPAN = 0.5  # of a surface, in norms of the network's own filters
@@ -200,8 +155,7 @@ def measure(
         shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
         rescaled = _rescaled(model, draw(n_weights), masks, shares)
         parts.append(([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled}))
-    values = [value for found, _ in parts for value in found]
-    return values, {name: array for _, arrays in parts for name, array in arrays.items()}
+    return [value for found, _ in parts for value in found], {k: v for _, arrays in parts for k, v in arrays.items()}
 
 
 def _training_images(subject: Subject, n: int, seed: int) -> Batch:
@@ -214,12 +168,9 @@ def _training_images(subject: Subject, n: int, seed: int) -> Batch:
 
 def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None) -> Found:
     found = hessian_trace(model, *batch, masks)
+    numbers = {"weight_hessian_trace": found.total, "weight_hessian_trace_per_weight": found.per_weight}
     n = len(batch[1])
-    values = [
-        Value("weight_hessian_trace", found.total, n),
-        Value("weight_hessian_trace_per_weight", found.per_weight, n),
-        Value("relative_flatness", found.relative, n),
-    ]
+    measured = values(numbers | {"relative_flatness": found.relative}, n)
     parts = {"trace": found.per_parameter, "relative": found.relative_per_parameter, "active": found.active}
     layers = pd.DataFrame(parts).groupby(lambda name: name.rpartition(".")[0], sort=False).sum()
     arrays = {
@@ -231,9 +182,9 @@ def _of_weights(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | No
     if found.per_image is not None:
         arrays["weight_per_image"] = _small(found.per_image)
         arrays["weight_relative_per_image"] = _small(found.relative_per_image)
-        for value, terms in zip(values[::2], (found.per_image, found.relative_per_image), strict=True):
+        for value, terms in zip(measured[::2], (found.per_image, found.relative_per_image), strict=True):
             arrays |= kept(value, resampled_mean(terms.cpu(), resamples(n, "train")))
-    return values, arrays
+    return measured, arrays
 
 
 def _of_spectrum(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, tolerance: float) -> Found:
@@ -250,9 +201,10 @@ def _of_pixels(model: nn.Module, batch: Batch) -> Found:
         "input_hessian_top": float(found.top.double().mean()),
         "legacy_batch_eigenvalue": found.legacy_batch_eigenvalue,
     }
-    values, n = [Value(name, value, len(batch[1])) for name, value in numbers.items()], len(batch[1])
+    n = len(batch[1])
+    measured = values(numbers, n)
     arrays = {"input_traces": _small(found.trace), "input_method": np.array(found.method)}
-    return values, arrays | kept(values[0], resampled_mean(found.trace.cpu(), resamples(n, "train")))
+    return measured, arrays | kept(measured[0], resampled_mean(found.trace.cpu(), resamples(n, "train")))
 
 
 def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, pairs: int) -> Found:
@@ -260,36 +212,24 @@ def _of_noise(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
         "weight": weight_noise_tolerance(model, *batch, masks, pairs=pairs),
         "input": input_noise_tolerance(model, *batch, pairs=pairs),
     }
-    values = [Value(f"pac_bayes_{kind}_sigma", found.sigma, len(batch[1])) for kind, found in borne.items()]
-    return values, {f"{kind}_sigma": np.array([found.low, found.high]) for kind, found in borne.items()}
+    numbers = {f"pac_bayes_{kind}_sigma": found.sigma for kind, found in borne.items()}
+    arrays = {f"{kind}_sigma": np.array([found.low, found.high]) for kind, found in borne.items()}
+    return values(numbers, len(batch[1])), arrays
 
 
 def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, partner: int | None) -> Found:
     """Walk from the dense network to the ticket, and from the partner's ticket to it; 0 barrier to itself."""
-    n, arrays = len(batch[1]), {}
+    starts = {"dense": subject.parent, "partner": None if partner is None else subject.sibling(partner)}
+    end, lines = subject.model.state_dict(), {}
+    for name, network in starts.items():
+        start = {} if network is None else network.to(batch[0].device).state_dict()
+        if {key: value.shape for key, value in start.items()} == {key: value.shape for key, value in end.items()}:
+            lines[name] = interpolate(subject.model, start, end, *batch, points, statistics)
+    arrays = {f"{name}_{part}": array for name, line in lines.items() for part, array in vars(line).items()}
     barriers = {"loss_barrier": 0.0, "error_barrier": 0.0}
-    if not subject.is_dense:
-        line = _line(subject, subject.parent, batch, points, statistics)
-        barriers = {name: getattr(line, name) for name in barriers} if line else {}
-        arrays |= _of_line("dense", line)
-    sibling = None if partner is None else subject.sibling(partner)
-    if sibling is not None:
-        arrays |= _of_line("partner", _line(subject, sibling, batch, points, statistics))
-    return [Value(name, value, n) for name, value in barriers.items()], arrays
-
-
-def _line(subject: Subject, start: nn.Module, batch: Batch, points: int, statistics: str) -> LossPath | None:
-    """Return the line from another network to the subject; None where their layers differ in width."""
-    ends = [start.to(batch[0].device).state_dict(), subject.model.state_dict()]
-    first, last = ({name: value.shape for name, value in end.items()} for end in ends)
-    if first != last:
-        return None
-    return interpolate(subject.model, *ends, *batch, points, statistics)
-
-
-def _of_line(name: str, line: LossPath | None) -> dict[str, np.ndarray]:
-    parts = ("t", "loss", "error")
-    return {f"{name}_{part}": getattr(line, part) for part in parts} if line else {}
+    if not subject.is_dense:  # there is no line to a dense network whose layers have other widths
+        barriers = {name: getattr(lines["dense"], name) for name in barriers if "dense" in lines}
+    return values(barriers, len(batch[1])), arrays
 
 
 def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int) -> dict[str, np.ndarray]:
@@ -298,8 +238,7 @@ def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
         "surface": filter_normalised_surface(model, *batch, masks, SPAN, points),
         "slice": adversarial_slice(model, *batch, points=points),
     }
-    parts = ("a", "b", "loss")
-    return {f"{name}_{part}": _small(getattr(s, part)) for name, s in surfaces.items() for part in parts}
+    return {f"{name}_{part}": _small(array) for name, found in surfaces.items() for part, array in vars(found).items()}
 
 
 def _rescaled(

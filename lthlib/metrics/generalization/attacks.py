@@ -15,48 +15,30 @@ from torch.nn import functional as F
 
 from lthlib.core.errors import UserError
 from lthlib.metrics.arrays import check_labels
-from lthlib.metrics.registry import describe
+from lthlib.metrics.registry import metric
 from lthlib.networks.checks import copied
 from lthlib.networks.predict import scaled_to
 
 EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 CHUNK = 100  # images of up to 64 pixels; a ResNet-20 keeps some 3 MB of each for the backward pass
 
-_row = partial(describe, dimension="generalization", unit="fraction", higher_is_better=True)
-_row(
-    "fgsm_accuracy",
-    "FGSM accuracy",
-    definition=r"Accuracy on $\mathrm{clip}(x + \epsilon\,\mathrm{sign}\,\nabla_x L, 0, 1)$, $\epsilon = 8/255$ of a "
-    "pixel's range.",
-    reference="goodfellow2015explaining",
-    in_verdict=True,
+_row = partial(metric, dimension="generalization", higher_is_better=True)
+_row("fgsm_accuracy", "FGSM accuracy", reference="goodfellow2015explaining", in_verdict=True)(
+    r"Accuracy on $\mathrm{clip}(x + \epsilon\,\mathrm{sign}\,\nabla_x L, 0, 1)$, $\epsilon = 8/255$ of a pixel's "
+    "range."
 )
-_row(
-    "pgd_accuracy",
-    "PGD-20 accuracy",
-    definition=r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$.",
-    reference="madry2018towards",
+_row("pgd_accuracy", "PGD-20 accuracy", reference="madry2018towards")(
+    r"Accuracy after 20 projected gradient steps of $\epsilon/4$ from a random start, $\epsilon = 8/255$."
 )
-_row(
-    "fgsm_pgd_gap",
-    "FGSM minus PGD-20",
-    higher_is_better=None,
-    definition=r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where one "
-    "step flatters, below zero a sign of masked gradients.",
-    reference="athalye2018obfuscated",
+_row("fgsm_pgd_gap", "FGSM minus PGD-20", higher_is_better=None, reference="athalye2018obfuscated")(
+    r"Accuracy under FGSM minus that under PGD-20 on the same images, $\epsilon = 8/255$; large where one step "
+    "flatters, below zero a sign of masked gradients."
 )
-_row(
-    "adversarial_margin",
-    "Adversarial margin",
-    unit="",
-    definition=r"Mean of $p_y - \max_{j \neq y} p_j$ on FGSM images, $\epsilon = 8/255$; from -1 to 1.",
-    reference="goodfellow2015explaining",
+_row("adversarial_margin", "Adversarial margin", unit="", reference="goodfellow2015explaining")(
+    r"Mean of $p_y - \max_{j \neq y} p_j$ on FGSM images, $\epsilon = 8/255$; from -1 to 1."
 )
-_row(
-    "adversarial_accuracy",
-    "Accuracy under attack",
-    definition=r"Accuracy on images changed by at most $\epsilon$ (severity: $255\,\epsilon$) by FGSM or PGD-20.",
-    reference="madry2018towards",
+_row("adversarial_accuracy", "Accuracy under attack", reference="madry2018towards")(
+    r"Accuracy on images changed by at most $\epsilon$ (severity: $255\,\epsilon$) by FGSM or PGD-20."
 )
 
 
@@ -89,18 +71,16 @@ def pgd(
     largest change of a pixel (the paper's is 8 / 255), ``step_size`` by default epsilon / 4 (2 / 255, as Madry et al.
     on CIFAR-10). Without ``seed`` the start is the image itself.
     """
-    _check_epsilon(epsilon)
     step_size = epsilon / 4 if step_size is None else step_size
     if steps < 1 or step_size < 0 or (step_size == 0 and epsilon > 0):
         raise UserError(f"PGD needs steps >= 1 and step_size > 0; got steps={steps}, step_size={step_size}.")
-    start = torch.zeros(images.shape) if seed is None else _uniform(images.shape, epsilon, seed)
-    parts, done = [], 0
-    model = _still(model)
-    for x, y in _batches(model, images, labels):
-        adversarial = (x + start[done : done + len(x)].to(x)).clamp(0, 1)
-        done += len(x)
+    start, parts = torch.zeros(images.shape), []
+    if seed is not None:  # drawn for all images at once so that chunks change nothing
+        start = epsilon * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) - 1)
+    for still, x, y, first in _batches(model, images, labels, [epsilon], start):
+        adversarial = (x + first.to(x)).clamp(0, 1)
         for _ in range(steps):
-            moved = adversarial + step_size * _sign(model, adversarial, y)
+            moved = adversarial + step_size * _sign(still, adversarial, y)
             adversarial = torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
         parts.append(adversarial.to(images.device))
     return torch.cat(parts)
@@ -114,37 +94,35 @@ def adversarial_logits(
     One backward pass serves all epsilons, since the gradient at the image does not depend on them. Arguments and errors
     are those of `pgd`; float64 for a network in float64, else float32.
     """
-    for epsilon in epsilons:
-        _check_epsilon(epsilon)
-    model, parts = _still(model), []
-    for x, y in _batches(model, images, labels):
-        sign = _sign(model, x, y)
-        parts.append(torch.stack([_logits(model, (x + e * sign).clamp(0, 1)) for e in epsilons]))
+    parts = []
+    for still, x, y in _batches(model, images, labels, epsilons):
+        sign = _sign(still, x, y)
+        with torch.no_grad():
+            logits = [still((x + e * sign).clamp(0, 1).to(_weight(still).dtype)) for e in epsilons]
+        parts.append(torch.stack(logits).to("cpu", x.dtype))
     return torch.cat(parts, dim=1).numpy()
 
 
-def _check_epsilon(epsilon: float) -> None:
-    if not 0 <= epsilon <= 1:
-        raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
+def _batches(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilons: Sequence[float], *more: Tensor
+) -> Iterator[tuple]:
+    """A still copy of the model with chunks of images in [0, 1], their labels and what else belongs to the images.
 
-
-@torch.inference_mode(False)  # what is made in that mode can never be differentiated
-def _still(model: nn.Module) -> nn.Module:
-    return copied(model).eval().requires_grad_(False)
-
-
-def _batches(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of images in [0, 1] with their labels, on the model's device, in its precision but at least float32.
-
-    A pixel in half precision would be rounded by as much as an attack moves it.
+    On the model's device, the images in its precision but at least float32: a pixel in half precision would be rounded
+    by as much as an attack moves it.
     """
+    for epsilon in epsilons:
+        if not 0 <= epsilon <= 1:
+            raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
     if images.ndim != 4 or len(images) == 0:
         raise UserError(f"The images have the shape {tuple(images.shape)}; (N >= 1, C, H, W) is needed.")
     labels, like = torch.as_tensor(labels), _weight(model)
     if labels.shape != images.shape[:1]:
         raise UserError(f"The labels have the shape {tuple(labels.shape)}; one per image is needed.")
+    with torch.inference_mode(False):  # what is made in that mode can never be differentiated
+        still = copied(model).eval().requires_grad_(False)
     chunk = scaled_to(images.shape[2:], CHUNK)
-    for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+    for x, y, *rest in zip(*(given.split(chunk) for given in (images, labels, *more)), strict=True):
         scale, floating = (255, True) if x.dtype == torch.uint8 else (1, x.is_floating_point())
         x = x.to(like.device, torch.promote_types(like.dtype, torch.float32)) / scale
         if not floating or not bool(((x >= 0) & (x <= 1)).all()):
@@ -152,7 +130,7 @@ def _batches(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple
                 "The images hold values outside [0, 1]. Attacks work on pixels; normalisation belongs inside "
                 "the network."
             )
-        yield x, y.to(like.device)
+        yield still, x, y.to(like.device), *rest
 
 
 def _weight(model: nn.Module) -> Tensor:
@@ -172,13 +150,3 @@ def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         check_labels(y, len(x), logits.shape[1])
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y.long(), reduction="sum"), x)
     return gradient.sign()
-
-
-def _uniform(shape: Sequence[int], epsilon: float, seed: int) -> Tensor:
-    """Uniform in [-epsilon, epsilon], drawn for all images at once so that chunks change nothing."""
-    return epsilon * (2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x.to(_weight(model).dtype)).to("cpu", x.dtype)

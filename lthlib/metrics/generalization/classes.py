@@ -11,18 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lthlib.metrics.arrays import check_labels, check_logits
-from lthlib.metrics.registry import Value, describe, metric
+from lthlib.metrics.registry import Value, metric
 from lthlib.metrics.resampling import kept, resamples
 
-describe(
-    "churn",
-    "Churn",
-    dimension="generalization",
-    higher_is_better=False,
-    unit="fraction",
-    definition="Fraction of test images to which a sparse network answers another class than its dense parent; of a "
-    "dense network, than the dense network of the seed before it.",
-    reference="fard2016launch",
+metric(
+    "churn", "Churn", dimension="generalization", higher_is_better=False, unit="fraction", reference="fard2016launch"
+)(
+    "Fraction of test images to which a sparse network answers another class than its dense parent; of a "
+    "dense network, than the dense network of the seed before it."
 )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lthlib.core.errors import UserError
 from lthlib.data import corruptions
 from lthlib.metrics.arrays import as_array
-from lthlib.metrics.registry import describe, metric
+from lthlib.metrics.registry import metric
 
 # Error of AlexNet on ImageNet-C, mean over the five severities: Hendrycks and Dietterich (2019), the
 # six-digit values as published with AugMix (github.com/google-research/augmix, imagenet.py).
@@ -42,16 +42,14 @@ COMMON_CORRUPTIONS = corruptions.common()
 Errors = Mapping[str, Sequence[float]]
 _row = partial(metric, higher_is_better=False, reference="hendrycks2019benchmarking")
 
-describe(
+metric(
     "corruption_error_all",
     "mCE (unnormalised, with the extra ones)",
     dimension="generalization",
     higher_is_better=False,
     unit="fraction",
-    definition="Mean error over the 15 common corruptions, the extra ones and all severities, not divided by "
-    "AlexNet's.",
     reference="hendrycks2019benchmarking",
-)
+)("Mean error over the 15 common corruptions, the extra ones and all severities, not divided by AlexNet's.")
 
 
 @_row("corruption_error", "mCE (unnormalised, 15)", in_verdict=True)

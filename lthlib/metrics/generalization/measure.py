@@ -23,26 +23,18 @@ from lthlib.metrics.generalization.corruption import (
     relative_corruption_error_alexnet,
 )
 from lthlib.metrics.generalization.ood import detection, msp_score, roc_curve
-from lthlib.metrics.registry import Value, code_of_metrics, computed, describe, measured_on_test
+from lthlib.metrics.registry import Value, code_of_metrics, computed, measured_on_test, metric, values
 from lthlib.metrics.resampling import kept, kept_accuracy, resampled_auroc, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
 
 Found = tuple[list[Value], dict[str, np.ndarray]]
 
-_row = partial(describe, dimension="generalization", reference="hendrycks2019benchmarking")
-_row(
-    "corrupted_accuracy",
-    "Accuracy under corruption",
-    higher_is_better=True,
-    unit="fraction",
-    definition="Accuracy on test images under one corruption at one severity.",
+_row = partial(metric, dimension="generalization", reference="hendrycks2019benchmarking")
+_row("corrupted_accuracy", "Accuracy under corruption", higher_is_better=True, unit="fraction")(
+    "Accuracy on test images under one corruption at one severity."
 )
-_row(
-    "official_corruptions",
-    "Corruptions from published files",
-    higher_is_better=None,
-    unit="",
-    definition="Of the corruptions measured, how many were read from the published files; the others were made here.",
+_row("official_corruptions", "Corruptions from published files", higher_is_better=None, unit="")(
+    "Of the corruptions measured, how many were read from the published files; the others were made here."
 )
 
 
@@ -77,20 +69,20 @@ def measure(
     Returns:
         Values, and for figures ``roc_<set>`` with the ROC curve on a grid of 101 false positive rates; of the dense
         network ``gallery``, a test image under every corruption at the severities 1, 3 and 5; the answers of
-        `lthlib.metrics.generalization.classes.kept_answers`; for the verdict
-        replicates of the metrics on resampled images (`lthlib.metrics.resampling`).
+        `lthlib.metrics.generalization.classes.kept_answers`; for the verdict replicates of the metrics on resampled
+        images (`lthlib.metrics.resampling`).
     """
     labels, known = subject.labels("test", n_test).numpy(), subject.logits("test", n_test)
     numbers = computed(measured_on_test("generalization"), known, labels)
-    values = [Value(name, value, len(labels)) for name, value in numbers.items()]
+    found = values(numbers, len(labels))
     arrays = kept_accuracy(known, labels) | kept_answers(known, labels, subject.data.classes)
     for name in _ood_sets(subject, ood):
         pair = _among(ood_classes(name, subject.data), subject, labels, known, subject.logits(f"ood:{name}", n_ood))
-        found = {m: Value(m, value, sum(map(len, pair)), name) for m, value in detection(*pair).items()}
-        values += found.values()
+        detected = values(detection(*pair), sum(map(len, pair)), name)
+        found += detected
         scores = msp_score(pair[0]), msp_score(pair[1])
         draws = resamples(len(pair[0])), resamples(len(pair[1]), name)
-        arrays |= kept(found["ood_auroc"], resampled_auroc(*scores, *draws))
+        arrays |= kept(detected[0], resampled_auroc(*scores, *draws))
         false, true = roc_curve(*scores)
         arrays[f"roc_{name}"] = np.interp(np.linspace(0, 1, 101), false, true).astype(np.float32)
     names = corruption_names(extra)
@@ -98,7 +90,7 @@ def measure(
         arrays["gallery"] = _gallery(subject, names, n_corrupted)
     corrupted = _under_corruption(subject, names, n_corrupted)
     attacked = _attacks(subject, n_attack, n_pgd, sorted({*epsilons, 8.0}))
-    return values + corrupted[0] + attacked[0], arrays | corrupted[1] | attacked[1]
+    return found + corrupted[0] + attacked[0], arrays | corrupted[1] | attacked[1]
 
 
 def inputs(subject: Subject, *, ood: Sequence[str], extra: bool, **rest: object) -> str:
@@ -134,16 +126,13 @@ def _among(
 
 def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> Found:
     labels = subject.labels("test", n).numpy()
-    n, errors = len(labels), {name: [] for name in names}
+    n, errors, found = len(labels), {name: [] for name in names}, []
     wrong = np.zeros(n)  # of each image, how often under the common corruptions
-    for name, _, logits in subject.corrupted_logits(names, n):
-        errors[name].append(1 - accuracy(logits, labels))
+    for name, severity, logits in subject.corrupted_logits(names, n):
+        right = accuracy(logits, labels)
+        errors[name].append(1 - right)
+        found.append(Value("corrupted_accuracy", right, n, name, severity))
         wrong += (logits.argmax(1) != labels) * (name in COMMON_CORRUPTIONS)
-    values = [
-        Value("corrupted_accuracy", 1 - error, n, name, severity)
-        for name, row in errors.items()
-        for severity, error in enumerate(row, start=1)
-    ]
     clean = 1 - accuracy(subject.logits("test", n), labels)  # on the same images
     numbers = {
         "corruption_error": corruption_error(errors),
@@ -153,13 +142,13 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> Found:
         numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
         numbers["relative_corruption_error_alexnet"] = relative_corruption_error_alexnet(errors, clean)
     cases = 5 * len(COMMON_CORRUPTIONS)
-    values += [Value(metric, value, n * cases, "common") for metric, value in numbers.items()]
+    found += values(numbers, n * cases, "common")
     mean = Value("corruption_error", numbers["corruption_error"], n, "common")
     arrays = kept(mean, resampled_mean(wrong / cases, resamples(n)), 1 / (n * cases))
     if len(names) > len(COMMON_CORRUPTIONS):
-        values.append(Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all"))
+        found.append(Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all"))
     official = sum(corruption_source(subject.data, name) == "official" for name in names)
-    return [*values, Value("official_corruptions", official, len(names))], arrays
+    return [*found, Value("official_corruptions", official, len(names))], arrays
 
 
 def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
@@ -178,19 +167,15 @@ def _gallery(subject: Subject, names: Sequence[str], n: int) -> np.ndarray:
 
 def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) -> Found:
     images, labels = subject.images("test", n).permute(0, 3, 1, 2), subject.labels("test", n)
-    after = dict(
-        zip(epsilons, adversarial_logits(subject.model, images, labels, [e / 255 for e in epsilons]), strict=True)
-    )
-    values = [Value("adversarial_accuracy", accuracy(z, labels), len(labels), "fgsm", e) for e, z in after.items()]
-    few = sample(labels, n_pgd)
+    attacked = adversarial_logits(subject.model, images, labels, [e / 255 for e in epsilons])
+    after, few = dict(zip(epsilons, attacked, strict=True)), sample(labels, n_pgd)
+    found = [Value("adversarial_accuracy", accuracy(z, labels), len(labels), "fgsm", e) for e, z in after.items()]
     pushed = pgd(subject.model, images[few], labels[few], 8 / 255)
     pushed = adversarial_logits(subject.model, pushed, labels[few], [0])[0]  # as they are
-    by_pgd = accuracy(pushed, labels[few])
-    values += [
-        Value("fgsm_accuracy", accuracy(after[8], labels), len(labels), "fgsm", 8),
-        Value("adversarial_margin", float(true_class_margin(after[8], labels).mean()), len(labels), "fgsm", 8),
-        Value("pgd_accuracy", by_pgd, len(few), "pgd", 8),
-        Value("fgsm_pgd_gap", accuracy(after[8][few], labels[few]) - by_pgd, len(few), "pgd", 8),
-    ]
+    by_fgsm, by_pgd = accuracy(after[8][few], labels[few]), accuracy(pushed, labels[few])
+    margin = true_class_margin(after[8], labels).mean()
+    numbers = {"fgsm_accuracy": accuracy(after[8], labels), "adversarial_margin": margin}
+    found += values(numbers, len(labels), "fgsm", 8)
+    found += values({"pgd_accuracy": by_pgd, "fgsm_pgd_gap": by_fgsm - by_pgd}, len(few), "pgd", 8)
     arrays = kept_accuracy(after[8], labels, "fgsm_accuracy", "fgsm", 8)
-    return values, arrays | kept_accuracy(pushed, labels[few], "pgd_accuracy", "pgd", 8)
+    return found, arrays | kept_accuracy(pushed, labels[few], "pgd_accuracy", "pgd", 8)

@@ -6,7 +6,6 @@ foreign ones (M,). All raise `UserError` for NaN, infinity, and empty sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,30 +14,32 @@ from scipy import special
 
 from lthlib.core.errors import UserError, choose
 from lthlib.metrics.arrays import as_array, check_logits
-from lthlib.metrics.registry import describe
+from lthlib.metrics.registry import metric
 
-SCORES: dict[str, Callable[[ArrayLike], np.ndarray]] = {}
-_row = partial(describe, dimension="generalization", unit="fraction", higher_is_better=True)
-
-
-def score(row: str, title: str, **fields: object) -> Callable[[Callable], Callable]:
-    """Register the function below as a score, and describe the row of its ROC-AUC."""
-
-    def register(function: Callable) -> Callable:
-        _row(row, title, **fields)
-        SCORES[row] = function
-        return function
-
-    return register
-
-
-@score(
-    "ood_auroc",
-    "OoD ROC-AUC",
-    definition=r"$P(s_\mathrm{OoD} > s_\mathrm{ID}) + \frac12 P(=)$ with the score $1-\max_c p_c$.",
-    reference="hendrycks2017baseline",
-    in_verdict=True,
+_row = partial(metric, dimension="generalization", higher_is_better=True)
+_row("ood_auroc", "OoD ROC-AUC", reference="hendrycks2017baseline", in_verdict=True)(
+    r"$P(s_\mathrm{OoD} > s_\mathrm{ID}) + \frac12 P(=)$ with the score $1-\max_c p_c$."
 )
+_row("ood_auroc_max_logit", "OoD ROC-AUC (max logit)", reference="hendrycks2022scaling")(
+    r"ROC-AUC with the score $-\max_c z_c$."
+)
+_row("ood_auroc_energy", "OoD ROC-AUC (energy)", reference="liu2020energy")(
+    r"ROC-AUC with the score $-\log\sum_c e^{z_c}$."
+)
+_row("ood_aupr", "OoD AUPR", reference="hendrycks2017baseline")(
+    "Average precision with OoD as the positive class; chance is the share of OoD images."
+)
+_row("ood_aupr_id", "OoD AUPR (ID positive)", reference="hendrycks2017baseline")(
+    "Average precision with in-distribution as the positive class; chance is the share of ID images."
+)
+_row("ood_fpr95", "OoD FPR95", higher_is_better=False, reference="liang2018enhancing")(
+    "Share of OoD images accepted when 95 % of the in-distribution images are accepted."
+)
+_row("ood_fpr95_ood_positive", "OoD FPR95 (OoD positive)", higher_is_better=False, reference="hendrycks2019deep")(
+    "Share of in-distribution images flagged when 95 % of the OoD images are flagged."
+)
+
+
 def msp_score(logits: ArrayLike) -> np.ndarray:
     """1 - max softmax probability (Hendrycks and Gimpel, 2017).
 
@@ -53,26 +54,17 @@ def msp_score(logits: ArrayLike) -> np.ndarray:
     return rest / (1 + rest)
 
 
-@score(
-    "ood_auroc_max_logit",
-    "OoD ROC-AUC (max logit)",
-    definition=r"ROC-AUC with the score $-\max_c z_c$.",
-    reference="hendrycks2022scaling",
-)
 def max_logit_score(logits: ArrayLike) -> np.ndarray:
     """Minus the largest logit (Hendrycks et al., 2022)."""
     return -check_logits(logits).max(axis=1)
 
 
-@score(
-    "ood_auroc_energy",
-    "OoD ROC-AUC (energy)",
-    definition=r"ROC-AUC with the score $-\log\sum_c e^{z_c}$.",
-    reference="liu2020energy",
-)
 def energy_score(logits: ArrayLike) -> np.ndarray:
     """Energy -log sum_c exp(z_c) (Liu et al., 2020, at the temperature 1 that they find best)."""
     return -special.logsumexp(check_logits(logits), axis=1)
+
+
+SCORES = {"ood_auroc": msp_score, "ood_auroc_max_logit": max_logit_score, "ood_auroc_energy": energy_score}
 
 
 def _problem(in_scores: ArrayLike, out_scores: ArrayLike, positive: str = "ood") -> tuple[np.ndarray, np.ndarray]:
@@ -132,34 +124,6 @@ def fpr_at_tpr(in_scores: ArrayLike, out_scores: ArrayLike, tpr: float = 0.95, p
         raise UserError(f"tpr is {tpr!r}; a rate in (0, 1] is needed.")
     false, true = roc_curve(in_scores, out_scores, positive)
     return float(false[np.argmax(true >= tpr)])
-
-
-_row(
-    "ood_aupr",
-    "OoD AUPR",
-    definition="Average precision with OoD as the positive class; chance is the share of OoD images.",
-    reference="hendrycks2017baseline",
-)
-_row(
-    "ood_aupr_id",
-    "OoD AUPR (ID positive)",
-    definition="Average precision with in-distribution as the positive class; chance is the share of ID images.",
-    reference="hendrycks2017baseline",
-)
-_row(
-    "ood_fpr95",
-    "OoD FPR95",
-    higher_is_better=False,
-    definition="Share of OoD images accepted when 95 % of the in-distribution images are accepted.",
-    reference="liang2018enhancing",
-)
-_row(
-    "ood_fpr95_ood_positive",
-    "OoD FPR95 (OoD positive)",
-    higher_is_better=False,
-    definition="Share of in-distribution images flagged when 95 % of the OoD images are flagged.",
-    reference="hendrycks2019deep",
-)
 
 
 def detection(in_logits: ArrayLike, out_logits: ArrayLike) -> dict[str, float]:

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import ConceptSet
-from lthlib.metrics import describe
+from lthlib.metrics import metric
 from lthlib.metrics.interpretability.activations import Stream, chunks
 from lthlib.metrics.interpretability.dissection import check_sizes
 from lthlib.metrics.interpretability.regions import Upsampler, shared_pixels
@@ -27,19 +27,13 @@ BEAM = 5
 MAX_LENGTH = 10
 OPERATORS = ("OR", "AND", "AND NOT")
 
-_row = partial(describe, dimension="interpretability", unit="", reference="mu2020compositional")
-_row(
-    "composition_iou",
-    "Compositional IoU",
-    higher_is_better=True,
-    definition=r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
-    r"search over OR, AND, AND NOT",
+_row = partial(metric, dimension="interpretability", unit="", reference="mu2020compositional")
+_row("composition_iou", "Compositional IoU", higher_is_better=True)(
+    r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
+    r"search over OR, AND, AND NOT"
 )
-_row(
-    "composition_gain",
-    "Gain of composition",
-    higher_is_better=None,
-    definition=r"mean over units of the best formula's IoU minus the best single concept's",
+_row("composition_gain", "Gain of composition", higher_is_better=None)(
+    r"mean over units of the best formula's IoU minus the best single concept's"
 )
 
 

@@ -25,34 +25,24 @@ import numpy as np
 
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import BRODEN_QUANTILE, ConceptSet
-from lthlib.metrics import describe
+from lthlib.metrics import metric
 from lthlib.metrics.interpretability.activations import Stream, chunks
 from lthlib.metrics.interpretability.regions import Upsampler, occurring, shared_pixels
 
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
 
-unit_metric = partial(describe, dimension="interpretability", higher_is_better=True, reference="bau2017network")
-unit_metric(
-    "unique_detectors",
-    "Unique detectors",
-    unit="concepts",
-    definition=r"number of distinct concepts that are the best concept of a unit with IoU > 0.04",
-    in_verdict=True,
+unit_metric = partial(metric, dimension="interpretability", higher_is_better=True, reference="bau2017network")
+unit_metric("unique_detectors", "Unique detectors", unit="concepts", in_verdict=True)(
+    r"number of distinct concepts that are the best concept of a unit with IoU > 0.04"
 )
-unit_metric(
-    "interpretable_units",
-    "Interpretable units",
-    unit="fraction",
-    definition=r"fraction of the layer's units whose best IoU exceeds 0.04",
+unit_metric("interpretable_units", "Interpretable units", unit="fraction")(
+    r"fraction of the layer's units whose best IoU exceeds 0.04"
 )
-unit_metric("mean_best_iou", "Mean best IoU", unit="", definition=r"mean over units of $\max_c \mathrm{IoU}_{k,c}$")
-unit_metric(
-    "units_above_floor",
-    "Units above chance",
-    unit="fraction",
-    definition=r"fraction of units whose best IoU exceeds the $1-\alpha$ quantile of their own best IoU with "
-    r"shuffled labels; without any association it is about $\alpha$ = 5 %",
+unit_metric("mean_best_iou", "Mean best IoU", unit="")(r"mean over units of $\max_c \mathrm{IoU}_{k,c}$")
+unit_metric("units_above_floor", "Units above chance", unit="fraction")(
+    r"fraction of units whose best IoU exceeds the $1-\alpha$ quantile of their own best IoU with "
+    r"shuffled labels; without any association it is about $\alpha$ = 5 %"
 )
 
 

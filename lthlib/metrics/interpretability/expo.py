@@ -25,32 +25,18 @@ from lthlib.metrics.interpretability.lime import (
 )
 from lthlib.metrics.interpretability.superpixels import check_at_least, with_segments
 
-error(
-    "expo_fidelity",
-    "ExpO neighbourhood fidelity",
-    definition=r"$E_{x'}(f(x') - g_x(x'))^2$ on fresh neighbours $x' = x + \sigma N(0, I)$, $g_x$ linear.",
-    reference="plumb2020regularizing",
+error("expo_fidelity", "ExpO neighbourhood fidelity", reference="plumb2020regularizing")(
+    r"$E_{x'}(f(x') - g_x(x'))^2$ on fresh neighbours $x' = x + \sigma N(0, I)$, $g_x$ linear."
 )
-error(
-    "expo_stability",
-    "ExpO stability",
-    definition=r"$E_{x'}\lVert c_x - c_{x'} \rVert^2$ with $g_{x'}$ fitted around $x'$, not around $x$.",
-    reference="plumb2020regularizing",
+error("expo_stability", "ExpO stability", reference="plumb2020regularizing")(
+    r"$E_{x'}\lVert c_x - c_{x'} \rVert^2$ with $g_{x'}$ fitted around $x'$, not around $x$."
+)
+scale_free("expo_r2", "ExpO fidelity, R²", higher_is_better=True, reference="plumb2020regularizing")(
+    r"$1 - \text{expo\_fidelity} / \mathrm{Var}_{x'} f(x')$ on the same fresh neighbours."
 )
 scale_free(
-    "expo_r2",
-    "ExpO fidelity, R²",
-    higher_is_better=True,
-    definition=r"$1 - \text{expo\_fidelity} / \mathrm{Var}_{x'} f(x')$ on the same fresh neighbours.",
-    reference="plumb2020regularizing",
-)
-scale_free(
-    "expo_stability_relative",
-    "ExpO stability, relative",
-    higher_is_better=False,
-    definition=r"$\text{expo\_stability} / \lVert c_x \rVert^2$.",
-    reference="plumb2020regularizing",
-)
+    "expo_stability_relative", "ExpO stability, relative", higher_is_better=False, reference="plumb2020regularizing"
+)(r"$\text{expo\_stability} / \lVert c_x \rVert^2$.")
 
 SCORES = ("expo_fidelity", "expo_stability", "expo_r2", "expo_stability_relative")
 

@@ -21,56 +21,33 @@ import torch
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError, choose
-from lthlib.metrics import describe
+from lthlib.metrics import metric
 from lthlib.metrics.interpretability.superpixels import check_at_least, check_image, with_segments
 from lthlib.networks.checks import check_rows
 from lthlib.networks.fast import inference_copy
 from lthlib.networks.inputs import as_input
 
-error = partial(describe, dimension="interpretability", higher_is_better=False, unit="probability²")
-scale_free = partial(describe, dimension="interpretability", unit="")
-error(
-    "fidelity",
-    "LIME fidelity",
-    definition=r"$\frac{1}{n}\sum_z (f(z) - g(z))^2$, unweighted, over the masks $z$ that LIME's ridge model "
-    "$g$ was fitted to; $f$ is the probability of the class predicted for the whole image.",
-    reference="chen2022can",
-    in_verdict=True,
+error = partial(metric, dimension="interpretability", higher_is_better=False, unit="probability²")
+scale_free = partial(metric, dimension="interpretability", unit="")
+error("fidelity", "LIME fidelity", reference="chen2022can", in_verdict=True)(
+    r"$\frac{1}{n}\sum_z (f(z) - g(z))^2$, unweighted, over the masks $z$ that LIME's ridge model "
+    "$g$ was fitted to; $f$ is the probability of the class predicted for the whole image."
 )
-error(
-    "stability",
-    "LIME stability",
-    definition=r"$\frac{1}{5}\sum_k \lVert c_k - c_0 \rVert^2$: the coefficients with the kernel around the "
-    "image against those with the kernel around another of the same masked images.",
-    reference="chen2022can",
-    in_verdict=True,
+error("stability", "LIME stability", reference="chen2022can", in_verdict=True)(
+    r"$\frac{1}{5}\sum_k \lVert c_k - c_0 \rVert^2$: the coefficients with the kernel around the "
+    "image against those with the kernel around another of the same masked images."
 )
-error(
-    "causal",
-    "LIME causal error",
-    definition="The error of `fidelity`, averaged over the fit around the image and five re-weighted ones.",
-    reference="chen2022can",
+error("causal", "LIME causal error", reference="chen2022can")(
+    "The error of `fidelity`, averaged over the fit around the image and five re-weighted ones."
 )
-scale_free(
-    "fidelity_r2",
-    "fidelity, R²",
-    higher_is_better=True,
-    definition=r"$1 - \text{fidelity} / \mathrm{Var}_z f(z)$: scale-free, so confidence does not decide.",
-    reference="ribeiro2016why",
+scale_free("fidelity_r2", "fidelity, R²", higher_is_better=True, reference="ribeiro2016why")(
+    r"$1 - \text{fidelity} / \mathrm{Var}_z f(z)$: scale-free, so confidence does not decide."
 )
-scale_free(
-    "stability_relative",
-    "stability, relative",
-    higher_is_better=False,
-    definition=r"$\text{stability} / \lVert c_0 \rVert^2$: scale-free, so confidence does not decide.",
-    reference="chen2022can",
+scale_free("stability_relative", "stability, relative", higher_is_better=False, reference="chen2022can")(
+    r"$\text{stability} / \lVert c_0 \rVert^2$: scale-free, so confidence does not decide."
 )
-scale_free(
-    "lime_r2",
-    "LIME's R²",
-    higher_is_better=True,
-    definition=r"$1 - \sum_z w_z (f - g)^2 / \sum_z w_z (f - \bar f_w)^2$: LIME's locality-weighted score.",
-    reference="ribeiro2016why",
+scale_free("lime_r2", "LIME's R²", higher_is_better=True, reference="ribeiro2016why")(
+    r"$1 - \sum_z w_z (f - g)^2 / \sum_z w_z (f - \bar f_w)^2$: LIME's locality-weighted score."
 )
 
 SCORES = ("fidelity", "stability", "causal", "fidelity_r2", "stability_relative", "lime_r2")

@@ -29,7 +29,7 @@ from lthlib.data.broden import read_broden
 from lthlib.data.concepts import ConceptSet
 from lthlib.data.corrupted import sample
 from lthlib.data.scenes import scenes
-from lthlib.metrics import METRICS, Value, describe
+from lthlib.metrics import METRICS, Value, metric
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps
 from lthlib.metrics.interpretability.superpixels import SEGMENTATIONS, default_segmentation, segment
@@ -44,23 +44,18 @@ FEWEST = 20  # concept images
 FLOORED = ("fidelity", "stability", "fidelity_r2", "stability_relative")
 RANDOM = (*FLOORED, "unique_detectors", "interpretable_units", "mean_best_iou", "units_above_floor", "composition_iou")
 
-beside = partial(describe, dimension="interpretability", higher_is_better=None)
+beside = partial(metric, dimension="interpretability", higher_is_better=None)
 for _name in FLOORED:
     beside(
-        f"{_name}_seed_floor",
-        f"{METRICS[_name].title}: mask-seed floor",
-        unit="fraction",
-        reference="ribeiro2016why",
-        definition=r"$|a - b| \,/\, \tfrac12(|a| + |b|)$ of the means $a$, $b$ with two seeds of the random masks",
-    )
+        f"{_name}_seed_floor", f"{METRICS[_name].title}: mask-seed floor", unit="fraction", reference="ribeiro2016why"
+    )(r"$|a - b| \,/\, \tfrac12(|a| + |b|)$ of the means $a$, $b$ with two seeds of the random masks")
 for _name in RANDOM:
     beside(
         f"{_name}_random",
         f"{METRICS[_name].title}: random weights",
         unit=METRICS[_name].unit,
         reference=METRICS[_name].reference,
-        definition="the same for the dense network of this seed before training",
-    )
+    )("the same for the dense network of this seed before training")
 
 
 def measure(
