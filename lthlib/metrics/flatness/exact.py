@@ -1,15 +1,14 @@
 r"""Hessian traces of the cross-entropy, in the weights and in the pixels: exact where they can be, else estimated.
 
-In a piecewise-linear network every logit z_c is affine in each single weight w_j (and in each pixel), away from
-kinks, so d²z_c/dw_j² = 0. The chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
+In a piecewise-linear network every logit z_c is affine in each single weight w_j (and in each pixel), away from kinks,
+so d²z_c/dw_j² = 0. The chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
 
     d²L/dw_j² = 1/N Σ_i (dz_i/dw_j)ᵀ (diag(p_i) - p_i p_iᵀ) (dz_i/dw_j) = 1/N Σ_i Σ_k (v_ikᵀ dz_i/dw_j)²,
 
-where v_i1 .. v_i,C-1 factor the softmax's Hessian (`sample_factor`). So C - 1 vector-Jacobian products with
-the squared gradient of every image give every diagonal entry of the Hessian, with no randomness. In the
-pixels more holds: logits are affine in all pixels at once, so the Hessian *is* its Gauss-Newton part, and its
-eigenvalues are those of a (C - 1) x (C - 1) Gram matrix. Whether a network is piecewise linear is tried, see
-`lthlib.metrics.flatness.gradients`.
+where v_i1 .. v_i,C-1 factor the softmax's Hessian (`sample_factor`). So C - 1 vector-Jacobian products with the squared
+gradient of every image give every diagonal entry of the Hessian, with no randomness. In the pixels more holds: logits
+are affine in all pixels at once, so the Hessian *is* its Gauss-Newton part, and its eigenvalues are those of a (C - 1)
+x (C - 1) Gram matrix. Whether a network is piecewise linear is tried, see `curved_parts`.
 
 Networks, images (N, channels, height, width) in [0, 1], labels (N,) and masks are as `Frozen` takes them; the network
 is measured in evaluation mode and left as it was found.
@@ -17,7 +16,6 @@ is measured in evaluation mode and left as it was found.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,10 +27,10 @@ from torch.func import vjp, vmap
 
 from lthlib.core.errors import UserError, choose
 from lthlib.metrics.flatness.frozen import Frozen, check_finite, normal_like, rademacher_like, twice_differentiable
-from lthlib.metrics.flatness.gradients import curved_parts
 from lthlib.metrics.flatness.spectrum import WeightHessian, lanczos, tridiagonal
 
 JACOBIAN_BYTES = 2**28  # of as many images as are taken at a time
+TRIED, TRIED_WEIGHTS = 8, 2  # images; each parameter costs a backward pass of its own
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,25 @@ class WeightTrace:
 
     Attributes:
         total: tr(M H M) in nats; M keeps the active weights.
-        relative: Σ_j w_j² H_jj over the active weights, in nats: unchanged when a layer is rescaled and the
-            next normalisation undoes it, as the total is not. What is called ``relative_*`` below belongs to it.
-        method: ``"exact"`` or ``"hutchinson"``, which is an estimate.
-        standard_error: Of ``total`` from the random probes; 0 for the exact method. What another batch of images
-            would change is another matter, see `lthlib.figures.flatness.image_interval`.
-        reason: Why it was estimated; empty for the exact method.
+        relative: Σ_j w_j² H_jj over the active weights, in nats: unchanged when a layer is rescaled and the next
+            normalisation undoes it, as the total is not. What is called ``relative_*`` below belongs to it.
         active: Parameter name -> number of its weights that no mask removes.
         per_parameter: Parameter name -> its share of the total.
+        method: ``"exact"`` or ``"hutchinson"``, which is an estimate, for the ``reason`` given.
+        standard_error: Of ``total`` from the random probes; 0 for the exact method. What another batch of images would
+            change is another matter, see `lthlib.figures.flatness.image_interval`.
         per_image: Contribution of each image, shape (N,), with mean ``total``; None from an estimator.
     """
 
     total: float
     relative: float
+    active: dict[str, int] = field(repr=False)
+    per_parameter: dict[str, float] = field(repr=False)
+    relative_per_parameter: dict[str, float] = field(repr=False)
     method: str = "exact"
     standard_error: float = 0.0
     relative_standard_error: float = 0.0
     reason: str = ""
-    active: dict[str, int] = field(default_factory=dict, repr=False)
-    per_parameter: dict[str, float] = field(default_factory=dict, repr=False)
-    relative_per_parameter: dict[str, float] = field(default_factory=dict, repr=False)
     per_image: Tensor | None = field(default=None, repr=False)
     relative_per_image: Tensor | None = field(default=None, repr=False)
 
@@ -93,13 +90,10 @@ class InputHessian:
     def legacy_batch_eigenvalue(self) -> float:
         """What the paper's code reports: the top eigenvalue of the batch's *mean* loss, max_i top_i / N.
 
-        The joint Hessian of the mean loss is block diagonal with blocks H_i / N, so this number halves when
-        the batch is doubled with images no sharper.
+        The joint Hessian of the mean loss is block diagonal with blocks H_i / N, so this number halves when the batch
+        is doubled with images no sharper.
         """
         return float(self.top.max()) / len(self.top)
-
-
-# ------------------------------------------------------------------------------------------------ the weights
 
 
 def hessian_trace(
@@ -115,18 +109,14 @@ def hessian_trace(
 ) -> WeightTrace:
     """Return the trace of the weight Hessian (lower is flatter), exact where possible, else estimated.
 
-    It is the Hessian of the mean cross-entropy over the batch in all parameters, restricted to the active ones, at
-    the masked weights. The exact method takes C - 1 vector-Jacobian products; memory is bounded, whatever
-    the number of images. In a piecewise-linear network the trace does not depend on the labels. In float32 two
-    processors round differently: expect exact traces to agree to 1e-5 of themselves.
+    It is the Hessian of the mean cross-entropy over the batch in all parameters, restricted to the active ones, at the
+    masked weights. The exact method takes C - 1 vector-Jacobian products; memory is bounded, whatever the number of
+    images. In a piecewise-linear network the trace does not depend on the labels. In float32 two processors round
+    differently: expect exact traces to agree to 1e-5 of themselves.
 
-    Args:
-        model: Any network that can be differentiated twice.
-        method: ``"exact"``, ``"hutchinson"`` (an estimate from random probes), or ``"auto"``: exact for a
-            piecewise-linear network of at most ``max_classes`` classes, else ``"hutchinson"``.
-        max_classes: Where ``"auto"`` stops paying one vector-Jacobian product per class.
-        probes: Hessian-vector products of the estimator.
-        seed: Of the estimator.
+    The method is ``"exact"``, ``"hutchinson"`` (an estimate from random ``probes``, Hessian-vector products with a
+    ``seed``), or ``"auto"``: exact for a piecewise-linear network of at most ``max_classes`` classes, each of which
+    costs a vector-Jacobian product, else ``"hutchinson"``.
 
     Raises:
         UserError: For an unknown method, for ``"exact"`` where it does not hold, a loss that is not finite, an
@@ -137,8 +127,6 @@ def hessian_trace(
     if method == "hutchinson":
         return _estimated_trace(frozen, probes, seed, reason="hutchinson was asked for")
     reasons = curved_parts(frozen, weights=True)
-    if method == "exact" and reasons:
-        raise _refused(reasons)
     if method == "auto" and frozen.classes > max_classes:
         reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
     if not reasons:
@@ -146,20 +134,19 @@ def hessian_trace(
             return _exact_trace(frozen)
         except RuntimeError as error:
             reasons = [f"torch.func cannot follow its forward pass ({str(error).strip().splitlines()[0]})"]
-            if method == "exact":
-                raise _refused(reasons) from error
+    if method == "exact":
+        raise UserError(
+            f"The exact weight-Hessian trace does not hold for this network: {'; '.join(reasons)}. Leave method at "
+            "'auto': the trace is then estimated, with a standard error."
+        )
     return _estimated_trace(frozen, probes, seed, "; ".join(reasons))
 
 
-def _refused(reasons: list[str]) -> UserError:
-    return UserError(
-        f"The exact weight-Hessian trace does not hold for this network: {'; '.join(reasons)}. Leave method at "
-        "'auto': the trace is then estimated, with a standard error."
-    )
-
-
 def _exact_trace(frozen: Frozen) -> WeightTrace:
-    measures = {name: _measures(weight, frozen.masks.get(name)) for name, weight in frozen.weights.items()}
+    measures = {}  # factors of a squared gradient, (weights, 2): 1 or 0, and the squared weight
+    for name, weight in frozen.weights.items():
+        active = frozen.masks.get(name, torch.ones_like(weight)).to(weight.dtype)
+        measures[name] = torch.stack([active.flatten(), weight.flatten().square()], dim=1)
 
     def squared_gradients(image: Tensor) -> dict[str, Tensor]:
         """Return, per parameter, the sum over k of the squared gradient of v_k z, weighted, shape (2,)."""
@@ -173,25 +160,18 @@ def _exact_trace(frozen: Frozen) -> WeightTrace:
     bytes_per_image = 4 * sum(weight.numel() * weight.element_size() for weight in frozen.weights.values())
     chunk = max(1, min(50, JACOBIAN_BYTES // bytes_per_image))
     parts = [vmap(squared_gradients)(images) for images in frozen.images.split(chunk)]
-    images = {name: check_finite(torch.cat([part[name] for part in parts])) for name in measures}
-    shares = {name: value.double().mean(0).tolist() for name, value in images.items()}
-    per_image = torch.stack(list(images.values())).sum(0)
-    total, relative = (math.fsum(share[i] for share in shares.values()) for i in (0, 1))
+    images = check_finite(torch.stack([torch.cat([part[name] for part in parts]) for name in measures]))
+    trace, relative = images.sum(0).unbind(1)
+    return _trace(frozen, images.double().mean(1), per_image=trace, relative_per_image=relative)
+
+
+def _trace(frozen: Frozen, shares: Tensor, **found: object) -> WeightTrace:
+    """Return what is known of the trace from the parameters' shares of it and of relative flatness, (parameters, 2)."""
+    total, relative = shares.sum(0).tolist()
+    active = {name: frozen.active(name) for name in frozen.weights}
     return WeightTrace(
-        total=total,
-        relative=relative,
-        active={name: frozen.active(name) for name in shares},
-        per_parameter={name: share[0] for name, share in shares.items()},
-        relative_per_parameter={name: share[1] for name, share in shares.items()},
-        per_image=per_image[:, 0],
-        relative_per_image=per_image[:, 1],
+        total, relative, active, *(dict(zip(active, s.tolist(), strict=True)) for s in shares.T), **found
     )
-
-
-def _measures(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the factors of a squared gradient, shape (weights, 2): 1 or 0, and the squared weight."""
-    active = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
-    return torch.stack([active.flatten(), weight.flatten().square()], dim=1)
 
 
 def _estimated_trace(frozen: Frozen, probes: int, seed: int, reason: str) -> WeightTrace:
@@ -206,22 +186,9 @@ def _estimated_trace(frozen: Frozen, probes: int, seed: int, reason: str) -> Wei
         each = (diagonal, diagonal * weights.square())
         rows.append([[float(part.sum()) for part in values.split(hessian.sizes)] for values in each])
     estimates = torch.tensor(rows, dtype=torch.float64)  # probes, trace or relative flatness, parameters
-    totals, shares = estimates.sum(2), estimates.mean(0)
-    error = totals.std(0) / probes**0.5
-    return WeightTrace(
-        total=float(totals[:, 0].mean()),
-        relative=float(totals[:, 1].mean()),
-        method="hutchinson",
-        standard_error=float(error[0]),
-        relative_standard_error=float(error[1]),
-        reason=reason,
-        active={name: frozen.active(name) for name in frozen.weights},
-        per_parameter=dict(zip(frozen.weights, shares[0].tolist(), strict=True)),
-        relative_per_parameter=dict(zip(frozen.weights, shares[1].tolist(), strict=True)),
-    )
-
-
-# ------------------------------------------------------------------------------------------------- the pixels
+    errors = (estimates.sum(2).std(0) / probes**0.5).tolist()
+    found = dict(zip(("standard_error", "relative_standard_error"), errors, strict=True))
+    return _trace(frozen, estimates.mean(0).T, method="hutchinson", reason=reason, **found)
 
 
 def input_hessian_trace(
@@ -278,7 +245,7 @@ def _estimated_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str
     signs = [rademacher_like(like, seed, probe) for probe in range(probes)]
     traces = torch.stack([(v * product(v)).sum(1) for v in signs])
     start = normal_like(like, seed, probes)
-    *_, (alphas, betas) = lanczos(product, start, min(probes, start.shape[1]), start.dtype)
+    *_, (alphas, betas) = lanczos(product, start, probes, start.dtype)
     values, vectors = tridiagonal(alphas, betas)
     residual = betas[:, -1] * vectors[:, -1, -1].abs()
     error = traces.std(0) / probes**0.5
@@ -288,10 +255,9 @@ def _estimated_input_hessian(frozen: Frozen, probes: int, seed: int, reason: str
 def sample_factor(logits: Tensor) -> Tensor:
     r"""Return v_1..v_{C-1} with diag(p) - p pᵀ = Σ_k v_k v_kᵀ, the softmax's Hessian, for each image.
 
-    With s = √p, diag(p) - p pᵀ = diag(s) (I - s sᵀ) diag(s). The reflection that takes s to -e_C has C - 1
-    further columns, an orthonormal basis of what is orthogonal to s; they are scaled by s. No
-    eigenvalue problem is solved, and a probability near 1 or 0 costs no accuracy beyond rounding. (N, C) -> (C - 1, N,
-    C).
+    With s = √p, diag(p) - p pᵀ = diag(s) (I - s sᵀ) diag(s). The reflection that takes s to -e_C has C - 1 further
+    columns, an orthonormal basis of what is orthogonal to s; they are scaled by s. No eigenvalue problem is solved, and
+    a probability near 1 or 0 costs no accuracy beyond rounding. (N, C) -> (C - 1, N, C).
     """
     s = torch.softmax(logits, dim=1).sqrt()
     u = s.clone()
@@ -300,3 +266,48 @@ def sample_factor(logits: Tensor) -> Tensor:
         u[:, :, None] * u[:, None, :] / (1 + s[:, -1])[:, None, None]
     )
     return (s[:, :, None] * reflection[:, :, :-1]).permute(2, 0, 1)
+
+
+def curved_parts(frozen: Frozen, weights: bool) -> list[str]:
+    """Say what keeps the logits from being piecewise affine in the pixels (and in each parameter); empty: nothing.
+
+    It is tried on a few images, in a random direction. Where they are affine, second derivatives are exactly zero:
+    PyTorch's derivatives of ReLU, pooling, convolution and the like hold no rounding there. They are not behind a
+    smooth activation, a product or quotient of things that depend on the image, or a weight that is used twice. One
+    that is not zero is seen with probability one, unless it is switched off for all of the few images.
+    """
+    pixels = frozen.images[: TRIED_WEIGHTS if weights else TRIED].detach().requires_grad_()
+    leaves = {name: weight.clone().requires_grad_() for name, weight in frozen.weights.items()} if weights else {}
+    with torch.enable_grad():
+        logits = check_finite(frozen(pixels, leaves))
+    if not logits.requires_grad:
+        return []
+    found = []
+    if _has_own_derivatives(logits):
+        found.append("an operation with a derivative of its own, which need not be the true one")
+    points = {"the pixels": pixels, **leaves}
+    first = grad(logits, list(points.values()), normal_like(logits, 0), create_graph=True, materialize_grads=True)
+    curved = []
+    for i, ((name, point), gradient) in enumerate(zip(points.items(), first, strict=True)):
+        tilt = (gradient * normal_like(gradient, 1, i)).sum()
+        if tilt.requires_grad:
+            with twice_differentiable():
+                (second,) = grad(tilt, point, retain_graph=True, materialize_grads=True)
+            curved += [name] if bool(second.any()) else []
+    if curved:
+        found.append(f"no piecewise-linear network: logits bend behind {curved[-1].rpartition('.')[0] or curved[-1]}")
+    return found
+
+
+def _has_own_derivatives(logits: Tensor) -> bool:
+    """Tell whether a custom function or a simulated quantisation took part: their derivatives may be made up."""
+    seen, stack = set(), [logits.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or "FakeQuantize" in node.name():
+            return True
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -21,8 +21,6 @@ from lthlib.core.errors import UserError, choose
 from lthlib.metrics.flatness.frozen import CHUNK, Frozen, check_finite, normal_like, rademacher_like
 from lthlib.networks.checks import copied
 
-STATISTICS = ("interpolate", "recompute")
-
 
 @dataclass(frozen=True)
 class LossPath:
@@ -38,12 +36,15 @@ class LossPath:
     @property
     def loss_barrier(self) -> float:
         """max_t [L(t) - (1-t) L(0) - t L(1)], at least 0; 0 is linear mode connectivity (lower is better)."""
-        return _barrier(self.t, self.loss)
+        return self._barrier(self.loss)
 
     @property
     def error_barrier(self) -> float:
         """The same of the error, a fraction; lower is better."""
-        return _barrier(self.t, self.error)
+        return self._barrier(self.error)
+
+    def _barrier(self, values: np.ndarray) -> float:
+        return float((values - (1 - self.t) * values[0] - self.t * values[-1]).max())
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,12 @@ def interpolate(
 ) -> LossPath:
     """Measure loss and error between two networks of one architecture (linear mode connectivity).
 
-    The model's own weights play no part.
-
-    Args:
-        model: The architecture.
-        state_a: ``state_dict`` at t = 0, for instance of the dense network.
-        state_b: ``state_dict`` at t = 1, for instance of the ticket (pruned weights as zeros).
-        points: Positions, both ends included; barriers are maxima over these.
-        statistics: ``"interpolate"`` draws the line in batch norm's running statistics too; ``"recompute"``
-            measures them anew at every point, ends included, as the mean over batches of the images.
+    The model's own weights play no part, only those of ``state_a`` at t = 0 (a ``state_dict``, for instance of the
+    dense network) and of ``state_b`` at t = 1 (of the ticket, pruned weights as zeros). Of ``points`` positions, both
+    ends included, barriers are maxima. With the ``statistics`` ``"interpolate"`` the line is drawn in batch norm's
+    running statistics, too; ``"recompute"`` measures them anew at every point as the mean over batches of the images.
     """
-    choose(statistics, STATISTICS, "treatment of batch-norm statistics")
+    choose(statistics, ["interpolate", "recompute"], "treatment of batch-norm statistics")
     if points < 3:
         raise UserError(f"A barrier needs the two ends and at least one point between them; got {points} points.")
     if statistics == "recompute" and len(images) < 2:
@@ -93,7 +89,11 @@ def interpolate(
     ts = np.linspace(0, 1, points)
     rows = []
     for t in ts:
-        frozen.model.load_state_dict(_mix(state_a, state_b, float(t)))
+        mixed = {
+            name: torch.lerp(value, state_b[name].to(value.device), float(t)) if value.is_floating_point() else value
+            for name, value in state_a.items()
+        }
+        frozen.model.load_state_dict(mixed)
         if statistics == "recompute":
             _measure_statistics(frozen.model, images)
         logits = frozen.logits()
@@ -114,9 +114,9 @@ def filter_normalised_surface(
 ) -> LossSurface:
     """Measure the loss on a random plane through a network, scaled filter by filter (Li et al. 2018).
 
-    Every filter of a direction (and row of a linear layer) has the norm of the network's own filter, so
-    that pictures of networks whose weights differ in scale can be compared. Biases and batch norm stay fixed,
-    and pruned weights stay 0. It is a picture: a plane shows two of very many directions.
+    Every filter of a direction (and row of a linear layer) has the norm of the network's own filter, so that pictures
+    of networks whose weights differ in scale can be compared. Biases and batch norm stay fixed, and pruned weights stay
+    0. It is a picture: a plane shows two of very many directions.
 
     The plane reaches from -span to span in both directions; an odd number of points puts the network in the middle.
     `UserError` where the loss is finite nowhere, and as in `Frozen`.
@@ -149,10 +149,6 @@ def adversarial_slice(
     return _surface(at, np.linspace(0, span, points), np.linspace(-span, span, points))
 
 
-def _barrier(t: np.ndarray, values: np.ndarray) -> float:
-    return float((values - (1 - t) * values[0] - t * values[-1]).max())
-
-
 def _surface(at: Callable[[float, float], Tensor], a: np.ndarray, b: np.ndarray) -> LossSurface:
     loss = np.array([[float(at(float(x), float(y))) for y in b] for x in a])
     loss = np.where(np.isfinite(loss), loss, np.inf)  # far from the network
@@ -183,18 +179,10 @@ def _filter_normalised(frozen: Frozen, seed: int, index: int) -> dict[str, Tenso
     return direction
 
 
-def _mix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: float) -> dict[str, Tensor]:
-    return {
-        name: torch.lerp(value, b[name].to(value.device), t) if torch.is_floating_point(value) else value
-        for name, value in a.items()
-    }
-
-
 @torch.no_grad()
 def _measure_statistics(model: nn.Module, images: Tensor) -> None:
     """Set batch norm's running statistics to those of some images, the mean over batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
+    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
         norm.reset_running_stats()
         norm.momentum = None  # so that they are the mean
         norm.train()
@@ -202,9 +190,6 @@ def _measure_statistics(model: nn.Module, images: Tensor) -> None:
         if len(batch) > 1:
             model(batch)
     model.eval()
-
-
-# ------------------------------------------------------------------------------------------------- rescaling
 
 
 def rescale_conv(model: nn.Module, layer: str, factor: float, images: Tensor) -> nn.Module:
@@ -234,23 +219,21 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     That is tried: the logits of two images, in eval mode, must stay.
     """
-    network = copied(model).eval()
-    made: dict[int, tuple[str, Tensor]] = {}  # with the tensor: an id may serve twice
-    pairs: dict[str, str] = {}
+    network, pairs = copied(model).eval(), {}
 
-    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         if isinstance(module, nn.Conv2d):
-            made[id(output)] = name, output
-        elif inputs and id(inputs[0]) in made and module.running_mean is not None:
-            pairs[made[id(inputs[0])][0]] = name
+            output.made_by = name
+        elif inputs and hasattr(inputs[0], "made_by") and module.running_mean is not None:
+            pairs[inputs[0].made_by] = name
 
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    handles = [module.register_forward_hook(partial(look, name)) for name, module in layers]
-    state, found = copy.deepcopy(network.state_dict()), {}
+    hooked = [(name, m) for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(partial(look, name=name)) for name, module in hooked]
     with torch.no_grad():
         logits = network(images[:2])
         for handle in handles:
             handle.remove()
+        state, found = copy.deepcopy(network.state_dict()), {}
         for conv, norm in pairs.items():
             network.load_state_dict({**state, **_rescaled(model, conv, norm, 3.0)})
             if torch.allclose(network(images[:2]), logits, 1e-3, 1e-3 * float(logits.abs().max())):
@@ -261,8 +244,7 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
 def _rescaled(model: nn.Module, conv: str, norm: str, factor: float) -> dict[str, Tensor]:
     """Return what changes in the state when a convolution is multiplied and the norm behind it undoes that."""
     layer, behind = model.get_submodule(conv), model.get_submodule(norm)
-    return {
-        **{f"{conv}.{name}": factor * value.detach() for name, value in layer.named_parameters(recurse=False)},
-        f"{norm}.running_mean": factor * behind.running_mean,
-        f"{norm}.running_var": factor**2 * (behind.running_var + behind.eps) - behind.eps,
-    }
+    changed = {f"{conv}.{name}": factor * value.detach() for name, value in layer.named_parameters(recurse=False)}
+    changed[f"{norm}.running_mean"] = factor * behind.running_mean
+    changed[f"{norm}.running_var"] = factor**2 * (behind.running_var + behind.eps) - behind.eps
+    return changed

@@ -1,7 +1,7 @@
 """Flatness: how curved the loss is in the weights and in the pixels, and how much noise both bear.
 
-The rows of the dimension. What they rest on is in the files beside this one: `exact` (traces), `gradients` (whether
-they can be exact), `spectrum` (eigenvalues and density), `noise`, `landscape` (barrier, pictures, rescaling).
+The rows of the dimension. What they rest on is in the files beside this one: `exact` (traces), `spectrum` (eigenvalues
+and density), `noise`, `landscape` (barrier, pictures, rescaling).
 """
 
 from __future__ import annotations
@@ -148,13 +148,13 @@ def measure(
     ]
     if subject.ticket.round in pictured and subject.ticket.seed == pictured_seed:
         hessian = WeightHessian(Frozen(model, *draw(n_spectrum), masks))
-        density = spectral_density(hessian, probes=probes, steps=steps, points=500)
+        at, density = spectral_density(hessian, probes=probes, steps=steps, points=500)
         pictures = _pictures(model, draw(n_path), masks, surface_points)
         wide = hessian_trace(model, *draw(n_wide), masks).per_image
         wide = {} if wide is None else {"wide_per_image": _small(wide)}
         shares = dict(zip(parts[0][1]["layers"].tolist(), parts[0][1]["layer_trace"], strict=True))
         rescaled = _rescaled(model, draw(n_weights), masks, shares)
-        parts.append(([], {"density_at": density.grid, "density": density.density, **pictures, **wide, **rescaled}))
+        parts.append(([], {"density_at": at, "density": density, **pictures, **wide, **rescaled}))
     return [value for found, _ in parts for value in found], {k: v for _, arrays in parts for k, v in arrays.items()}
 
 

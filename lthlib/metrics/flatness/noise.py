@@ -45,18 +45,17 @@ def weight_noise_tolerance(
 ) -> NoiseTolerance:
     """Find the largest σ with E[loss(w + σ ``|w|`` ε)] ≤ (1 + rise) loss(w), ε normal (higher is flatter).
 
-    Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that
-    pruned ones stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers:
-    the mean is a smooth function of σ), each with its negative (the odd terms of the expansion cancel), ``pairs`` in
-    all. The published code draws anew at every step of its bisection, may return a σ that violates the bound, and
-    leaves the weights perturbed.
+    Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that pruned ones
+    stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers: the mean is a smooth
+    function of σ), each with its negative (the odd terms of the expansion cancel), ``pairs`` in all. The published code
+    draws anew at every step of its bisection, may return a σ that violates the bound, and leaves the weights perturbed.
 
     Model, images, labels and masks are as `Frozen` takes them; ``loss`` is a mean over (logits, labels). Beyond
     ``sigma_max`` nothing is looked for.
 
     Raises:
-        UserError: For a loss without noise that is zero, negative or not finite, fewer than two pairs, a
-            network without convolutions, and as in `Frozen`.
+        UserError: For a loss without noise that is zero, negative or not finite, fewer than two pairs, a network
+            without convolutions, and as in `Frozen`.
     """
     frozen = Frozen(model, images, labels, masks)
     noisy = {name: w for name, w in frozen.weights.items() if w.dim() == 4}
@@ -86,8 +85,7 @@ def input_noise_tolerance(
     σ is in [0, 1] pixels, before the normalisation inside the network. Arguments and errors are those of
     `weight_noise_tolerance`.
     """
-    noise = [normal_like(images, seed, pair) for pair in range(pairs)]
-    frozen = Frozen(model, images, labels)
+    frozen, noise = Frozen(model, images, labels), [normal_like(images, seed, pair) for pair in range(pairs)]
 
     def pair_mean(sigma: float, pair: int) -> float:
         signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
@@ -101,10 +99,9 @@ def largest_sigma(
 ) -> NoiseTolerance:
     """Find where the mean over draws of ``loss_of_draw(sigma, draw)`` first meets (1 + rise) clean, with an interval.
 
-    σ is doubled from a 128th of ``sigma_max`` (halved first, where that is too much already) until the bound
-    is passed; of several crossings within a factor 2 it is one. Brent's method closes in to a thousandth, in σ²,
-    in which the loss is nearly straight. The interval is σ ± t s / (√draws · slope) from the spread
-    s of the draws' losses at σ.
+    σ is doubled from a 128th of ``sigma_max`` (halved first, where that is too much already) until the bound is passed;
+    of several crossings within a factor 2 it is one. Brent's method closes in to a thousandth, in σ², in which the loss
+    is nearly straight. The interval is σ ± t s / (√draws · slope) from the spread s of the draws' losses at σ.
 
     ``clean`` is the loss without noise; ``draw`` counts the independent draws. Errors as in `weight_noise_tolerance`.
     """
@@ -123,27 +120,17 @@ def largest_sigma(
             tried[sigma] = found.double().nan_to_num(nan=math.inf)
         return min(float(tried[sigma].mean()) - (1 + rise) * clean, 1e6 * clean)
 
-    low, high = _bracket(excess, sigma_max)
-    if high is None:
-        return NoiseTolerance(sigma_max, sigma_max, math.inf, clean)
+    low = sigma_max / 128
+    while excess(low) > 0:
+        low /= 2
+        if low < 1e-12 * sigma_max:
+            raise UserError("The loss rises beyond its bound under the smallest noise: is it discontinuous there?")
+    while excess(high := min(2 * low, sigma_max)) <= 0:
+        if high == sigma_max:
+            return NoiseTolerance(sigma_max, sigma_max, math.inf, clean)
+        low = high
     sigma = math.sqrt(brentq(lambda s: excess(math.sqrt(s)), low**2, high**2, xtol=2e-3 * low**2, rtol=2e-3))
     slope = (excess(1.05 * sigma) - excess(sigma)) / (0.05 * sigma)
     spread = student.ppf(0.975, draws - 1) * float(tried[sigma].std()) / math.sqrt(draws)
     half = float(spread / slope) if slope > 0 else math.inf
     return NoiseTolerance(sigma, max(0.0, sigma - half), sigma + half, clean)
-
-
-def _bracket(excess: Callable[[float], float], sigma_max: float) -> tuple[float, float | None]:
-    """Return two levels, a factor 2 apart, between which the excess changes sign; else (sigma_max, None)."""
-    high = sigma_max / 128
-    while excess(high) > 0:
-        if excess(high / 2) <= 0:
-            return high / 2, high
-        high /= 2
-        if high < 1e-12 * sigma_max:
-            raise UserError("The loss rises beyond its bound under the smallest noise: is it discontinuous there?")
-    while high < sigma_max:
-        if excess(min(2 * high, sigma_max)) > 0:
-            return high, min(2 * high, sigma_max)
-        high *= 2
-    return sigma_max, None

@@ -1,8 +1,7 @@
 """The spectrum of the weight Hessian: its ends by Lanczos, with bounds, and its density by quadrature.
 
-Everything here works with products H v of the true Hessian, so it holds for any network that can be
-differentiated twice. The Hessian is M H M seen in the active weights alone: pruned weights add no zeros to
-the spectrum.
+Everything here works with products H v of the true Hessian, so it holds for any network that can be differentiated
+twice. The Hessian is M H M seen in the active weights alone: pruned weights add no zeros to the spectrum.
 """
 
 from __future__ import annotations
@@ -41,7 +40,9 @@ class WeightHessian:
             self._gradients = grad(loss, self._leaves, create_graph=True, materialize_grads=True)
 
     def __matmul__(self, vector: Tensor) -> Tensor:
-        pairs = [(g, v) for g, v in zip(self._gradients, self._spread(vector), strict=True) if g.requires_grad]
+        full = torch.zeros_like(self._active, dtype=vector.dtype).masked_scatter(self._active, vector)
+        parts = full.split([leaf.numel() for leaf in self._leaves])
+        pairs = [(g, v.view_as(g)) for g, v in zip(self._gradients, parts, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(vector)
         gradients, direction = zip(*pairs, strict=True)
@@ -71,16 +72,8 @@ class WeightHessian:
             )
         return image
 
-    def _spread(self, vector: Tensor) -> list[Tensor]:
-        full = torch.zeros_like(self._active, dtype=vector.dtype).masked_scatter(self._active, vector)
-        parts = full.split([leaf.numel() for leaf in self._leaves])
-        return [part.view_as(leaf) for part, leaf in zip(parts, self._leaves, strict=True)]
-
     def _gather(self, tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([tensor.flatten() for tensor in tensors])[self._active]
-
-
-# --------------------------------------------------------------------------------------------------- the ends
 
 
 @dataclass(frozen=True)
@@ -90,14 +83,14 @@ class Extremes:
     Attributes:
         top: The largest eigenvalue, signed: the sharpest upward curvature. The true one is not below it.
         residual: ||H v - θ v|| of it: some eigenvalue lies within this distance, whatever H is.
-        error_bound: min(residual, residual²/gap), the sharper bound of Kato and Temple, with a gap that reaches to
-            the nearest end of the other Ritz values' intervals, value ± residual. It holds if the largest eigenvalue
-            has shown: the random part of the start vector sees to it that it does in the end, and nothing
-            proves that it has by now. Rounding is not in it: in float32 it moves an eigenvalue by some 1e-7 of itself.
+        error_bound: min(residual, residual²/gap), the sharper bound of Kato and Temple, with a gap that reaches to the
+            nearest end of the other Ritz values' intervals, value ± residual. It holds if the largest eigenvalue has
+            shown, which the random part of the start vector brings about in the end, and nothing proves by now.
+            Rounding is not in it: in float32 it moves an eigenvalue by some 1e-7 of itself.
         smallest: The smallest eigenvalue found (an upper bound of the true one).
         products: Hessian-vector products that it took.
-        converged: Whether the error bound is within the tolerance, and the residual within a tenth of its square
-            root (else one Ritz value may stand for several eigenvalues, with a small bound between them); also of
+        converged: Whether the error bound is within the tolerance, and the residual within a tenth of its square root
+            (else one Ritz value may stand for several eigenvalues, with a small bound between them); also of
             ``smallest`` where it may be the larger in magnitude.
     """
 
@@ -129,12 +122,11 @@ def top_eigenvalue(
     vector, for instance the gradient, which lies for a large part in the few sharp directions; as much of a random
     vector is added, for it may lack some of them.
     """
-    n = operator.shape[0]
-    start = normal_like(torch.empty(n, dtype=torch.float64, device=operator.device), seed)
+    start = normal_like(torch.empty(operator.shape[0], dtype=torch.float64, device=operator.device), seed)
     if near is not None and bool(near.any()):
         start = start / start.norm() + near.double() / near.double().norm()
     found = None
-    for alphas, betas in lanczos(_one(operator), start[None], min(max_products, n), operator.dtype):
+    for alphas, betas in lanczos(_one(operator), start[None], max_products, operator.dtype):
         found = _ends(alphas, betas, tolerance)
         if found.converged and alphas.shape[1] > 1:
             break
@@ -204,25 +196,6 @@ def _bound(values: np.ndarray, residuals: np.ndarray, i: int) -> float:
     return residuals[i] ** 2 / gap if np.isfinite(gap) and gap > residuals[i] else residuals[i]
 
 
-# ------------------------------------------------------------------------------------------------ the density
-
-
-@dataclass(frozen=True)
-class SpectralDensity:
-    """An estimate of the distribution of the Hessian's eigenvalues.
-
-    At the eigenvalues ``grid`` it is ``density``, which integrates to 1; bumps are Gaussians of standard deviation
-    ``width``. The unsmoothed quadrature are Ritz values, ``nodes`` (probes, steps), padded with NaN, and their
-    ``weights``, each probe's summing to 1.
-    """
-
-    grid: np.ndarray
-    density: np.ndarray
-    nodes: np.ndarray
-    weights: np.ndarray
-    width: float
-
-
 def spectral_density(
     operator: WeightHessian | Tensor,
     *,
@@ -231,24 +204,24 @@ def spectral_density(
     points: int = 1000,
     width: float = 0.01,
     seed: int = 0,
-) -> SpectralDensity:
+) -> tuple[np.ndarray, np.ndarray]:
     """Estimate a symmetric operator's spectral density by stochastic Lanczos quadrature (Ghorbani et al. 2019).
 
     The quadratures of some random start vectors (Rademacher, ``probes``) are averaged; one of m steps is exact for
-    polynomials of degree 2m - 1. ``width`` is that of the smoothing as a fraction of the spectrum's range.
+    polynomials of degree 2m - 1. They are smoothed by Gaussians whose standard deviation is ``width``, a fraction of
+    the spectrum's range. Returned are eigenvalues and the density at these, (points,), which integrates to 1.
     """
     if probes < 1 or steps < 1 or points < 2 or width <= 0:
         raise UserError("The spectral density needs probes >= 1, steps >= 1, points >= 2 and a width above 0.")
     like = torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    steps = min(steps, operator.shape[0])
-    nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
+    nodes, weights = [], []
     for probe in range(probes):
         *_, found = lanczos(_one(operator), rademacher_like(like, seed, probe)[None], steps, operator.dtype)
         values, vectors = (part[0].numpy(force=True) for part in tridiagonal(*found))
-        nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2
-    low, high = np.nanmin(nodes), np.nanmax(nodes)
+        nodes.extend(values)
+        weights.extend(vectors[0] ** 2 / probes)
+    low, high = min(nodes), max(nodes)
     sigma = width * ((high - low) or abs(high) or 1.0)
     grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
-    bumps = np.exp(-0.5 * ((grid - nodes[..., None]) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
-    density = np.nansum(weights[..., None] * bumps, axis=(0, 1)) / probes
-    return SpectralDensity(grid, density, nodes, weights, float(sigma))
+    bumps = np.exp(-0.5 * ((grid - np.array(nodes)[:, None]) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+    return grid, np.array(weights) @ bumps

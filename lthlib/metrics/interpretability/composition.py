@@ -1,14 +1,14 @@
 """Compositional explanations: the logical formula over concepts that best matches where a unit is active.
 
-A formula's value at a pixel depends only on which labels hold there, its *signature*. A whole concept set has
-few different ones (12 where 11 labels exclude each other), so pixels are counted once per signature, over the
-set and over each unit's active pixels. After that every area and every intersection is a weighted sum over
-signatures, exact in integers, and no mask of the set is touched again.
+A formula's value at a pixel depends only on which labels hold there, its *signature*. A whole concept set has few
+different ones (12 where 11 labels exclude each other), so pixels are counted once per signature, over the set and over
+each unit's active pixels. After that every area and every intersection is a weighted sum over signatures, exact in
+integers, and no mask of the set is touched again.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,24 +29,20 @@ OPERATORS = ("OR", "AND", "AND NOT")
 
 _row = partial(metric, dimension="interpretability", unit="", reference="mu2020compositional")
 _row("composition_iou", "Compositional IoU", higher_is_better=True)(
-    r"mean over units of the IoU of the best formula of at most three concepts, found by beam "
-    r"search over OR, AND, AND NOT"
+    "mean over units of the IoU of the best formula of at most three concepts, found by beam search over OR, AND, AND "
+    "NOT"
 )
 _row("composition_gain", "Gain of composition", higher_is_better=None)(
     r"mean over units of the best formula's IoU minus the best single concept's"
 )
 
 
-# --- formulas --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Formula:
     """A formula that grows at the right end, as the search builds it: ((a op b) op c) ...
 
-    Attributes:
-        steps: Pairs of an operator and a label's index, the first with the operator ``""``. Labels that the
-            same operator joins (AND and AND NOT count as one) are in order: equal formulas compare equal.
+    Its ``steps`` are pairs of an operator and a label's index, the first with the operator ``""``. Labels that the same
+    operator joins (AND and AND NOT count as one) are in order: equal formulas compare equal.
     """
 
     steps: tuple[tuple[str, int], ...]
@@ -58,8 +54,7 @@ class Formula:
 
     def extend(self, operator: str, label: int) -> Formula:
         """Return ``(self) operator label``, in order and without repetitions."""
-        runs = _runs((*self.steps, (operator, label)))
-        return Formula(tuple(step for run in runs for step in run))
+        return Formula(tuple(itertools.chain(*_runs((*self.steps, (operator, label))))))
 
     def __len__(self) -> int:
         """Number of labels."""
@@ -76,26 +71,19 @@ class Formula:
     def text(self, labels: Sequence[str]) -> str:
         """Return the formula as one reads it: ``(water OR river) AND NOT blue``."""
         text = ""
-        for i, run in enumerate(_runs(self.steps)):
-            joined = "".join(f" {operator} {labels[label]}" if operator else labels[label] for operator, label in run)
-            text = joined if i == 0 else f"({text}){joined}"
+        for run in _runs(self.steps):
+            joined = " ".join(f"{operator} {labels[label]}".lstrip() for operator, label in run)
+            text = f"({text}) {joined}" if text else joined
         return text
 
 
 def _runs(steps: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:
     """Split steps where OR and AND alternate; the first label joins the first run, each run is sorted."""
-    runs: list[list[tuple[str, int]]] = []
-    for operator, label in steps[1:]:
-        if not runs or (runs[-1][0][0] == "OR") != (operator == "OR"):
-            runs.append([])
-        runs[-1].append((operator, label))
-    runs = [sorted(set(run)) for run in runs] or [[]]
-    head = "OR" if runs[0] and runs[0][0][0] == "OR" else "AND"
-    first = sorted({(head, steps[0][1]), *runs[0]})
-    return [[("", first[0][1]), *first[1:]], *runs[1:]]
-
-
-# --- signatures ------------------------------------------------------------------------------------------
+    head = "OR" if steps[1:] and steps[1][0] == "OR" else "AND"
+    grouped = itertools.groupby([(head, steps[0][1]), *steps[1:]], lambda step: step[0] == "OR")
+    runs = [sorted(set(run)) for _, run in grouped]
+    runs[0][0] = "", runs[0][0][1]
+    return runs
 
 
 @dataclass(frozen=True)
@@ -115,9 +103,7 @@ def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) 
     """Count the pixels of a concept set by signature, over the set and over each unit's active pixels; as `tally`."""
     check_sizes(acts, limits, concepts)
     book: dict[tuple[int, ...], int] = {}
-    pixels: list[np.ndarray] = []
-    units: list[sparse.csr_array] = [sparse.csr_array((len(limits), 0))]
-    start = 0
+    pixels, units, start = [], sparse.csr_array((len(limits), 0)), 0
     for block in chunks(acts):
         up = Upsampler(block.shape[2:], concepts.mask_shape)
         active = up.active(block, limits)
@@ -129,21 +115,14 @@ def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) 
             a, p = np.nonzero(both)
             found.append(np.column_stack([unit[a], signature[p], both[a, p]]))
         unit, signature, count = np.concatenate(found).T
-        shape = len(limits), len(book)
-        units.append(sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=shape).tocsr())
-        while len(units) > 1 and units[-2].nnz <= 2 * units[-1].nnz:  # few additions of large ones
-            units.append(_plus(units.pop(), units.pop()))
+        units.resize(len(limits), len(book))  # each block may bring new signatures
+        units += sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=units.shape).tocsr()
         start += len(block)
     signature, count = np.concatenate(pixels).T
-    totals = np.zeros(len(book), np.int64)
-    np.add.at(totals, signature, count)
-    return Census(_members(book, len(concepts.labels)), totals, functools.reduce(_plus, reversed(units)))
-
-
-def _plus(newer: sparse.csr_array, older: sparse.csr_array) -> sparse.csr_array:
-    """Add counts by signature; those made later know more signatures."""
-    older.resize(newer.shape)
-    return newer + older
+    rows = np.array([n - 1 for key in book for n in key], int)
+    columns = np.repeat(list(book.values()), [len(key) for key in book])
+    members = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(concepts.labels), len(book))).tocsr()
+    return Census(members, np.bincount(signature, count, len(book)).astype(np.int64), units)
 
 
 def _signatures(planes: np.ndarray, book: dict[tuple[int, ...], int]) -> np.ndarray:
@@ -161,22 +140,12 @@ def _signatures(planes: np.ndarray, book: dict[tuple[int, ...], int]) -> np.ndar
     return np.array(numbers)[code].reshape(planes.shape[1:])
 
 
-def _members(book: dict[tuple[int, ...], int], labels: int) -> sparse.csr_array:
-    rows = np.array([n - 1 for key in book for n in key], int)
-    columns = np.repeat(list(book.values()), [len(key) for key in book])
-    return sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(labels, len(book))).tocsr()
-
-
-# --- search ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BestFormula:
     """What describes one unit best.
 
-    Attributes:
-        formula: The formula, or None for a unit whose active pixels have no label (or that is never active).
-        by_length: Best IoU among formulas of at most 1, 2, ... labels, over the whole set; never decreasing.
+    ``formula`` is None for a unit whose active pixels have no label (or that is never active); ``by_length`` is the
+    best IoU among formulas of at most 1, 2, ... labels, over the whole set, never decreasing.
     """
 
     formula: Formula | None
@@ -207,11 +176,11 @@ class _Entry:
 def best_formulas(counts: Census, *, max_length: int = 3, beam: int = BEAM) -> list[BestFormula]:
     """Find the formula that best matches each unit, by beam search (mu2020compositional, section 2).
 
-    The beam starts with the best single labels that meet the unit. In each round every formula F in it is
-    extended by every label C to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself
-    stay. IoU is over the whole set, without NetDissect's restriction to a category. Formulas that hold at
-    the same pixels are one entry of the beam (in the published search, where labels exclude each other,
-    ``F AND NOT C`` is F again for most C, and such copies fill the beam). A formula has at most ``max_length`` labels.
+    The beam starts with the best single labels that meet the unit. In each round every formula F in it is extended by
+    every label C to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself stay. IoU is over the
+    whole set, without NetDissect's restriction to a category. Formulas that hold at the same pixels are one entry of
+    the beam (in the published search, where labels exclude each other, ``F AND NOT C`` is F again for most C, and such
+    copies fill the beam). A formula has at most ``max_length`` labels.
     """
     if not 1 <= max_length <= MAX_LENGTH or beam < 1:
         raise UserError(
@@ -248,7 +217,7 @@ class _Search:
 
     def _extensions(self, kept: list[_Entry], weights: np.ndarray, both: np.ndarray, size: float):
         """Return the IoU of F op C, (operators, kept, L), 0 where that is F, and what gives formula and counts."""
-        holds = np.stack([entry.holds for entry in kept], 1) if kept else np.empty((len(weights), 0), bool)
+        holds = np.array([entry.holds for entry in kept], bool).reshape(len(kept), len(weights)).T
         both_and = (self.counts.members @ (weights[:, None] * holds)).T
         area_and = np.array([self._areas_with(entry) for entry in kept]).reshape(both_and.shape)
         own_both, own_area = (np.array([getattr(e, name) for e in kept])[:, None] for name in ("both", "area"))

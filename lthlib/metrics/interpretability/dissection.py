@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from math import ceil, floor
 
@@ -69,12 +69,9 @@ def thresholds(acts: np.ndarray | Stream, quantile: float = BRODEN_QUANTILE) -> 
     return top.min(1)
 
 
-# --- tally -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Tally:
-    """Pixel counts over a concept set, int64; tallies of parts of a set add up with ``+``.
+    """Pixel counts over a concept set, int64.
 
     ``both`` (U, L): unit and label hold; ``concept`` (L,): the label holds; ``touching`` (U, categories): the unit is
     active, in images where one of its active pixels has a label of the category; ``category_of`` (L,) each label.
@@ -85,9 +82,12 @@ class Tally:
     touching: np.ndarray
     category_of: np.ndarray
 
-    def __add__(self, other: Tally) -> Tally:
-        names = [field.name for field in fields(self)][:-1]
-        return Tally(*(getattr(self, name) + getattr(other, name) for name in names), self.category_of)
+
+def combined(parts: Sequence[Tally], times: Sequence[float]) -> Tally:
+    """Return the tally of a set from tallies of its parts, each counted so many times."""
+    names = ("both", "concept", "touching")
+    sums = (sum(n * getattr(part, name) for n, part in zip(times, parts, strict=True) if n) for name in names)
+    return Tally(*sums, parts[0].category_of)
 
 
 def tally(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Tally:
@@ -151,9 +151,6 @@ def iou(counts: Tally) -> np.ndarray:
     return np.divide(counts.both, union, out=np.zeros(union.shape), where=union > 0)
 
 
-# --- what is said of units -------------------------------------------------------------------------------
-
-
 def best_labels(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return every unit's best concept (the first of equals) and its IoU."""
     best = scores.argmax(1)
@@ -176,11 +173,7 @@ def summary_replicates(parts: Sequence[Tally], counts: np.ndarray) -> dict[str, 
 
     ``parts`` are tallies of parts of the images, which are resampled as wholes: each ``counts`` (B, P) times.
     """
-    names = [field.name for field in fields(Tally)][:-1]
-    found = []
-    for times in counts:
-        sums = (sum(n * getattr(part, name) for n, part in zip(times, parts, strict=True) if n) for name in names)
-        found.append(summary(iou(Tally(*sums, parts[0].category_of))))
+    found = [summary(iou(combined(parts, times))) for times in counts]
     return {name: np.array([one[name] for one in found]) for name in found[0]}
 
 

@@ -70,8 +70,7 @@ def explain(
         model: Any network that gives logits (N, classes) for float pixels in [0, 1], NCHW; evaluated as in
             ``model.eval()`` and left as found.
         image: uint8, (H, W), (H, W, 1) or (H, W, 3).
-        segments: Numbers of the d superpixels, (H, W); None for those of
-            `superpixels.segment`.
+        segments: Numbers of the d superpixels, (H, W); None for those of `superpixels.segment`.
         masks: (n, d) of 0 and 1: which superpixels, in the order of their numbers, each row shows; the others are
             black. None for `draw_masks`.
         references: (K, d) of 0 and 1: the rows around which the fits are weighted, by `lime_kernel`. The first gives
@@ -91,24 +90,15 @@ def explain(
     """
     ((image, labels),) = with_segments([image], None if segments is None else [segments], "felzenszwalb")
     d = int(labels.max()) + 1
-    if masks is None:
-        masks, drawn = draw_masks(image, d)
-        references = drawn if references is None else references
-    elif references is None:
-        references = np.ones((1, d))
-    masks, references = (
-        _check_rows(rows, name, d) for name, rows in (("masks", masks), ("reference rows", references))
-    )
-    return _explain(fast_copy(model, image), image, labels, masks, references)
-
-
-def _check_rows(rows: np.ndarray, name: str, d: int) -> np.ndarray:
-    rows = np.asarray(rows)
-    if rows.ndim != 2 or not rows.size or rows.shape[1] != d or not np.isin(rows, (0, 1)).all():
-        raise UserError(
-            f"The {name} have the shape {rows.shape}; give rows of 0 and 1, one column for each of the {d} superpixels."
-        )
-    return rows.astype(np.uint8)
+    drawn = draw_masks(image, d) if masks is None else (masks, np.ones((1, d)))
+    given = [np.asarray(drawn[0]), np.asarray(drawn[1] if references is None else references)]
+    for rows, name in zip(given, ("masks", "reference rows"), strict=True):
+        if rows.ndim != 2 or not rows.size or rows.shape[1] != d or not np.isin(rows, (0, 1)).all():
+            raise UserError(
+                f"The {name} have the shape {rows.shape}; give rows of 0 and 1, one column for each of the {d} "
+                "superpixels."
+            )
+    return _explain(fast_copy(model, image), image, labels, *(rows.astype(np.uint8) for rows in given))
 
 
 def fidelity_stability(
@@ -134,9 +124,7 @@ def fidelity_stability(
         images: uint8 images, (N, H, W, C) or (N, H, W), or an iterator that yields them one at a time.
         segments: One (H, W) array of superpixel numbers for each image; None for those of `segment` by ``method``.
             They do not depend on the network: make them once where many networks are compared.
-        n_masks: Rows for each image.
-        n_perturb: Other reference rows for each image.
-        seed: Of masks and reference rows.
+        n_masks, n_perturb, seed: Rows, and other reference rows, for each image, and the seed of both.
         precision: ``"float32"`` or ``"bfloat16"``, which is faster where the processor multiplies it, and moves a score
             by much less than another seed of the masks does.
 
@@ -183,9 +171,6 @@ def relative_change(a: pd.DataFrame | pd.Series, b: pd.DataFrame | pd.Series) ->
     return abs(a - b) / size.where(size > 0, 1)
 
 
-# What LIME and ExpO share ------------------------------------------------------------------------------------
-
-
 def generator(seed: int, image: np.ndarray) -> np.random.Generator:
     """A stream of the seed and the image alone, so that neither order nor company changes an image's numbers."""
     return np.random.default_rng([seed, zlib.crc32(image)])
@@ -212,9 +197,6 @@ def probabilities(network: nn.Module, batch: Tensor) -> Tensor:
 def is_constant(values: np.ndarray) -> bool:
     """Whether values computed from float32 logits differ by no more than their rounding."""
     return bool(np.ptp(values) <= 16 * np.finfo(np.float32).eps * np.abs(values).max())
-
-
-# One image ---------------------------------------------------------------------------------------------------
 
 
 def _explain(network: tuple[nn.Module, torch.device], image, labels, masks, references) -> dict[str, object]:

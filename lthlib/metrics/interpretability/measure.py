@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,13 +25,14 @@ from lthlib.core.errors import UserError, choose, suggest
 from lthlib.core.versions import code_version
 from lthlib.data import data_folder
 from lthlib.data.broden import read_broden
-from lthlib.data.concepts import ConceptSet
+from lthlib.data.concepts import ConceptSet, Rows
 from lthlib.data.corrupted import sample
 from lthlib.data.scenes import scenes
 from lthlib.metrics import METRICS, Value, metric
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps
 from lthlib.metrics.interpretability.superpixels import SEGMENTATIONS, default_segmentation, segment
+from lthlib.metrics.registry import values
 from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.obtain import new_model
 from lthlib.tickets.subject import Subject
@@ -121,19 +121,18 @@ def measure(
     floors = lime.relative_change(scores.mean(), explain(subject.model, seed=1)[[*lime.SCORES]].mean())
     random = _random_weights(subject, [given, layer, precision], concepts, explain, look)
     n_scored, n_concepts = int((explained["n_segments"] > 1).sum()), len(labelled)
-    values = _values(scores.mean(), n_scored)
     counts = resamples(len(images))
     again = {name: resampled_mean(scores[name], counts) for name in scores} | dissected.replicates
-    values += _values(dissected.numbers(), n_concepts)
-    replicates = [kept(value, again[value.metric]) for value in values if METRICS[value.metric].in_verdict]
-    values += _values(floors[[*FLOORED]].add_suffix("_seed_floor"), n_scored)
+    found = values(scores.mean().dropna(), n_scored) + values(dissected.numbers(), n_concepts)
+    replicates = [kept(value, again[value.metric]) for value in found if METRICS[value.metric].in_verdict]
+    found += values(floors[[*FLOORED]].add_suffix("_seed_floor").dropna(), n_scored)
     for name, value in random["numbers"].items():
-        values.append(Value(f"{name}_random", value, n_scored if name in FLOORED else n_concepts))
+        found.append(Value(f"{name}_random", value, n_scored if name in FLOORED else n_concepts))
     if n_expo > 0:
         near = expo.expo(subject.model, images[:n_expo], segments=segments[:n_expo])
-        values += _values(near[[*expo.SCORES]].mean(), len(near))
+        found += values(near[[*expo.SCORES]].mean().dropna(), len(near))
 
-    errors = {**scores.sem(), **{name: found.std(ddof=1) for name, found in dissected.replicates.items()}}
+    errors = {**scores.sem(), **{name: drawn.std(ddof=1) for name, drawn in dissected.replicates.items()}}
     arrays = {
         "error_names": np.array(list(errors)),
         "errors": np.array(list(errors.values())),
@@ -150,9 +149,7 @@ def measure(
         arrays |= held
     arrays |= portrait.explained(images, segments, explained)
     arrays |= portrait.best_units(subject.model, labelled, dissected)
-    if subject.is_dense:
-        arrays |= portrait.gallery(labelled)
-    return values, arrays
+    return found, arrays | (portrait.gallery(labelled) if subject.is_dense else {})
 
 
 def inputs(subject: Subject, *, concepts: str, **_: object) -> str:
@@ -164,13 +161,6 @@ def inputs(subject: Subject, *, concepts: str, **_: object) -> str:
     if not table.exists():
         raise UserError(f"{path} holds no index.csv; give the folder in Broden's layout itself.")
     return f"{table.stat().st_size} {table.stat().st_mtime_ns}"
-
-
-def _values(numbers: Mapping[str, float], n: int) -> list[Value]:
-    return [Value(name, float(value), n) for name, value in numbers.items() if not np.isnan(value)]
-
-
-# --- what is kept in the store -----------------------------------------------------------------------------
 
 
 def _segments(subject: Subject, n: int, method: str) -> np.ndarray:
@@ -197,13 +187,9 @@ def _random_weights(subject: Subject, question: Sequence, concepts: str, explain
     def make(folder: Path) -> None:
         model = subject.untrained().eval().to(machine.device())
         dissected = look(model)
-        numbers = {**explain(model)[[*lime.SCORES]].mean(), **dissected.numbers()}
-        kept = {name: float(numbers[name]) for name in RANDOM if not np.isnan(numbers[name])}
-        found = {
-            "numbers": kept,
-            "detectors": dissected.detectors.tolist(),
-            "by_length": dissected.by_length().tolist(),
-        }
+        numbers = {**explain(model)[[*lime.SCORES]].mean().dropna(), **dissected.numbers()}
+        found = {"numbers": {name: float(numbers[name]) for name in RANDOM if name in numbers}}
+        found |= {"detectors": dissected.detectors.tolist(), "by_length": dissected.by_length().tolist()}
         (folder / "random.json").write_text(json.dumps(found))
 
     text = json.dumps(question, sort_keys=True, default=list)
@@ -211,9 +197,6 @@ def _random_weights(subject: Subject, question: Sequence, concepts: str, explain
     code = code_version(_random_weights, lime.fidelity_stability, dissect, new_model, sample)
     version = f"{subject.data.digest}-{code}-{inputs(subject, concepts=concepts)}"
     return json.loads((subject.store.get(key, version, make) / "random.json").read_text())
-
-
-# --- concepts and units ------------------------------------------------------------------------------------
 
 
 def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
@@ -232,7 +215,7 @@ def concept_set(name: str, size: int, channels: int, n: int) -> ConceptSet:
         raise UserError(f"{name} has {len(found)} labelled images; dissection needs at least {FEWEST}.")
     n = min(n, len(found))
     found = found.subset(np.arange(n) * len(found) // n)  # neighbours in a list are often alike
-    return replace(found, images=_Resized(found.images, size, channels))
+    return replace(found, images=Rows(lambda i: portrait.resized(found.images[i], size, channels), n))
 
 
 _scenes = functools.lru_cache(maxsize=2)(scenes)
@@ -248,21 +231,6 @@ def _broden_path(name: str) -> Path:
         f"Unknown concept set {name!r}.{suggest(name, [SCENES, *there])} Allowed: {SCENES}, or a folder or zip in "
         f"Broden's layout in {root} (set LTHLIB_DATA to change it), which holds: {', '.join(there) or 'nothing'}."
     )
-
-
-class _Resized(Sequence):
-    """Pictures at a network's input size and channels, resized when they are read."""
-
-    def __init__(self, pictures: Sequence, size: int, channels: int):
-        self.pictures, self.size, self.channels = pictures, size, channels
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, key):
-        if isinstance(key, slice):
-            return np.stack([self[i] for i in range(*key.indices(len(self)))])
-        return portrait.resized(self.pictures[key], self.size, self.channels)
 
 
 @dataclass(frozen=True)
@@ -319,15 +287,14 @@ def dissect(
     blocks = min(BLOCKS, len(concepts) // 2)
     edges = itertools.pairwise(np.linspace(0, len(concepts), blocks + 1).astype(int).tolist())
     parts = [dissection.tally(maps[i:j], limits, concepts.subset(np.arange(i, j))) for i, j in edges]
-    scores = dissection.iou(functools.reduce(operator.add, parts))
-    census = composition.census(maps, limits, concepts)
+    scores = dissection.iou(dissection.combined(parts, [1] * blocks))
     return Dissection(
         layer=layer,
         limits=limits,
         scores=scores,
         replicates=dissection.summary_replicates(parts, resamples(blocks, "concepts")),
         floor=dissection.null_floor(maps, limits, concepts, draws=draws),
-        formulas=composition.best_formulas(census, max_length=formula_length),
+        formulas=composition.best_formulas(composition.census(maps, limits, concepts), max_length=formula_length),
         detectors=dissection.detectors_by_category(scores, concepts),
         peaks=np.concatenate([block.max((2, 3)) for block in chunks(maps)]),
     )

@@ -1,8 +1,8 @@
 """Where the units of a layer are active: maps enlarged, cut at a threshold and packed.
 
-Between two neighbouring positions of the low-resolution map a bilinear surface never leaves the range of the
-four corners, so only *cells* with a corner above the threshold can hold active pixels: about one in ten at
-the usual quantile. Only they are computed, packed into machine words and counted against packed labels.
+Between two neighbouring positions of the low-resolution map a bilinear surface never leaves the range of the four
+corners, so only *cells* with a corner above the threshold can hold active pixels: about one in ten at the usual
+quantile. Only they are computed, packed into machine words and counted against packed labels.
 """
 
 from __future__ import annotations
@@ -15,34 +15,22 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
-class _Axis:
+def _axis(low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One axis of the enlargement: cell c lies between the low-resolution positions c - 1 and c.
 
-    ``ends`` (cells, 2) are these two, clamped; ``blend`` (cells, B, 2) their weights at the cell's output
-    positions; ``position`` (cells, B) names those, -1 where a cell has fewer.
+    Returns these two, clamped, (cells, 2); their weights at the cell's output positions (cells, B, 2); and the
+    positions (cells, B), -1 where a cell has fewer.
     """
-
-    ends: np.ndarray
-    blend: np.ndarray
-    position: np.ndarray
-
-    @staticmethod
-    def between(low: int, high: int) -> _Axis:
-        # Half-pixel centres: output j lies at (j + 1/2) low/high - 1/2; in units of 1/(2 high), exactly.
-        numerator = (2 * np.arange(high) + 1) * low - high
-        cell, remainder = np.divmod(numerator, 2 * high)
-        cell += 1
-        rank = np.arange(high) - np.searchsorted(cell, cell)
-        weight = np.zeros((low + 1, rank.max() + 1))
-        position = np.full(weight.shape, -1)
-        weight[cell, rank] = remainder / (2 * high)
-        position[cell, rank] = np.arange(high)
-        ends = np.clip(np.arange(low + 1)[:, None] + [-1, 0], 0, low - 1)
-        return _Axis(ends, np.stack([1 - weight, weight], -1), position)
-
-    def __len__(self) -> int:
-        return len(self.ends)
+    # Half-pixel centres: output j lies at (j + 1/2) low/high - 1/2; in units of 1/(2 high), exactly.
+    cell, remainder = np.divmod((2 * np.arange(high) + 1) * low - high, 2 * high)
+    cell += 1
+    rank = np.arange(high) - np.searchsorted(cell, cell)
+    weight = np.zeros((low + 1, rank.max() + 1))
+    position = np.full(weight.shape, -1)
+    weight[cell, rank] = remainder / (2 * high)
+    position[cell, rank] = np.arange(high)
+    ends = np.clip(np.arange(low + 1)[:, None] + [-1, 0], 0, low - 1)
+    return ends, np.stack([1 - weight, weight], -1), position
 
 
 def _triangle(low: int, high: int) -> np.ndarray:
@@ -88,10 +76,10 @@ class Upsampler:
     def __init__(self, low: tuple[int, int], high: tuple[int, int]):
         self.high = high
         self.low = tuple(np.minimum(low, high).tolist())
-        self.y, self.x = (_Axis.between(a, b) for a, b in zip(self.low, high, strict=True))
-        position = self.y.position[:, None, :, None] * high[1] + self.x.position[None, :, None, :]
-        outside = (self.y.position < 0)[:, None, :, None] | (self.x.position < 0)[None, :, None, :]
-        position = np.where(outside, high[0] * high[1], position).reshape(len(self.y) * len(self.x), -1)
+        self.ends, self.blend, (y, x) = zip(*map(_axis, self.low, high), strict=True)
+        y, x = y[:, None, :, None], x[None, :, None, :]
+        position = np.where((y < 0) | (x < 0), high[0] * high[1], y * high[1] + x)
+        position = position.reshape(y.shape[0] * x.shape[1], -1)
         size = position.shape[1]
         self.bytes = next((b for b in (1, 2, 4) if size <= 8 * b), 8 * ceil(size / 64))
         self.word = np.dtype(f"u{min(self.bytes, 8)}")
@@ -110,11 +98,8 @@ class Upsampler:
         """Return which labels hold in some pictures, and where.
 
         Pictures are K arrays of label planes (D, H, W), 0 for none, each rolled around the torus by its shift, if any;
-        their entries (`occurring`) may be known already.
-
-        Returns:
-            Picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
-            several planes of one picture is one.
+        their entries (`occurring`) may be known already. Returned are picture and index of each label that occurs (P,),
+        and its packed pixels (P, cells, W). A label on several planes of one picture is one.
         """
         rows, numbers = zip(*(map(occurring, pictures) if entries is None else entries), strict=True)
         ends = np.cumsum([0, *map(len, rows)]).tolist()
@@ -157,18 +142,18 @@ class Upsampler:
         for part in (slice(i, i + 256) for i in range(0, len(pair), 256)):  # stays in the processor's cache
             words[part] = self._fill(maps, limits, pair[part], cy[part], cx[part])
         some = words.any(1)
-        pair, cell = pair[some], (cy * len(self.x) + cx)[some]
+        pair, cell = pair[some], (cy * (self.low[1] + 1) + cx)[some]
         return Active(image[pair], unit[pair], cell, words[some])
 
     def _fill(self, maps, limits, pair, cy, cx) -> np.ndarray:
         """Interpolate inside cells (K,), compare, and pack."""
-        corners = maps[pair[:, None, None], self.y.ends[cy][:, :, None], self.x.ends[cx][:, None, :]]
-        rows = (corners.astype(np.float64) @ self.x.blend[cx].transpose(0, 2, 1)).astype(np.float32)
-        values = (self.y.blend[cy] @ rows.astype(np.float64)).astype(np.float32)
+        corners = maps[pair[:, None, None], self.ends[0][cy][:, :, None], self.ends[1][cx][:, None, :]]
+        rows = (corners.astype(np.float64) @ self.blend[1][cx].transpose(0, 2, 1)).astype(np.float32)
+        values = (self.blend[0][cy] @ rows.astype(np.float64)).astype(np.float32)
         above = (values > limits[pair, None, None]).reshape(len(values), -1)
         bits = np.zeros((len(values), self.pixels.shape[1]), bool)
         bits[:, : above.shape[1]] = above
-        return self.pack(bits) & self.inside[cy * len(self.x) + cx]
+        return self.pack(bits) & self.inside[cy * (self.low[1] + 1) + cx]
 
 
 def activation_regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -186,19 +171,15 @@ def activation_regions(maps: np.ndarray, limits: np.ndarray, shape: tuple[int, i
 
 
 def shared_pixels(active: Active, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count the active pixels of one image, all of them and those under each packed mask (P, cells, W).
+    """Return the units that are active in an image (A,), their active pixels (A,), and those under each mask (A, P).
 
-    Returns:
-        The units that are active (A,), their active pixels (A,), and those under each mask (A, P).
+    The P masks are packed, (P, cells, W).
     """
     starts = np.flatnonzero(np.diff(active.unit, prepend=-1))
     if not len(starts):
         return starts, starts, np.empty((0, len(masks)), np.int64)
-    return (
-        active.unit[starts],
-        _count(active.words, starts),
-        _count(masks.take(active.cell, 1) & active.words, starts).T,
-    )
+    shared = _count(masks.take(active.cell, 1) & active.words, starts)
+    return active.unit[starts], _count(active.words, starts), shared.T
 
 
 def _count(words: np.ndarray, starts: np.ndarray) -> np.ndarray:
