@@ -347,7 +347,7 @@ NAMES = ("water", "river", "blue", "car")
 
 
 def grown(*steps):
-    formula = Formula.of(steps[0])
+    formula = Formula().extend("OR", steps[0])
     for operator, label in steps[1:]:
         formula = formula.extend(operator, label)
     return formula
@@ -463,7 +463,7 @@ def test_planted_formulas_are_recovered():
     found = planted((disc | stripes) & ~red, concepts)
     assert found.iou == 1
     assert found.formula.text(concepts.labels) == "(vertical stripes OR disc) AND NOT red"
-    assert planted(red, concepts).formula == Formula.of(concepts.index("red"))
+    assert planted(red, concepts).formula == grown(concepts.index("red"))
 
 
 def test_beam_grows_a_union_of_exclusive_labels_to_the_end():

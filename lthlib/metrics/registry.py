@@ -124,6 +124,10 @@ class Value:
     severity: float = 0
 
 
+Found = tuple[list[Value], dict[str, np.ndarray]]
+"""What a dimension's ``measure`` returns: values, and small arrays for figures and the verdict."""
+
+
 def values(numbers: Mapping[str, float], n: int, shift: str = "none", severity: float = 0) -> list[Value]:
     """Return numbers by metric as values on n images."""
     return [Value(name, float(value), n, shift, severity) for name, value in numbers.items()]

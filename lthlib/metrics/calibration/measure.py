@@ -11,7 +11,7 @@ from lthlib.metrics.arrays import softmax
 from lthlib.metrics.calibration.errors import N_BINS, reliability_diagram
 from lthlib.metrics.calibration.intervals import bootstrap_intervals, resampler
 from lthlib.metrics.calibration.scores import temperature_scaling
-from lthlib.metrics.registry import METRICS, Value, code_of_metrics, computed, measured_on_test, metric, values
+from lthlib.metrics.registry import METRICS, Found, Value, code_of_metrics, computed, measured_on_test, metric, values
 from lthlib.metrics.resampling import kept, kept_accuracy, resamples
 from lthlib.tickets.subject import Subject
 
@@ -35,7 +35,7 @@ def measure(
     n_corrupted: int = 10_000,
     extra: bool = True,
     n_bootstrap: int = 1_000,
-) -> tuple[list[Value], dict[str, np.ndarray]]:
+) -> Found:
     """Measure how far a ticket's confidence can be believed, on clean and on corrupted images.
 
     Everything reads stored logits; with the same ``n_corrupted`` and ``extra`` those of generalization.

@@ -1,14 +1,13 @@
 r"""Hessian traces of the cross-entropy, in the weights and in the pixels: exact where they can be, else estimated.
 
-In a piecewise-linear network every logit z_c is affine in each single weight w_j (and in each pixel), away from kinks,
-so d²z_c/dw_j² = 0. The chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
+In a piecewise-linear network every logit is affine in each single weight w_j (and in each pixel), away from kinks. The
+chain rule then leaves, on the diagonal, the Gauss-Newton part alone:
 
     d²L/dw_j² = 1/N Σ_i (dz_i/dw_j)ᵀ (diag(p_i) - p_i p_iᵀ) (dz_i/dw_j) = 1/N Σ_i Σ_k (v_ikᵀ dz_i/dw_j)²,
 
-where v_i1 .. v_i,C-1 factor the softmax's Hessian (`sample_factor`). So C - 1 vector-Jacobian products with the squared
-gradient of every image give every diagonal entry of the Hessian, with no randomness. In the pixels more holds: logits
-are affine in all pixels at once, so the Hessian *is* its Gauss-Newton part, and its eigenvalues are those of a (C - 1)
-x (C - 1) Gram matrix. Whether a network is piecewise linear is tried, see `curved_parts`.
+where v_i1 .. v_i,C-1 factor the softmax's Hessian (`sample_factor`): C - 1 vector-Jacobian products of every image,
+and no randomness. Logits are affine in all pixels at once, so there the Hessian *is* its Gauss-Newton part, with the
+eigenvalues of a (C - 1) x (C - 1) Gram matrix. Whether a network is piecewise linear is tried, see `curved_parts`.
 
 Networks, images (N, channels, height, width) in [0, 1], labels (N,) and masks are as `Frozen` takes them; the network
 is measured in evaluation mode and left as it was found.

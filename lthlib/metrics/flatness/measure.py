@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lthlib.metrics import Value, metric
+from lthlib.metrics.flatness import landscape
 from lthlib.metrics.flatness.exact import hessian_trace, input_hessian_trace
 from lthlib.metrics.flatness.frozen import Frozen
-from lthlib.metrics.flatness.landscape import (
-    adversarial_slice,
-    filter_normalised_surface,
-    interpolate,
-    norms_behind,
-    rescale_conv,
-)
 from lthlib.metrics.flatness.noise import input_noise_tolerance, weight_noise_tolerance
 from lthlib.metrics.flatness.spectrum import WeightHessian, spectral_density, top_eigenvalue
-from lthlib.metrics.registry import values
+from lthlib.metrics.registry import Found, values
 from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
 from lthlib.training.loop import as_input
@@ -78,7 +72,6 @@ RESCALED_BY = (0.5, 3.0)
 SPAN = 0.5  # of a surface, in norms of the network's own filters
 
 Batch = tuple[Tensor, Tensor]
-Found = tuple[list[Value], dict[str, np.ndarray]]
 
 
 def measure(
@@ -104,9 +97,8 @@ def measure(
 ) -> Found:
     """Measure how flat the loss is around a ticket, in its weights and in its pixels.
 
-    All is measured on training images, as in the paper, un-augmented, drawn at random once for all tickets: a
-    smaller number takes the first of the larger. (The published code takes the first 200 of the data set,
-    which in a sorted one are a single class.)
+    All is measured on training images, as in the paper, un-augmented, drawn at random once for all tickets: a smaller
+    number takes the first of the larger. (The published code takes the data set's first 200, all of a class if sorted.)
 
     Args:
         subject: The ticket.
@@ -117,14 +109,12 @@ def measure(
         n_path: Images for the line between two networks, and for the surfaces.
         pairs: Independent draws of the noise, each with both signs.
         points: Positions on a line.
-        statistics: Batch norm's running statistics on the line, see `interpolate`.
+        statistics: Batch norm's running statistics on the line, see `landscape.interpolate`.
         tolerance: Relative error at which Lanczos stops.
         partner: A seed to whose ticket of the same description a line is drawn as well; None for no such line.
-        pictured: Rounds (0: dense) of which density, surfaces and the rescaling are recorded too.
-        pictured_seed: The seed of which they are.
+        pictured, pictured_seed: Rounds (0: dense) and seed of which density, surfaces and rescaling are recorded too.
         n_wide: Images for the weight-Hessian trace of a pictured ticket, image by image.
-        probes: Start vectors of the spectral density.
-        steps: Lanczos steps of each.
+        probes, steps: Start vectors of the spectral density, and Lanczos steps of each.
         surface_points: Points along each side of a surface.
         batch_seed: Of the draw of images.
 
@@ -132,10 +122,10 @@ def measure(
         Values, and for figures: ``weight_per_image`` and ``weight_relative_per_image``; ``layers`` with
         ``layer_trace``, ``layer_relative``, ``layer_active``; ``input_traces``; ``weight_method`` with
         ``weight_standard_error`` (of trace and relative flatness), and ``input_method``; ``top_bound`` and
-        ``top_magnitude`` (the eigenvalue farthest from 0, signed); ``weight_sigma`` and ``input_sigma`` (low,
-        high); ``dense_t``, ``dense_loss``, ``dense_error`` (the line to the dense network) and the same with
-        ``partner_``; of pictured tickets ``density_at`` and ``density``, the traces of more images
-        (``wide_per_image``), and what `_pictures` and `_rescaled` return.
+        ``top_magnitude`` (the eigenvalue farthest from 0, signed); ``weight_sigma`` and ``input_sigma`` (low, high);
+        ``dense_t``, ``dense_loss``, ``dense_error`` (the line to the dense network) and the same with ``partner_``; of
+        pictured tickets ``density_at`` and ``density``, the traces of more images (``wide_per_image``), and what
+        `_pictures` and `_rescaled` return.
     """
     model, masks = subject.model, subject.masks
     draw = partial(_training_images, subject, seed=batch_seed)
@@ -224,7 +214,7 @@ def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, part
     for name, network in starts.items():
         start = {} if network is None else network.to(batch[0].device).state_dict()
         if {key: value.shape for key, value in start.items()} == {key: value.shape for key, value in end.items()}:
-            lines[name] = interpolate(subject.model, start, end, *batch, points, statistics)
+            lines[name] = landscape.interpolate(subject.model, start, end, *batch, points, statistics)
     arrays = {f"{name}_{part}": array for name, line in lines.items() for part, array in vars(line).items()}
     barriers = {"loss_barrier": 0.0, "error_barrier": 0.0}
     if not subject.is_dense:  # there is no line to a dense network whose layers have other widths
@@ -235,8 +225,8 @@ def _of_lines(subject: Subject, batch: Batch, points: int, statistics: str, part
 def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, points: int) -> dict[str, np.ndarray]:
     """Return ``surface_a``, ``surface_b``, ``surface_loss`` in the weights, and ``slice_...`` in the pixels."""
     surfaces = {
-        "surface": filter_normalised_surface(model, *batch, masks, SPAN, points),
-        "slice": adversarial_slice(model, *batch, points=points),
+        "surface": landscape.filter_normalised_surface(model, *batch, masks, SPAN, points),
+        "slice": landscape.adversarial_slice(model, *batch, points=points),
     }
     return {f"{name}_{part}": _small(array) for name, found in surfaces.items() for part, array in vars(found).items()}
 
@@ -244,20 +234,19 @@ def _pictures(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None
 def _rescaled(
     model: nn.Module, batch: Batch, masks: Mapping[str, Tensor] | None, shares: Mapping[str, float]
 ) -> dict[str, np.ndarray]:
-    """Measure a ticket that computes the same with other weights, see `rescale_conv`.
+    """Measure a ticket that computes the same with other weights, see `landscape.rescale_conv`.
 
-    Returns:
-        ``rescaled_layer`` (of the convolutions with a norm behind, the one with the largest of ``shares``) and, for
-        each of ``rescaled_factor``, ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the
-        largest change of a logit, relative to the largest logit. Nothing where no convolution has a norm.
+    ``rescaled_layer`` is, of the convolutions with a norm behind, the one with the largest of ``shares``. For each of
+    ``rescaled_factor`` there are ``rescaled_trace``, ``rescaled_relative`` and ``rescaled_change``: the largest change
+    of a logit, relative to the largest logit. Nothing where no convolution has a norm.
     """
-    convolutions = [name for name in norms_behind(model, batch[0]) if name in shares]
+    convolutions = [name for name in landscape.norms_behind(model, batch[0]) if name in shares]
     if not convolutions:
         return {}
     layer = max(convolutions, key=lambda name: shares[name])
     rows = []
     for factor in RESCALED_BY:
-        other = rescale_conv(model, layer, factor, batch[0])
+        other = landscape.rescale_conv(model, layer, factor, batch[0])
         with torch.no_grad():
             logits, same = model(batch[0]), other(batch[0])
         found = hessian_trace(other, *batch, masks)

@@ -37,25 +37,20 @@ def weight_noise_tolerance(
     images: Tensor,
     labels: Tensor,
     masks: Mapping[str, Tensor] | None = None,
-    rise: float = 0.1,
     pairs: int = 8,
-    sigma_max: float = 5.0,
     seed: int = 0,
     loss: Loss = F.cross_entropy,
 ) -> NoiseTolerance:
-    """Find the largest σ with E[loss(w + σ ``|w|`` ε)] ≤ (1 + rise) loss(w), ε normal (higher is flatter).
+    """Find the largest σ, up to 5, with E[loss(w + σ ``|w|`` ε)] ≤ 1.1 loss(w), ε normal (higher is flatter).
 
     Noise goes on the weights of convolutions (4-D parameters) in proportion to their magnitude, so that pruned ones
     stay 0, and a rescaled layer keeps its σ. The same draws serve every σ (common random numbers: the mean is a smooth
     function of σ), each with its negative (the odd terms of the expansion cancel), ``pairs`` in all. The published code
     draws anew at every step of its bisection, may return a σ that violates the bound, and leaves the weights perturbed.
 
-    Model, images, labels and masks are as `Frozen` takes them; ``loss`` is a mean over (logits, labels). Beyond
-    ``sigma_max`` nothing is looked for.
-
-    Raises:
-        UserError: For a loss without noise that is zero, negative or not finite, fewer than two pairs, a network
-            without convolutions, and as in `Frozen`.
+    Model, images, labels and masks are as `Frozen` takes them; ``loss`` is a mean over (logits, labels). `UserError`
+    for a loss without noise that is zero, negative or not finite, fewer than two pairs, a network without convolutions,
+    and as in `Frozen`.
     """
     frozen = Frozen(model, images, labels, masks)
     noisy = {name: w for name, w in frozen.weights.items() if w.dim() == 4}
@@ -67,20 +62,13 @@ def weight_noise_tolerance(
         signs = ({name: w + s * noise[name] for name, w in noisy.items()} for s in (sigma, -sigma))
         return sum(float(loss(frozen.logits(moved), labels)) for moved in signs) / 2
 
-    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise, sigma_max, pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise=0.1, sigma_max=5.0, draws=pairs)
 
 
 def input_noise_tolerance(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    rise: float = 0.1,
-    pairs: int = 4,
-    sigma_max: float = 2.0,
-    seed: int = 0,
-    loss: Loss = F.cross_entropy,
+    model: nn.Module, images: Tensor, labels: Tensor, pairs: int = 4, seed: int = 0, loss: Loss = F.cross_entropy
 ) -> NoiseTolerance:
-    """Find the largest σ with E[loss(clamp(x + σ ε, 0, 1))] ≤ (1 + rise) loss(x) (higher is flatter).
+    """Find the largest σ, up to 2, with E[loss(clamp(x + σ ε, 0, 1))] ≤ 1.1 loss(x) (higher is flatter).
 
     σ is in [0, 1] pixels, before the normalisation inside the network. Arguments and errors are those of
     `weight_noise_tolerance`.
@@ -91,7 +79,7 @@ def input_noise_tolerance(
         signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
         return sum(float(loss(frozen.logits(images=moved), labels)) for moved in signs) / 2
 
-    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise, sigma_max, pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise=0.1, sigma_max=2.0, draws=pairs)
 
 
 def largest_sigma(

@@ -12,22 +12,14 @@ from torch import Tensor
 from lthlib.core.errors import UserError, choose
 from lthlib.data import corruptions, ood_classes, source
 from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
+from lthlib.metrics.generalization import corruption
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
 from lthlib.metrics.generalization.attacks import adversarial_logits, pgd
 from lthlib.metrics.generalization.classes import kept_answers
-from lthlib.metrics.generalization.corruption import (
-    COMMON_CORRUPTIONS,
-    corruption_error,
-    corruption_error_alexnet,
-    relative_corruption_error,
-    relative_corruption_error_alexnet,
-)
 from lthlib.metrics.generalization.ood import detection, msp_score, roc_curve
-from lthlib.metrics.registry import Value, code_of_metrics, computed, measured_on_test, metric, values
+from lthlib.metrics.registry import Found, Value, code_of_metrics, computed, measured_on_test, metric, values
 from lthlib.metrics.resampling import kept, kept_accuracy, resampled_auroc, resampled_mean, resamples
 from lthlib.tickets.subject import Subject
-
-Found = tuple[list[Value], dict[str, np.ndarray]]
 
 _row = partial(metric, dimension="generalization", reference="hendrycks2019benchmarking")
 _row("corrupted_accuracy", "Accuracy under corruption", higher_is_better=True, unit="fraction")(
@@ -49,7 +41,7 @@ def measure(
     n_attack: int = 1_000,
     n_pgd: int = 200,
     epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
-) -> tuple[list[Value], dict[str, np.ndarray]]:
+) -> Found:
     """Measure how a ticket generalizes.
 
     Fewer images than there are is a sample spread evenly over the classes (`lthlib.data.corrupted.sample`), the
@@ -132,21 +124,23 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> Found:
         right = accuracy(logits, labels)
         errors[name].append(1 - right)
         found.append(Value("corrupted_accuracy", right, n, name, severity))
-        wrong += (logits.argmax(1) != labels) * (name in COMMON_CORRUPTIONS)
+        wrong += (logits.argmax(1) != labels) * (name in corruption.COMMON_CORRUPTIONS)
     clean = 1 - accuracy(subject.logits("test", n), labels)  # on the same images
     numbers = {
-        "corruption_error": corruption_error(errors),
-        "relative_corruption_error": relative_corruption_error(errors, clean),
+        "corruption_error": corruption.corruption_error(errors),
+        "relative_corruption_error": corruption.relative_corruption_error(errors, clean),
     }
     if corruptions.default_constants(subject.data.size, subject.data.size) == "imagenet":
-        numbers["corruption_error_alexnet"] = corruption_error_alexnet(errors)
-        numbers["relative_corruption_error_alexnet"] = relative_corruption_error_alexnet(errors, clean)
-    cases = 5 * len(COMMON_CORRUPTIONS)
+        numbers["corruption_error_alexnet"] = corruption.corruption_error_alexnet(errors)
+        numbers["relative_corruption_error_alexnet"] = corruption.relative_corruption_error_alexnet(errors, clean)
+    cases = 5 * len(corruption.COMMON_CORRUPTIONS)
     found += values(numbers, n * cases, "common")
     mean = Value("corruption_error", numbers["corruption_error"], n, "common")
     arrays = kept(mean, resampled_mean(wrong / cases, resamples(n)), 1 / (n * cases))
-    if len(names) > len(COMMON_CORRUPTIONS):
-        found.append(Value("corruption_error_all", corruption_error(errors, names), n * 5 * len(names), "all"))
+    if len(names) > len(corruption.COMMON_CORRUPTIONS):
+        found.append(
+            Value("corruption_error_all", corruption.corruption_error(errors, names), n * 5 * len(names), "all")
+        )
     official = sum(corruption_source(subject.data, name) == "official" for name in names)
     return [*found, Value("official_corruptions", official, len(names))], arrays
 

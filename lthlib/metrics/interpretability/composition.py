@@ -19,9 +19,9 @@ from scipy import sparse
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import ConceptSet
 from lthlib.metrics import metric
-from lthlib.metrics.interpretability.activations import Stream, chunks
-from lthlib.metrics.interpretability.dissection import check_sizes
-from lthlib.metrics.interpretability.regions import Upsampler, shared_pixels
+from lthlib.metrics.interpretability.activations import Stream
+from lthlib.metrics.interpretability.dissection import by_block
+from lthlib.metrics.interpretability.regions import shared_pixels
 
 BEAM = 5
 MAX_LENGTH = 10
@@ -45,12 +45,7 @@ class Formula:
     operator joins (AND and AND NOT count as one) are in order: equal formulas compare equal.
     """
 
-    steps: tuple[tuple[str, int], ...]
-
-    @staticmethod
-    def of(label: int) -> Formula:
-        """Return the formula of one label."""
-        return Formula((("", label),))
+    steps: tuple[tuple[str, int], ...] = ()
 
     def extend(self, operator: str, label: int) -> Formula:
         """Return ``(self) operator label``, in order and without repetitions."""
@@ -101,23 +96,19 @@ class Census:
 
 def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Census:
     """Count the pixels of a concept set by signature, over the set and over each unit's active pixels; as `tally`."""
-    check_sizes(acts, limits, concepts)
     book: dict[tuple[int, ...], int] = {}
-    pixels, units, start = [], sparse.csr_array((len(limits), 0)), 0
-    for block in chunks(acts):
-        up = Upsampler(block.shape[2:], concepts.mask_shape)
-        active = up.active(block, limits)
+    pixels, units = [], sparse.csr_array((len(limits), 0))
+    for start, up, actives in by_block(acts, limits, concepts):
         found = []
-        for i in range(len(block)):
-            _, signature, masks = up.cells([1 + _signatures(concepts.planes[start + i], book)[None]])
+        for i, active in enumerate(actives, start):
+            _, signature, masks = up.cells([1 + _signatures(concepts.planes[i], book)[None]])
             pixels.append(np.column_stack([signature, np.bitwise_count(masks).sum((1, 2), dtype=np.int64)]))
-            unit, _, both = shared_pixels(active.of(i), masks)
+            unit, _, both = shared_pixels(active, masks)
             a, p = np.nonzero(both)
             found.append(np.column_stack([unit[a], signature[p], both[a, p]]))
         unit, signature, count = np.concatenate(found).T
         units.resize(len(limits), len(book))  # each block may bring new signatures
         units += sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=units.shape).tocsr()
-        start += len(block)
     signature, count = np.concatenate(pixels).T
     rows = np.array([n - 1 for key in book for n in key], int)
     columns = np.repeat(list(book.values()), [len(key) for key in book])
@@ -176,9 +167,9 @@ class _Entry:
 def best_formulas(counts: Census, *, max_length: int = 3, beam: int = BEAM) -> list[BestFormula]:
     """Find the formula that best matches each unit, by beam search (mu2020compositional, section 2).
 
-    The beam starts with the best single labels that meet the unit. In each round every formula F in it is extended by
-    every label C to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself stay. IoU is over the
-    whole set, without NetDissect's restriction to a category. Formulas that hold at the same pixels are one entry of
+    The beam starts with a formula that holds nowhere. In each round every formula F in it is extended by every label C
+    to F OR C, F AND C and F AND NOT C; the best of these and of the beam itself stay. IoU is over the whole set,
+    without NetDissect's restriction to a category. Formulas that hold at the same pixels are one entry of
     the beam (in the published search, where labels exclude each other, ``F AND NOT C`` is F again for most C, and such
     copies fill the beam). A formula has at most ``max_length`` labels.
     """
@@ -203,23 +194,21 @@ class _Search:
         """Search for one unit."""
         weights = self.counts.units[[unit]].toarray()[0]
         both, size = self.counts.members @ weights, weights.sum()
-        iou = _ratio(both, self.area, size)
-        kept = self._best([], iou, lambda c: (Formula.of(c), both[c], self.area[c]))
-        path = [_top(kept)]
+        kept, path = [_Entry(Formula(), np.zeros(len(weights), bool), 0.0, 0.0, 0.0)], []
         while len(path) < max_length:
             grown = self._best(kept, *self._extensions(kept, weights, both, size))
             if [entry.formula for entry in grown] == [entry.formula for entry in kept]:
-                path += path[-1:] * (max_length - len(path))
+                path += [kept[0].iou] * (max_length - len(path))
                 break
             kept = grown
-            path.append(_top(kept))
-        return BestFormula(kept[0].formula if kept else None, tuple(path))
+            path.append(kept[0].iou)
+        return BestFormula(kept[0].formula if kept[0].iou > 0 else None, tuple(map(float, path)))
 
     def _extensions(self, kept: list[_Entry], weights: np.ndarray, both: np.ndarray, size: float):
         """Return the IoU of F op C, (operators, kept, L), 0 where that is F, and what gives formula and counts."""
-        holds = np.array([entry.holds for entry in kept], bool).reshape(len(kept), len(weights)).T
+        holds = np.stack([entry.holds for entry in kept], 1)
         both_and = (self.counts.members @ (weights[:, None] * holds)).T
-        area_and = np.array([self._areas_with(entry) for entry in kept]).reshape(both_and.shape)
+        area_and = np.array([self._areas_with(entry) for entry in kept])
         own_both, own_area = (np.array([getattr(e, name) for e in kept])[:, None] for name in ("both", "area"))
         shared = np.stack([own_both + both - both_and, both_and, own_both - both_and])
         area = np.stack([own_area + self.area - area_and, area_and, own_area - area_and])
@@ -258,10 +247,6 @@ class _Search:
 def _ratio(shared: np.ndarray, area: np.ndarray, size: float) -> np.ndarray:
     union = area + size - shared
     return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)
-
-
-def _top(kept: list[_Entry]) -> float:
-    return float(kept[0].iou) if kept else 0.0
 
 
 def summary(found: Sequence[BestFormula]) -> dict[str, float]:

@@ -7,16 +7,14 @@ Everything is counted exactly, in integers (see `lthlib.metrics.interpretability
 Everywhere ``acts`` are the maps (N, U, h, w) of the concept set's N images, an array or a `Stream`, ``limits`` are the
 units' `thresholds`, (U,), and ``scores`` are `iou`, (U, L). Numbers that do not agree raise `UserError`.
 
-Memory: the maps of a layer take 4 N U h w bytes, 24 GB for 2,048 units on 60,000 images at 7 x 7. A `Stream` is
-computed in chunks, once per pass. Then the thresholds hold 0.5 % of the values (120 MB, twice while they are merged)
-and the tally one chunk (26 MB of maps, some 90 MB of packed pixels); `benchmarks/dissection.py` shows that this levels
-off, below 1 GB, whatever the images.
+The maps of a layer take 4 N U h w bytes, 24 GB for 2,048 units on 60,000 images at 7 x 7. A `Stream` is computed in
+chunks, once per pass; memory then stays below 1 GB, whatever the images (`benchmarks/dissection.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, floor
@@ -27,14 +25,14 @@ from lthlib.core.errors import UserError
 from lthlib.data.concepts import BRODEN_QUANTILE, ConceptSet
 from lthlib.metrics import metric
 from lthlib.metrics.interpretability.activations import Stream, chunks
-from lthlib.metrics.interpretability.regions import Upsampler, occurring, shared_pixels
+from lthlib.metrics.interpretability.regions import Active, Upsampler, occurring, shared_pixels
 
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
 
 unit_metric = partial(metric, dimension="interpretability", higher_is_better=True, reference="bau2017network")
 unit_metric("unique_detectors", "Unique detectors", unit="concepts", in_verdict=True)(
-    r"number of distinct concepts that are the best concept of a unit with IoU > 0.04"
+    "number of distinct concepts that are the best concept of a unit with IoU > 0.04"
 )
 unit_metric("interpretable_units", "Interpretable units", unit="fraction")(
     r"fraction of the layer's units whose best IoU exceeds 0.04"
@@ -93,9 +91,8 @@ def combined(parts: Sequence[Tally], times: Sequence[float]) -> Tally:
 def tally(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Tally:
     """Count the pixels that units and concepts share.
 
-    A unit is active where its bilinearly enlarged map is strictly above its threshold; only images in which
-    the low-resolution map exceeds it contribute (no other can: interpolation stays below the map's maximum).
-    NetDissect-Lite counts a label twice where two masks of one pixel name it; here a pixel counts once.
+    A unit is active where its bilinearly enlarged map is strictly above its threshold. NetDissect-Lite counts a label
+    twice where two masks of one pixel name it; here a pixel counts once.
     """
     return _tallies(acts, limits, concepts, np.arange(len(concepts))[None])[0]
 
@@ -108,36 +105,41 @@ def _tallies(
     shift: np.ndarray | None = None,
 ) -> list[Tally]:
     """Tally against K labellings at once: image i has the planes of ``source[k, i]``, rolled by ``shift[k, i]``."""
-    check_sizes(acts, limits, concepts)
     units, labels, categories, n = len(limits), len(concepts.labels), len(concepts.categories), len(source)
     both, concept = np.zeros((n, units, labels), np.int64), np.zeros((n, labels), np.int64)
     touching = np.zeros((n, units, categories), np.int64)
     entries = functools.cache(lambda i: occurring(concepts.planes[i]))
-    start = 0
-    for block in chunks(acts):
-        up = Upsampler(block.shape[2:], concepts.mask_shape)
-        active = up.active(block, limits)
-        for i in range(len(block)):
-            chosen = source[:, start + i].tolist()
-            rolls = None if shift is None else shift[:, start + i]
+    for start, up, actives in by_block(acts, limits, concepts):
+        for i, active in enumerate(actives, start):
+            chosen, rolls = source[:, i].tolist(), None if shift is None else shift[:, i]
             labelling, label, masks = up.cells([concepts.planes[j] for j in chosen], rolls, [*map(entries, chosen)])
             concept[labelling, label] += np.bitwise_count(masks).sum((1, 2), dtype=np.int64)
-            who, area, shared = shared_pixels(active.of(i), masks)
+            who, area, shared = shared_pixels(active, masks)
             both[labelling, who[:, None], label] += shared
             member = (labelling * categories + concepts.category_of[label])[:, None] == np.arange(n * categories)
             touched = (shared > 0).astype(np.float32) @ member > 0
             touching[:, who] += area[:, None] * touched.reshape(len(who), n, categories).swapaxes(0, 1)
-        start += len(block)
     return [Tally(*counts, concepts.category_of) for counts in zip(both, concept, touching, strict=True)]
 
 
-def check_sizes(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> None:
-    """Raise `UserError` unless maps, thresholds and labels belong together."""
+def by_block(
+    acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet
+) -> Iterator[tuple[int, Upsampler, list[Active]]]:
+    """Yield blocks of images: the first one's index, what enlarges their maps, and where each one's units are active.
+
+    `UserError` unless maps, thresholds and labels belong together.
+    """
     if len(acts) != len(concepts):
         raise UserError(f"There are maps of {len(acts)} images and labels of {len(concepts)}; use the same images.")
     units = acts.shape[1] if isinstance(acts, np.ndarray) else len(limits)
     if units != len(limits):
         raise UserError(f"There are {units} units and {len(limits)} thresholds; one threshold belongs to one unit.")
+    start = 0
+    for block in chunks(acts):
+        up = Upsampler(block.shape[2:], concepts.mask_shape)
+        active = up.active(block, limits)
+        yield start, up, [active.of(i) for i in range(len(block))]
+        start += len(block)
 
 
 def iou(counts: Tally) -> np.ndarray:
@@ -189,12 +191,11 @@ def null_floor(
 ) -> np.ndarray:
     """Return the best IoU that each unit must exceed, (U,), judged by labels that have nothing to do with the images.
 
-    Each draw gives every image the label planes of another (a random permutation), shifted around the torus
-    by a random offset. The areas, the clumping and the co-occurrence of labels stay, and so do the unit's
-    regions; only their association goes. Taking the best of all concepts in each draw accounts for having
-    tried them all. The floor is the ceil(0.95 (draws + 1))-th smallest of these: exceeding it is a permutation test
-    per unit. Its level is 5 % for units without a preferred place; noise that is enlarged keeps to the border of the
-    map, where scenes have ground alone, and exceeds the floor less often (3 %).
+    Each draw gives every image the label planes of another (a random permutation), shifted around the torus by a random
+    offset. The areas, the clumping and the co-occurrence of labels stay, and so do the unit's regions; only their
+    association goes. Taking the best of all concepts in each draw accounts for having tried them all. The floor is the
+    ceil(0.95 (draws + 1))-th smallest of these: exceeding it is a permutation test per unit. Its level is 5 % for units
+    without a preferred place; enlarged noise keeps to the map's border, where scenes have ground alone: 3 %.
     """
     if draws < 19:
         raise UserError(f"A level of 5 % needs at least 19 draws, not {draws}.")

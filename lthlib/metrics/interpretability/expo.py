@@ -14,27 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
-from lthlib.metrics.interpretability.lime import (
-    error,
-    fast_copy,
-    generator,
-    images_per_pass,
-    is_constant,
-    probabilities,
-    scale_free,
-)
+from lthlib.metrics.interpretability import lime
 from lthlib.metrics.interpretability.superpixels import check_at_least, with_segments
 
-error("expo_fidelity", "ExpO neighbourhood fidelity", reference="plumb2020regularizing")(
+lime.error("expo_fidelity", "ExpO neighbourhood fidelity", reference="plumb2020regularizing")(
     r"$E_{x'}(f(x') - g_x(x'))^2$ on fresh neighbours $x' = x + \sigma N(0, I)$, $g_x$ linear."
 )
-error("expo_stability", "ExpO stability", reference="plumb2020regularizing")(
+lime.error("expo_stability", "ExpO stability", reference="plumb2020regularizing")(
     r"$E_{x'}\lVert c_x - c_{x'} \rVert^2$ with $g_{x'}$ fitted around $x'$, not around $x$."
 )
-scale_free("expo_r2", "ExpO fidelity, R²", higher_is_better=True, reference="plumb2020regularizing")(
+lime.scale_free("expo_r2", "ExpO fidelity, R²", higher_is_better=True, reference="plumb2020regularizing")(
     r"$1 - \text{expo\_fidelity} / \mathrm{Var}_{x'} f(x')$ on the same fresh neighbours."
 )
-scale_free(
+lime.scale_free(
     "expo_stability_relative", "ExpO stability, relative", higher_is_better=False, reference="plumb2020regularizing"
 )(r"$\text{expo\_stability} / \lVert c_x \rVert^2$.")
 
@@ -79,8 +71,8 @@ def expo(
         raise UserError(f"sigma is {sigma}; it must be positive (0.1 is the paper's).")
     network, rows = None, []
     for image, labels in with_segments(images, segments, method):
-        network = network or fast_copy(model, image)
-        local = _Neighbourhood(*network, image, labels, sigma, generator(seed, image))
+        network = network or lime.fast_copy(model, image)
+        local = _Neighbourhood(*network, image, labels, sigma, lime.generator(seed, image))
         slope, intercept = local.fit(local.image, n_fit)
         fidelity, variance = local.judge(slope, intercept, n_eval)
         centres = torch.cat(list(local.neighbours(local.image, n_neighbours)))
@@ -97,12 +89,12 @@ class _Neighbourhood:
 
     def __init__(self, network, device, image, labels, sigma, rng):
         self.network, self.sigma, self.rng = network, sigma, rng
-        self.batch = images_per_pass(labels.size, device)
+        self.batch = lime.images_per_pass(labels.size, device)
         self.image = torch.from_numpy(image).to(device).float().permute(2, 0, 1) / 255
         self.segment = torch.from_numpy(labels).to(device).ravel()
         self.area = torch.bincount(self.segment).double()
         with torch.inference_mode():
-            self.label = int(probabilities(network, self.image[None]).argmax())
+            self.label = int(lime.probabilities(network, self.image[None]).argmax())
 
     def neighbours(self, centre: Tensor, count: int) -> Iterator[Tensor]:
         """Yield ``count`` neighbours of ``centre`` in chunks (B, C, H, W)."""
@@ -113,7 +105,7 @@ class _Neighbourhood:
             yield chunk.contiguous(memory_format=torch.channels_last)
 
     def values(self, batch: Tensor) -> Tensor:
-        return probabilities(self.network, batch)[:, self.label]
+        return lime.probabilities(self.network, batch)[:, self.label]
 
     def total(self, batch: Tensor) -> Tensor:
         """Sum pixels (..., H, W) over each superpixel: (..., segments)."""
@@ -142,5 +134,5 @@ class _Neighbourhood:
             for chunk in self.neighbours(self.image, count)
         ]
         value, linear = (torch.cat(part) for part in zip(*answers, strict=True))
-        spread = 0.0 if is_constant(value.cpu().numpy()) else float(value.var(correction=0))
+        spread = 0.0 if lime.is_constant(value.cpu().numpy()) else float(value.var(correction=0))
         return float(((value - linear) ** 2).mean()), spread

@@ -30,12 +30,12 @@ from lthlib.networks.inputs import as_input
 error = partial(metric, dimension="interpretability", higher_is_better=False, unit="probability²")
 scale_free = partial(metric, dimension="interpretability", unit="")
 error("fidelity", "LIME fidelity", reference="chen2022can", in_verdict=True)(
-    r"$\frac{1}{n}\sum_z (f(z) - g(z))^2$, unweighted, over the masks $z$ that LIME's ridge model "
-    "$g$ was fitted to; $f$ is the probability of the class predicted for the whole image."
+    r"$\frac{1}{n}\sum_z (f(z) - g(z))^2$, unweighted, over the masks $z$ that LIME's ridge model $g$ was fitted to; "
+    "$f$ is the probability of the class predicted for the whole image."
 )
 error("stability", "LIME stability", reference="chen2022can", in_verdict=True)(
-    r"$\frac{1}{5}\sum_k \lVert c_k - c_0 \rVert^2$: the coefficients with the kernel around the "
-    "image against those with the kernel around another of the same masked images."
+    r"$\frac{1}{5}\sum_k \lVert c_k - c_0 \rVert^2$: the coefficients with the kernel around the image against those "
+    "with the kernel around another of the same masked images."
 )
 error("causal", "LIME causal error", reference="chen2022can")(
     "The error of `fidelity`, averaged over the fit around the image and five re-weighted ones."

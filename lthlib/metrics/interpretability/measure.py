@@ -32,7 +32,7 @@ from lthlib.metrics import METRICS, Value, metric
 from lthlib.metrics.interpretability import composition, dissection, expo, lime, portrait
 from lthlib.metrics.interpretability.activations import Stream, activations, chunks, last_maps
 from lthlib.metrics.interpretability.superpixels import SEGMENTATIONS, default_segmentation, segment
-from lthlib.metrics.registry import values
+from lthlib.metrics.registry import Found, values
 from lthlib.metrics.resampling import kept, resampled_mean, resamples
 from lthlib.tickets.obtain import new_model
 from lthlib.tickets.subject import Subject
@@ -71,11 +71,10 @@ def measure(
     quantile: float | None = None,
     draws: int = 39,
     formula_length: int = 3,
-) -> tuple[list[Value], dict[str, np.ndarray]]:
+) -> Found:
     """Measure how well a ticket can be explained, and what its units stand for.
 
-    A score of explanations that no image defines (the scale-free ones of a network that answers the same whatever
-    it sees) is left out.
+    A score that no image defines (a scale-free one of a network that answers the same whatever it sees) is left out.
 
     Args:
         subject: The ticket.
