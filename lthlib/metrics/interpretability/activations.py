@@ -33,12 +33,10 @@ class Stream:
         if not layer or layer not in modules:
             blocks = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"The network has no layer {layer!r}.{suggest(layer, modules)} Its blocks are: {blocks}.")
-        self.outputs: list = []
-        modules[layer].register_forward_hook(self._keep)
-
-    def _keep(self, _module, _inputs, output) -> None:
-        # A copy, since an in-place activation may follow.
-        self.outputs.append(output.clone() if isinstance(output, torch.Tensor) else output)
+        self.outputs: list = []  # copies, since an in-place activation may follow
+        modules[layer].register_forward_hook(
+            lambda _, inputs, output: self.outputs.append(output.clone() if torch.is_tensor(output) else output)
+        )
 
     def __len__(self) -> int:
         """Number of images."""
@@ -66,8 +64,8 @@ class Stream:
                 "called once, for instance the block around it."
             )
         maps = self.outputs[0]
-        if not isinstance(maps, torch.Tensor) or maps.ndim not in (2, 4):
-            shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
+        if not torch.is_tensor(maps) or maps.ndim not in (2, 4):
+            shape = tuple(maps.shape) if torch.is_tensor(maps) else type(maps).__name__
             raise UserError(f"Layer {self.layer!r} gives {shape}; dissection needs (N, units, h, w) or (N, units).")
         maps = maps.float().cpu().numpy()
         return maps if maps.ndim == 4 else maps[:, :, None, None]
@@ -78,10 +76,10 @@ def activations(model: nn.Module, layer: str, images: Sequence, chunk: int = CHU
     return np.concatenate(list(Stream(model, layer, images, chunk)))
 
 
-def chunks(acts: np.ndarray | Stream, chunk: int = CHUNK) -> Iterator[np.ndarray]:
-    """Iterate over maps in float32 blocks (n, U, h, w), n at most ``chunk`` for an array."""
+def chunks(acts: np.ndarray | Stream) -> Iterator[np.ndarray]:
+    """Iterate over maps in float32 blocks (n, U, h, w), n at most `CHUNK` for an array."""
     if isinstance(acts, np.ndarray):
-        return (acts[i : i + chunk].astype(np.float32, copy=False) for i in range(0, len(acts), chunk))
+        return (acts[i : i + CHUNK].astype(np.float32, copy=False) for i in range(0, len(acts), CHUNK))
     return iter(acts)
 
 

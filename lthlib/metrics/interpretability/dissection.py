@@ -13,7 +13,6 @@ chunks, once per pass; memory then stays below 1 GB, whatever the images (`bench
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from lthlib.core.errors import UserError
 from lthlib.data.concepts import BRODEN_QUANTILE, ConceptSet
 from lthlib.metrics import metric
 from lthlib.metrics.interpretability.activations import Stream, chunks
-from lthlib.metrics.interpretability.regions import Active, Upsampler, occurring, shared_pixels
+from lthlib.metrics.interpretability.regions import Active, Upsampler, shared_pixels
 
 DETECTOR_IOU = 0.04
 """A unit with a larger IoU is a detector (bau2017network, section 2.3)."""
@@ -108,11 +107,12 @@ def _tallies(
     units, labels, categories, n = len(limits), len(concepts.labels), len(concepts.categories), len(source)
     both, concept = np.zeros((n, units, labels), np.int64), np.zeros((n, labels), np.int64)
     touching = np.zeros((n, units, categories), np.int64)
-    entries = functools.cache(lambda i: occurring(concepts.planes[i]))
     for start, up, actives in by_block(acts, limits, concepts):
         for i, active in enumerate(actives, start):
-            chosen, rolls = source[:, i].tolist(), None if shift is None else shift[:, i]
-            labelling, label, masks = up.cells([concepts.planes[j] for j in chosen], rolls, [*map(entries, chosen)])
+            pictures = [concepts.planes[j] for j in source[:, i]]
+            if shift is not None:
+                pictures = [np.roll(*rolled, (1, 2)) for rolled in zip(pictures, shift[:, i], strict=True)]
+            labelling, label, masks = up.cells(pictures)
             concept[labelling, label] += np.bitwise_count(masks).sum((1, 2), dtype=np.int64)
             who, area, shared = shared_pixels(active, masks)
             both[labelling, who[:, None], label] += shared

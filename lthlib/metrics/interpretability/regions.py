@@ -59,7 +59,7 @@ class Active:
         return Active(self.image[rows], self.unit[rows], self.cell[rows], self.words[rows])
 
 
-def occurring(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _occurring(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return plane and number (E,), in this order, of every label on planes (R, H, W); 0 is none."""
     numbers = [np.flatnonzero(np.bincount(plane.ravel())) for plane in planes]
     numbers = [found[found > 0] for found in numbers]
@@ -74,7 +74,6 @@ class Upsampler:
     """
 
     def __init__(self, low: tuple[int, int], high: tuple[int, int]):
-        self.high = high
         self.low = tuple(np.minimum(low, high).tolist())
         self.ends, self.blend, (y, x) = zip(*map(_axis, self.low, high), strict=True)
         y, x = y[:, None, :, None], x[None, :, None, :]
@@ -85,6 +84,7 @@ class Upsampler:
         self.word = np.dtype(f"u{min(self.bytes, 8)}")
         pad = 8 * self.bytes - size
         self.pixels = np.pad(position, ((0, 0), (0, pad)), constant_values=high[0] * high[1])
+        self.slots = np.minimum(self.pixels.ravel(), high[0] * high[1] - 1)  # any pixel where there is none
         self.inside = self.pack(self.pixels < high[0] * high[1])
 
     def pack(self, bits: np.ndarray) -> np.ndarray:
@@ -92,20 +92,17 @@ class Upsampler:
         packed = np.packbits(bits.reshape(-1), bitorder="little").view(self.word)
         return packed.reshape(*bits.shape[:-1], self.bytes // self.word.itemsize)
 
-    def cells(
-        self, pictures: Sequence[np.ndarray], shifts: np.ndarray | None = None, entries: Sequence | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return which labels hold in some pictures, and where.
+    def cells(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return which labels hold in K pictures, and where; pictures are label planes (D, H, W), 0 for none.
 
-        Pictures are K arrays of label planes (D, H, W), 0 for none, each rolled around the torus by its shift, if any;
-        their entries (`occurring`) may be known already. Returned are picture and index of each label that occurs (P,),
-        and its packed pixels (P, cells, W). A label on several planes of one picture is one.
+        Returned are picture and index of each label that occurs (P,), and its packed pixels (P, cells, W). A label on
+        several planes of one picture is one.
         """
-        rows, numbers = zip(*(map(occurring, pictures) if entries is None else entries), strict=True)
+        rows, numbers = zip(*map(_occurring, pictures), strict=True)
         ends = np.cumsum([0, *map(len, rows)]).tolist()
         bits = np.empty((ends[-1], self.pixels.size), bool)
-        for k, (planes, slots) in enumerate(zip(pictures, self._rolled(shifts), strict=True)):
-            values = planes.reshape(len(planes), -1).take(slots, 1)
+        for k, planes in enumerate(pictures):
+            values = planes.reshape(len(planes), -1).take(self.slots, 1)
             values = values[rows[k]] if len(values) > 1 else values
             np.equal(values, numbers[k][:, None].astype(planes.dtype), out=bits[ends[k] : ends[k + 1]])
         words = self.pack(bits.reshape(-1, *self.pixels.shape)) & self.inside
@@ -118,14 +115,6 @@ class Upsampler:
                 words = np.bitwise_or.reduceat(words[order], first, 0)
                 of, number = of[order[first]], number[order[first]]
         return of, number - 1, words
-
-    def _rolled(self, shifts: np.ndarray | None) -> np.ndarray:
-        """Return the pixel that each shift brings to each slot of the cells, (K, slots); any where there is none."""
-        if shifts is None:
-            return np.minimum(self.pixels, self.high[0] * self.high[1] - 1).reshape(1, -1)
-        y, x = ((np.arange(side) - shift[:, None]) % side for side, shift in zip(self.high, shifts.T, strict=True))
-        pixels = y[:, :, None] * self.high[1] + x[:, None]
-        return pixels.reshape(len(shifts), -1).take(self.pixels.ravel(), 1, mode="clip")
 
     def active(self, maps: np.ndarray, limits: np.ndarray) -> Active:
         """Return where the enlarged maps (n, U, h, w), float32, exceed the units' ``limits`` (U,)."""
