@@ -5,6 +5,7 @@
 # make status                          in another terminal: how far a run is
 # make record GRID=...                 put a finished grid's results into book/results, to be committed
 # make test                            set up, lint, test
+# make benchmarks                     measure every ratio to other people's code, for the book (some 20 minutes)
 # make torture                         kill a tiny grid again and again, or damage its files, and compare what it ends with
 # make lock                            resolve the dependencies anew
 
@@ -15,7 +16,7 @@ CORES   ?= all
 ENV     := .venv
 RUN     := $(ENV)/bin/python
 
-.PHONY: torture report status test record lock clean
+.PHONY: benchmarks torture report status test record lock clean
 .DEFAULT_GOAL := report
 
 report: $(ENV)/ready
@@ -35,6 +36,9 @@ test: $(ENV)/ready
 $(ENV)/ready: requirements.lock workflow/bootstrap.py workflow/uv.lock.txt
 	@$(PYTHON) workflow/bootstrap.py $(ENV)
 	@touch $@
+
+benchmarks: $(ENV)/ready
+	@$(RUN) benchmarks/ratios.py --record
 
 torture: $(ENV)/ready
 	@$(RUN) tests/torture.py $(OPTIONS)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from ratios import tell
 
 from lthlib.data.concepts import ConceptSet
 from lthlib.metrics.interpretability import composition, dissection
@@ -89,7 +90,7 @@ def compare_tally(acts, limits, concepts) -> None:
     assert (ours.both == both).all()
     assert (ours.concept == concept).all()
     assert (ours.touching[:, 0] == touching).all()
-    print(f"tally, identical counts: loop {slow:.2f} s, ours {fast:.2f} s: {slow / fast:.1f} x")
+    tell("dissection, the same counts", "a loop over units", fast, slow)
 
 
 def compare_search(acts, limits, concepts, tried: int = 4) -> None:
@@ -107,8 +108,9 @@ def compare_search(acts, limits, concepts, tried: int = 4) -> None:
     ours = (count + search) / len(limits)
     print(
         f"search to length {LENGTH}, per unit, IoU never below: booleans {slow:.3f} s ({tried} units), "
-        f"ours {ours:.2e} s with the census ({count:.2f} s for all): {slow / ours:.0f} x"
+        f"ours {ours:.2e} s with the census ({count:.2f} s for all)"
     )
+    tell(f"compositions to length {LENGTH}, a unit", "a search over masks of booleans", ours, slow)
 
 
 class Repeatable:

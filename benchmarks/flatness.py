@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ratios import tell, tell_growth
 from torch import Tensor, nn
 
 from lthlib import data, networks
@@ -161,6 +162,9 @@ def weight_trace(args: argparse.Namespace) -> None:
     )
     ratio = cost["exact"] / cost["probe"]
     print(f"weight trace {exact:.3f}: exact in {cost['exact']:.2f} s = {ratio:.2f} probes of {cost['probe']:.2f} s")
+    tell(
+        "trace of the weight Hessian, exact", "100 probes of PyHessian's estimator", cost["exact"], 100 * cost["probe"]
+    )
     spread = float(probes.std()) / exact
     print(f"  one probe errs by {spread:.0%} (sd), 100 probes by {spread / 10:.1%} at {100 / ratio:.0f}x the cost")
 
@@ -179,6 +183,12 @@ def input_traces(args: argparse.Namespace) -> None:
 
     cost = interleaved(
         {"published": published, "exact": lambda: input_hessian_trace(model, images, labels)}, args.repeats
+    )
+    tell(
+        "trace and top eigenvalue of the input Hessian, exact",
+        "the paper's estimators",
+        cost["exact"],
+        cost["published"],
     )
     errors = found["trace"] / trace - 1, found["top"] / top - 1
     print(
@@ -199,15 +209,19 @@ def eigenvalue(args: argparse.Namespace) -> None:
         cases = _eigenvalue_cases(args, (model, images, labels), found)
         speeds += [speed for speed, _ in cases]
         gains += [gain for _, gain in cases]
+    tell("top eigenvalue of the weight Hessian by Lanczos", "PyHessian's power iteration", 1.0, _mean(speeds))
     print(
         f"Lanczos is {_spread(speeds)} times as fast as power iteration, at an error {_spread(gains)} times as small "
         f"(geometric mean, smallest to largest of {len(speeds)})"
     )
 
 
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
 def _spread(ratios: list[float]) -> str:
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return f"{mean:.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
+    return f"{_mean(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
 
 
 def lanczos_from(problem: Problem, found: dict[str, Tensor] | None, **options: float) -> Extremes:
@@ -255,6 +269,7 @@ def growth(args: argparse.Namespace) -> None:
         cost = interleaved(runs, args.repeats)
         unit = {n: f"{1e3 * s / int(n) / (classes - 1):.2f}" for n, s in cost.items()}
         print(f"growth, {classes} classes: ms per image and vector-Jacobian product, by images: {unit}")
+        tell_growth(f"trace of the weight Hessian, {classes} classes", "images", {int(n): s for n, s in cost.items()})
 
 
 def memory(args: argparse.Namespace) -> None:

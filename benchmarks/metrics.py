@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from ratios import tell
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lthlib.metrics import bootstrap_intervals, computed, ece, msp_score, nll, roc_auc, softmax
@@ -86,6 +87,8 @@ def report(title: str, times: dict[str, float]) -> None:
     first = next(iter(times.values()))
     for name, value in times.items():
         print(f"  {name:<44} {1e3 * value:10.2f} ms   {value / first:7.2f}x")
+    for name, value in list(times.items())[1:]:
+        tell(title, name, first, value)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ratios import tell
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
@@ -121,7 +122,9 @@ def main() -> None:
     n = options.images // RECIPE.batch_size * RECIPE.batch_size
     for name, value in seconds.items():
         print(f"{name:<34} {n / value:8.0f} images/s   {seconds['lthlib, masks'] / value:6.2f} of the first")
-    print(f"lthlib over the plain loop: {seconds['plain loop, torch.nn.utils.prune'] / seconds['lthlib, masks']:.2f} x")
+    loop = seconds["plain loop, torch.nn.utils.prune"]
+    for name, way in (("default precision", "lthlib, masks"), ("float32", "lthlib in float32, masks")):
+        tell(f"training ResNet-20 with masks, {name}", "a plain loop with torch.nn.utils.prune", seconds[way], loop)
     for precision in ("", " in float32"):
         cost = seconds[f"lthlib{precision}, masks"] / seconds[f"lthlib{precision}, no masks"] - 1
         print(f"masks{precision} cost {100 * cost:+.1f} % of the time without")

@@ -14,7 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from lthlib import figures
-from lthlib.book import cost, explorer, reproducibility
+from lthlib.book import cost, explorer, ratios, reproducibility
 from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
@@ -55,6 +55,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         **explorer.files({f"{of.name}/{study_name(study)}": evidence for of, study, evidence in studies}),
         **claims_pages([evidence for _, _, evidence in studies if not evidence.judged.empty]),
         "power.md": _power(),
+        **_ratios(),
         "answer.md": "\n\n".join(answers),
         "status.md": _status(plans),
         "methods.md": _methods(plans, studies),
@@ -78,6 +79,17 @@ def _power() -> str:
         "which ought to be called so; dotted, 80 %. Right: a network that is worse by twice the tolerance; dotted, 5 %."
     )
     return _picture(figures.power_curves(found), "power.svg", caption)
+
+
+def _ratios() -> dict[str, str]:
+    """Return what the chapter on costs shows of the ratios to other people's code."""
+    found = ratios.machines()
+    caption = (
+        "Images a second when a ResNet-20 is trained with masks, beside the most that the processor's rate of "
+        "multiplying and that of its memory would allow."
+    )
+    drawn = _picture(figures.limit_bars(ratios.limits(found)), "limits.svg", caption) if found else ratios.NONE
+    return {"ratios.md": ratios.ratios_table(found), "growth.md": ratios.growth_table(found), "limits.md": drawn}
 
 
 def _stub(page: PagePlan, grid_file: str) -> str:

@@ -250,6 +250,23 @@ def power_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def limit_bars(table: pd.DataFrame) -> Figure:
+    """Draw what a training reaches beside its limits, a group of bars a processor.
+
+    Args:
+        table: Images a second, in the columns ``images``, ``multiply`` and ``memory``; a line a processor.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.9 * len(table)), layout="constrained")
+    said = {"images": "reached", "multiply": "multiplying allows", "memory": "memory allows"}
+    table[list(said)].rename(columns=said).plot.barh(ax=axis, color=["black", *shades(2)], width=0.75)
+    for bars in axis.containers:
+        axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
+    axis.set(xlabel="images a second", ylabel="")
+    axis.margins(x=0.1)
+    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
 def radar(table: pd.DataFrame) -> Figure:
     """Draw the scorecard of `lthlib.results.verdict.scorecard`: an axis a metric, the best at the rim."""
     angles = np.linspace(0, 2 * np.pi, len(table.columns), endpoint=False)

@@ -26,6 +26,7 @@ from lthlib.tickets.ticket import Ticket
 
 RESULTS = "book/results"
 LATENCY = ROOT / RESULTS / "latency.json"  # of a machine, not of a grid
+RATIOS = ROOT / RESULTS / "ratios.json"  # by benchmarks/ratios.py
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""What the library costs beside other people's code: every ratio in one run, for the chapter *What it costs*.
+
+    make benchmarks          # or: python benchmarks/ratios.py [--only training ...] [--record]
+
+Runs the programs below one after the other, each in a process of its own; each says what it measured with `tell`.
+Peers that are no dependency of the project are installed in a folder that is thrown away. `--record` writes
+book/results/ratios.json: one entry for each kind of processor, this one's replaced. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lthlib.core import machine
+from lthlib.core.store import seal, write_atomically
+from lthlib.results.recorded import RATIOS, recorded_json
+
+HERE = Path(__file__).resolve().parent
+PEERS = ("lime==0.2.0.1", "imagecorruptions-imaug==1.1.5", "corrupt-tta==0.1.7")
+PROGRAMS = {
+    "limits": (),
+    "training": ("--repeats", "3"),
+    "predictions": (),
+    "explanations": ("8",),
+    "dissection": (),
+    "flatness": ("--starts", "2"),
+    "corruptions": ("--images", "100", "--repeats", "1"),
+    "masks": (),
+    "metrics": (),
+}
+ONE_THREAD = ("corruptions", "metrics")  # as their texts say
+
+
+def tell(what: str, peer: str, seconds: float, peer_seconds: float) -> None:
+    """Print what takes how long here and by a peer, and leave it to whoever collects such lines."""
+    print(f"{what}: {peer_seconds / seconds:.2f} x as fast as {peer}")
+    _leave({"what": what, "peer": peer, "ours": seconds, "theirs": peer_seconds})
+
+
+def tell_growth(what: str, by: str, seconds: dict[int, float]) -> None:
+    """Print how the time of something grows with a number of images, classes, weights or workers."""
+    print(f"{what} by {by}: " + ", ".join(f"{n:,} {s:.3g} s" for n, s in seconds.items()))
+    _leave({"what": what, "by": by, "seconds": {str(n): s for n, s in seconds.items()}})
+
+
+def tell_limit(what: str, **images: float) -> None:
+    """Print images a second of a training, and the most that the rates of multiplying and of memory would allow."""
+    print(f"{what}, images a second: " + ", ".join(f"{name} {value:,.0f}" for name, value in images.items()))
+    _leave({"what": what, "limit": images})
+
+
+def _leave(line: dict) -> None:
+    if path := os.environ.get("LTHLIB_RATIOS"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def peers(folder: Path) -> str:
+    """Install the peers apart from the project, as far as they can be had; return their folder."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PEERS]
+    if subprocess.run(command, check=False).returncode:
+        print("The peers could not be installed; what is compared with them is left out.", file=sys.stderr)
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--record", action="store_true", help="put the result into book/results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "ratios.jsonl")
+        where = os.pathsep.join(filter(None, (peers(Path(folder, "peers")), os.environ.get("PYTHONPATH"))))
+        for name in options.only:
+            print(f"\n=== {name}", flush=True)
+            threads = "1" if name in ONE_THREAD else str(os.cpu_count())
+            env = {**os.environ, "PYTHONPATH": where, "LTHLIB_RATIOS": str(found), "OMP_NUM_THREADS": threads}
+            subprocess.run([sys.executable, str(HERE / f"{name}.py"), *PROGRAMS[name]], env=env, check=True)
+        lines = [json.loads(line) for line in found.read_text().splitlines()]
+    if options.record:
+        if options.only != list(PROGRAMS):
+            parser.error("--record wants all programs: leave --only away")
+        kind = {"processor": machine.processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        known = recorded_json(RATIOS)["machines"] if RATIOS.exists() else []
+        others = [of for of in known if {name: of[name] for name in kind} != kind]
+        here = {**kind, "provenance": machine.provenance("auto"), "lines": lines}
+        write_atomically(RATIOS, seal({"machines": [*others, here]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the chapter on costs says of recorded ratios: the peer's time over ours, a column a processor."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from lthlib.book import ratios
+
+MADE = {"time": "2026-01-02T03:04", "commit": "abc", "python": "3.13", "torch": "2.9", "precision": "float32"}
+
+
+def machine(name, *lines):
+    return {"processor": name, "instructions": "AVX2", "provenance": MADE, "lines": list(lines)}
+
+
+def test_a_ratio_is_the_peers_time_over_ours_in_the_column_of_its_processor():
+    both = {"what": "a trace", "peer": "a probe", "ours": 2.0, "theirs": 7.0}
+    one = {"what": "a mask", "peer": "a loop", "ours": 4.0, "theirs": 1.0}
+    table = ratios.ratios_table([machine("old", both, one), machine("new", {**both, "ours": 1.0})])
+    assert "| a trace | a probe | **3.5** (7 s) | **7** (7 s) |" in table
+    assert "| a mask | a loop | **0.25** (1 s) | – |" in table
+    assert "old, AVX2: 2026-01-02, commit abc" in table
+
+
+def test_growth_is_told_from_the_fewest_to_the_most():
+    table = ratios.growth_table([machine("old", {"what": "x", "by": "images", "seconds": {"10": 1.0, "40": 3.0}})])
+    assert "| x | images | 10: 1 s, 40: 3 s | 3 times for 4 times as many | old, AVX2 |" in table
+
+
+def test_limits_have_a_line_for_each_processor_that_was_measured():
+    limit = {"images": 400.0, "multiply": 1000.0, "memory": 3000.0}
+    found = ratios.limits([machine("old", {"what": "x", "limit": limit}), machine("new")])
+    assert found.to_dict("index") == {"old, AVX2": limit}
+
+
+def test_without_a_record_the_command_is_named():
+    assert ratios.ratios_table([]) == ratios.growth_table([]) == ratios.NONE
+
+
+def test_a_benchmark_leaves_its_lines_where_it_is_told(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "ratios.py"
+    spec = importlib.util.spec_from_file_location("ratios_program", path)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setenv("LTHLIB_RATIOS", str(tmp_path / "lines"))
+    program.tell("a mask", "a loop", 2.0, 5.0)
+    assert "2.50 x as fast as a loop" in capsys.readouterr().out
+    left = json.loads((tmp_path / "lines").read_text())
+    assert left == {"what": "a mask", "peer": "a loop", "ours": 2.0, "theirs": 5.0}
