@@ -30,6 +30,11 @@ POWER = 0.8  # the chance that an equal network is shown to be so, by convention
 RULE_OF_THREE = 3 / 1.645  # steps: an event unseen in n cases has a rate below 3/n (at 95 %)
 
 
+def votes(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of those metrics that LTH-PASS asks for."""
+    return lines[lines["metric"].map(lambda name: METRICS[name].in_verdict).astype(bool)]
+
+
 def moderated(
     variances: np.ndarray, df: np.ndarray, rounds: np.ndarray, use: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -178,8 +183,8 @@ def decided(lines: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 def _holm(lines: pd.DataFrame, alpha: float) -> tuple[pd.Series, pd.Series]:
     """Return p corrected over the metrics of each ticket that have a vote, and the level at which each was tested."""
-    votes = lines[lines["metric"].map(lambda name: METRICS[name].in_verdict) & lines["p"].notna()]
-    each = votes.drop_duplicates([*TICKET, *CASE]).sort_values("p", kind="stable")
+    voting = votes(lines[lines["p"].notna()])
+    each = voting.drop_duplicates([*TICKET, *CASE]).sort_values("p", kind="stable")
     groups = each.groupby(TICKET, sort=False)["p"]
     left = groups.transform("size") - groups.cumcount()
     each = each.assign(corrected=(left * each["p"]).clip(upper=1.0), level=alpha / left)
