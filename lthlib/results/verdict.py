@@ -59,6 +59,13 @@ class Thresholds:
         if self.alpha == 0:
             raise UserError("Threshold alpha is 0; no measurement shows anything with certainty: 0.05, for instance.")
 
+    def allowed(self, metric: str, dense: float, n_classes: int) -> float:
+        """Return the shortfall that is tolerated of a metric, given its dense mean."""
+        entry = METRICS[metric]
+        if entry.unit != "fraction":
+            return self.relative_tolerance * abs(dense)
+        return self.tolerance * (2 / n_classes if entry.over_classes else 1)
+
 
 def thresholds_from(given: object) -> Thresholds:
     """Return thresholds from plain values, the defaults in the place of those not given."""
@@ -131,10 +138,9 @@ def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds)
     entries = [METRICS[name] for name in lines["metric"]]
     lines["sign"] = np.array([{True: 1, False: -1, None: np.nan}[m.higher_is_better] for m in entries], float)
     fraction = np.array([m.unit == "fraction" for m in entries], bool)
-    over_classes = np.array([m.over_classes for m in entries], bool)
-    absolute = thresholds.tolerance * np.where(over_classes, 2 / n_classes, 1.0)
     lines["shortfall"] = lines["sign"] * (lines["dense"] - lines["mean"])
-    lines["allowed"] = np.where(fraction, absolute, thresholds.relative_tolerance * lines["dense"].abs())
+    pairs = zip(lines["metric"], lines["dense"], strict=True)
+    lines["allowed"] = np.array([thresholds.allowed(*pair, n_classes) for pair in pairs], float)
     # A relative allowance is as uncertain as the dense mean, which therefore has this weight in shortfall - allowed.
     share = np.where(fraction, 0.0, thresholds.relative_tolerance)
     lines["weight"] = 1 - lines["sign"] * share * np.sign(lines["dense"])
