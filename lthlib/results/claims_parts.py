@@ -120,7 +120,7 @@ class Claim:
         source: Who made it, as Markdown.
         needs: Which rows the rule reads.
         says: Two sentences for each of holds, fails and cannot be told.
-        find: The rule, of the evidence, or of two (`narrow` to `wide`) where ``over`` is not `ALONE`.
+        find: The rule: a function of the evidence, or of that at both ends of a group where ``over`` is not `ALONE`.
         figure: Metrics that are drawn.
         methods: Methods that are drawn; all where empty.
         over: `ALONE`, or what the studies compared differ in: `WIDTHS`, `CLASSES`.
