@@ -18,7 +18,7 @@ from lthlib.core.errors import UserError
 from lthlib.networks.checkpoints import Normalised, builder, load_network
 from lthlib.networks.inputs import as_input
 from lthlib.networks.weights import used_weights
-from lthlib.own.words import as_json, sentence, status
+from lthlib.own.words import as_json, conclusion, status
 
 FEW = {"calibration": {"n_test": 200, "n_corrupted": 5, "n_bootstrap": 10}}
 
@@ -164,12 +164,12 @@ def test_what_was_asked_for_and_cannot_be_measured_is_not_shown(dense, images, s
     found = own.compare(dense, same, "mnist5k", dimensions=FEW, store=store, thresholds=wide)
     assert (status(found), as_json(found)["status"], found.failed) == (0, 0, [])
     (name,) = list(found.networks)[1:]
-    assert "LTH-PASS" in sentence(found, name)
+    assert "LTH-PASS" in conclusion(found, name).sentence
     more = {**FEW, "flatness": {"n_weights": 4}}
     found = own.compare(dense, same, "mnist5k", dimensions=more, store=store, thresholds=wide)
     assert (status(found), as_json(found)["networks"][name]["outcome"], found.failed) == (3, "not shown", ["flatness"])
-    assert "LTH-PASS" not in sentence(found, name)
-    assert "Nothing is shown of flatness" in sentence(found, name)
+    assert "LTH-PASS" not in conclusion(found, name).sentence
+    assert "Nothing is shown of flatness" in conclusion(found, name).sentence
 
 
 def test_an_onnx_file_is_asked_through_its_runtime(dense, half, images, store, tmp_path, monkeypatch):

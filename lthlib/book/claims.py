@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 
 from lthlib.figures.claims import claim_figure
 from lthlib.metrics import METRICS
-from lthlib.results.claims import CLAIMS, Claim, find_all, interpreted
+from lthlib.results.claims import CLAIMS, Claim, Finding, find_all, interpreted
 from lthlib.results.claims_parts import CANNOT, FAILS, HOLDS, UNMEASURED, Evidence
-from lthlib.results.claims_rules import Finding
 
 MARKS = {HOLDS: "✓", FAILS: "✗", CANNOT: "?", UNMEASURED: "–"}
 LEGEND = ", ".join(f"{mark} {outcome}" for outcome, mark in MARKS.items())

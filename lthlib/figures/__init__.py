@@ -11,15 +11,17 @@ import contextlib
 import io
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -99,8 +101,13 @@ def voting(judged: pd.DataFrame, also: Sequence[str] = ()) -> list[tuple[str, st
     return [(metric, shift) for metric, shift in pairs if METRICS[metric].in_verdict or metric in also]
 
 
-def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]], *, columns: int = 2) -> Figure:
-    """Draw metric against sparsity, one panel a metric and shift, of what `lthlib.results.verdict.judge` returns."""
+def curves(
+    judged: pd.DataFrame, panels: Sequence[tuple[str, str]], *, columns: int = 2, also: Sequence[Artist] = ()
+) -> Figure:
+    """Draw metric against sparsity, one panel a metric and shift, of what `lthlib.results.verdict.judge` returns.
+
+    ``also`` comes at the end of the legend.
+    """
     figure, axes = grid(len(panels), columns, 3.1, 0.6)
     for axis, (metric, shift) in zip(axes, panels, strict=True):
         part = judged[(judged["metric"] == metric) & (judged["shift"] == shift)]
@@ -108,10 +115,7 @@ def curves(judged: pd.DataFrame, panels: Sequence[tuple[str, str]], *, columns: 
         only = judged.loc[judged["metric"] == metric, "shift"].nunique() == 1
         title = METRICS[metric].title + ("" if only else f": {shift}")
         axis.set_title(textwrap.fill(title, 99 // min(columns, len(panels))))  # a longer line would run off the figure
-    methods = list(dict.fromkeys(judged["method"]))
-    handles = legend(methods)
-    in_a_row = len(handles) if len(handles) <= 7 else 6  # more would run off the figure
-    figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
+    legend(figure, judged["method"], also)
     return figure
 
 
@@ -157,17 +161,17 @@ def sparsity_axis(axis: Axes, rounds: Sequence[int]) -> None:
     axis.grid(axis="x", visible=False)
 
 
-def legend(methods: Sequence[str]) -> list[Line2D]:
-    """Return the legend's entries: dense, the methods, the outcomes."""
-    colour = colours()
-    return [
-        Line2D([], [], color="black", ls="--", label="dense"),
-        *[Line2D([], [], color=colour[m], marker="o", ms=4, label=METHODS[m].title) for m in methods],
-        *[
-            Line2D([], [], color="grey", ls=STYLES[o], marker="o", ms=5, fillstyle=FILLS[o], mfcalt="white", label=o)
-            for o in STYLES
-        ],
-    ]
+def legend(figure: Figure, methods: Iterable[str], also: Sequence[Artist] = ()) -> None:
+    """Put a legend below: dense, the methods, the outcomes, and what there is besides."""
+    handles = [Line2D([], [], color="black", ls="--", label="dense")]
+    for method in dict.fromkeys(methods):
+        handles.append(Line2D([], [], color=colours()[method], marker="o", ms=4, label=METHODS[method].title))
+    for outcome, fill in FILLS.items():
+        style = {"ls": STYLES[outcome], "marker": "o", "ms": 5, "fillstyle": fill, "mfcalt": "white"}
+        handles.append(Line2D([], [], color="grey", label=outcome, **style))
+    handles += also
+    in_a_row = len(handles) if len(handles) <= 7 else 6  # more would run off the figure
+    figure.legend(handles=handles, loc="outside lower center", ncols=in_a_row, frameon=False)
 
 
 def reach_map(table: pd.DataFrame, ends: pd.DataFrame) -> Figure:
@@ -191,28 +195,19 @@ def heatmap(
     text: pd.DataFrame | None,
     columns: Sequence[str],
     rows: Sequence[str],
-    bar: Mapping[str, object],
+    bar: Mapping[str, object] | None,
     *,
     norm: Normalize,
     cmap: str = "crest",
     lines: float = 1,
     size: float | None = None,
     degrees: int = 25,
-) -> None:
+) -> ScalarMappable:
     """Draw a table as coloured cells with numbers, as seaborn does, which draws the whole figure once more for it.
 
-    Args:
-        axis: Where.
-        table: Numbers; a cell that is NaN stays empty.
-        text: What is written into the cells; None for nothing.
-        columns: Names below, slanted by ``degrees``.
-        rows: Names on the left.
-        bar: Options of the colour bar.
-        norm: Of the numbers.
-        cmap: Colours.
-        lines: Width between cells.
-        size: Of the text.
-        degrees: Slant of the names below.
+    Cells that are NaN stay empty; ``text``, if any, is written into the others in a ``size``. ``columns`` are names
+    below, slanted by ``degrees``, ``rows`` those on the left, ``bar`` options of the colour bar, None for no bar.
+    ``lines`` is the width between cells.
     """
     values = np.ma.masked_invalid(table.to_numpy(float))
     shown = axis.pcolormesh(values, cmap=cmap, norm=norm, linewidths=lines, edgecolors="white")
@@ -221,20 +216,21 @@ def heatmap(
         if not np.ma.getmaskarray(values)[y, x]:
             colour = ".15" if sns.utils.relative_luminance(colours[y, x]) > 0.408 else "w"
             axis.text(x + 0.5, y + 0.5, value, color=colour, ha="center", va="center", size=size, in_layout=False)
-    axis.figure.colorbar(shown, ax=axis, **bar).outline.set_linewidth(0)
+    if bar is not None:
+        axis.figure.colorbar(shown, ax=axis, **bar).outline.set_linewidth(0)
     axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    slant = {"ha": "center"} if degrees == 90 else {"ha": "right", "rotation_mode": "anchor"}
+    slant = {"ha": "center"} if degrees in (0, 90) else {"ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=degrees, **slant)
     axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axis.spines[:].set_visible(False)
+    return shown
 
 
 def power_curves(table: pd.DataFrame) -> Figure:
     """Draw how often a metric is called kept, against images, a line for each number of seeds.
 
-    Args:
-        table: As ``benchmarks/verdict.py`` records it. On the left networks equal to their parent, which are
-            to be called so in 80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
+    Of what ``benchmarks/verdict.py`` records. On the left networks equal to their parent, which are to be called so in
+    80 % of tries; on the right such as lost twice the tolerance, in at most 5 %.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     titles = {0.0: ("equal to its parent", 80), 2.0: ("worse by twice the tolerance", 5)}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lthlib.figures import WIDTH, curve, legend
+from lthlib.figures import curve, grid, legend
 from lthlib.metrics import METRICS
 from lthlib.results.claims import Claim
-from lthlib.results.verdict import COLLAPSED, KEPT, LOST, NOT_SHOWN
+from lthlib.results.verdict import WORSE
 
 MOST_STUDIES, MOST_METRICS = 3, 4
 
@@ -23,27 +23,20 @@ def claim_figure(claim: Claim, judged: Mapping[str, pd.DataFrame]) -> Figure | N
     """
     chosen = {label: _chosen(claim, table) for label, table in judged.items()}
     chosen = dict([(label, table) for label, table in chosen.items() if len(table)][:MOST_STUDIES])
-    metrics = [name for name in claim.figure if any((t["metric"] == name).any() for t in chosen.values())][
-        :MOST_METRICS
-    ]
+    metrics = [name for name in claim.figure if any((t["metric"] == name).any() for t in chosen.values())]
     if not metrics:
         return None
-    columns = min(2, len(metrics))
-    per_study = -(-len(metrics) // columns)
-    size = WIDTH, 2.9 * per_study * len(chosen) + 0.7
-    figure, axes = plt.subplots(per_study * len(chosen), columns, figsize=size, squeeze=False, layout="constrained")
-    for i, (label, table) in enumerate(chosen.items()):
-        panels = axes[i * per_study : (i + 1) * per_study].flat
-        for axis, metric in zip(panels, [*metrics, *[None] * (columns * per_study - len(metrics))], strict=True):
-            part = table[table["metric"] == metric]
-            if part.empty:
-                axis.remove()
-                continue
-            curve(axis, _over_shifts(part), metric)
-            axis.set_title(label, fontsize=9)
-    methods = list(dict.fromkeys(m for table in chosen.values() for m in table["method"]))
-    handles = legend(methods)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    columns, metrics = min(2, len(metrics)), metrics[:MOST_METRICS]
+    metrics += [None] * (len(metrics) % columns)  # a study begins a row
+    figure, axes = grid(len(metrics) * len(chosen), columns, 2.9, 0.7)
+    for axis, ((label, table), metric) in zip(axes, itertools.product(chosen.items(), metrics), strict=True):
+        part = table[table["metric"] == metric]
+        if part.empty:
+            axis.remove()
+            continue
+        curve(axis, _over_shifts(part), metric)
+        axis.set_title(label, fontsize=9)
+    legend(figure, pd.concat(chosen.values())["method"])
     return figure
 
 
@@ -54,9 +47,7 @@ def _chosen(claim: Claim, judged: pd.DataFrame) -> pd.DataFrame:
 
 def _over_shifts(part: pd.DataFrame) -> pd.DataFrame:
     """Average a metric over its shifts; the style is that of the worst outcome."""
-    worst: Sequence[str] = [KEPT, NOT_SHOWN, LOST, COLLAPSED]
-    part = part.assign(rank=part["outcome"].map(worst.index)).drop_duplicates(["method", "round", "shift", "severity"])
-    numbers = ["mean", "low", "high", "dense", "dense_low", "dense_high"]
+    part = part.astype({"outcome": WORSE}).drop_duplicates(["method", "round", "shift", "severity"])
     grouped = part.groupby(["method", "round"], sort=False)
-    found = grouped[numbers].mean().assign(rank=grouped["rank"].max()).reset_index()
-    return found.assign(outcome=found["rank"].map(worst.__getitem__))
+    numbers = ["mean", "low", "high", "dense", "dense_low", "dense_high"]
+    return grouped[numbers].mean().assign(outcome=grouped["outcome"].max()).reset_index()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lthlib.data.corruptions import CORRUPTIONS, common
-from lthlib.figures import WIDTH, colours, factor, label, shades
+from lthlib.figures import WIDTH, colours, factor, heatmap, label, shades
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS, masks
 
@@ -33,26 +34,22 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
     values = {"dense": dense} | ({_title(methods[0]): sparse[methods[0]]} if len(methods) == 1 else {})
     changes = {f"{_title(m)} − dense": sparse[m] - dense for m in methods}
     few, better = len(values) + len(changes) <= 3, METRICS[metric].higher_is_better
+    digits, names = 0 if METRICS[metric].unit == "fraction" else 2, [CORRUPTIONS[name].title for name in dense.index]
     figure, axes = plt.subplots(
         1, len(values) + len(changes), figsize=(WIDTH, 0.24 * len(dense) + 1.1), sharey=True, layout="constrained"
     )
     for panels, scheme, mine in ((values, "viridis", axes[: len(values)]), (changes, "RdBu", axes[len(values) :])):
         most = max(float(np.abs(table).max().max()) for table in panels.values()) or 1.0
         low = -most if scheme == "RdBu" else min(float(table.min().min()) for table in panels.values())
+        style = {"norm": Normalize(low, most), "cmap": scheme if better else f"{scheme}_r"}
         for axis, (title, table) in zip(mine, panels.items(), strict=True):
-            shown = axis.imshow(table, cmap=scheme if better else f"{scheme}_r", vmin=low, vmax=most, aspect="auto")
-            digits = 0 if METRICS[metric].unit == "fraction" else 2
-            dark = shown.to_rgba(table.to_numpy())[..., :3].mean(axis=2) < 0.45
-            style = {"ha": "center", "va": "center", "fontsize": 7, "in_layout": False}
-            for (y, x), value in np.ndenumerate(table.to_numpy() if few else np.empty((0, 0))):
-                colour = "white" if dark[y, x] else "black"
-                axis.text(x, y, f"{np.round(value, digits) + 0.0:.{digits}f}", color=colour, **style)
+            text = (table.round(digits) + 0.0).map(f"{{:.{digits}f}}".format) if few else None
+            severities = [f"{s:g}" for s in table.columns]
+            shown = heatmap(axis, table, text, severities, names, None, lines=0, size=7, degrees=0, **style)
             axis.set_title(title, fontsize="small")
-            axis.set_xticks(range(len(table.columns)), [f"{s:g}" for s in table.columns])
             axis.set_xlabel("severity")
-            axis.grid(visible=False)
         figure.colorbar(shown, ax=list(mine), orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
-    axes[0].set_yticks(range(len(dense)), [CORRUPTIONS[name].title for name in dense.index], fontsize=8)
+    axes[0].tick_params(axis="y", labelsize=8)
     at = f", sparse at {_percent(round)}" if methods[0] in METHODS else ""  # of a foreign network it need not be that
     figure.suptitle(f"{label(metric)}{at}", fontsize="medium")
     return figure

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, kendalltau
@@ -76,20 +75,11 @@ def _drawn(tickets: Mapping[str, Arrays]) -> Iterator[tuple[str, dict, Arrays]]:
 def input_traces(tickets: Mapping[str, Arrays]) -> Figure:
     """Draw the distribution of the input-Hessian trace over images: quartiles, 5 to 95 %, mean and its interval."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.36 * len(tickets) + 1.1), layout="constrained")
-    for place, (title, style, arrays) in enumerate(_drawn(tickets)):
+    for place, (_, style, arrays) in enumerate(_drawn(tickets)):
         values = np.maximum(arrays["input_traces"].astype(float), 1e-12)
-        box = axis.boxplot(
-            [values],
-            positions=[-place],
-            orientation="horizontal",
-            widths=0.6,
-            whis=(5, 95),
-            showfliers=False,
-            tick_labels=[title],
-            manage_ticks=False,
-            medianprops={"color": style["color"]},
-        )
-        for part in (*box["boxes"], *box["whiskers"], *box["caps"]):
+        shape = {"orientation": "horizontal", "widths": 0.6, "whis": (5, 95), "showfliers": False}
+        box = axis.boxplot([values], positions=[-place], manage_ticks=False, **shape)
+        for part in (part for parts in box.values() for part in parts):
             part.set_color(style["color"])
         axis.plot(image_interval(values), [-place] * 2, color=style["color"], lw=4, alpha=0.35)
         axis.plot(values.mean(), -place, "D", color=style["color"], ms=5)
@@ -111,10 +101,8 @@ def layers(tickets: Mapping[str, Arrays]) -> Figure:
     names = next(iter(tickets.values()))["layers"]
     every = -(-len(names) // 40)
     axes[1].set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right")
-    axes[0].set_title(METRICS["weight_hessian_trace_per_weight"].title)
-    axes[1].set_title(METRICS["relative_flatness"].title)
-    for axis in axes:
-        axis.set_ylabel("[nats] ↓")
+    for axis, name in zip(axes, ("weight_hessian_trace_per_weight", "relative_flatness"), strict=True):
+        axis.set(title=METRICS[name].title, ylabel="[nats] ↓")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
@@ -126,8 +114,8 @@ def lines(tickets: Mapping[str, Arrays], start: str) -> Figure:
         for axis, part, scale in zip(axes, ("loss", "error"), (1, 100), strict=True):
             axis.plot(arrays[f"{start}_t"], scale * arrays[f"{start}_{part}"], label=title, **style)
     for axis, text in zip(axes, ("loss [nats]", "error [%]"), strict=True):
-        axis.set_ylabel(text)
-        axis.set_xlabel(f"from the {'dense network' if start == 'dense' else 'other seed'} to the ticket")
+        way = f"from the {'dense network' if start == 'dense' else 'other seed'} to the ticket"
+        axis.set(xlabel=way, ylabel=text)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -155,7 +143,13 @@ def surfaces(tickets: Mapping[str, Arrays], most: int = 4) -> Figure:
         losses = [np.clip(arrays[f"{kind}_loss"], 1e-4, 1e3) for arrays in shown.values()]
         levels = np.geomspace(min(map(np.min, losses)), max(map(np.max, losses)), 15)
         for axis, (title, arrays), loss in zip(row, shown.items(), losses, strict=True):
-            drawn = _contours(axis, unit * arrays[f"{kind}_b"], unit * arrays[f"{kind}_a"], loss, levels)
+            surface, norm = (
+                (unit * arrays[f"{kind}_b"], unit * arrays[f"{kind}_a"], loss, levels),
+                LogNorm(*levels[[0, -1]]),
+            )
+            axis.contour(*surface, colors="white", linewidths=0.4, norm=norm)
+            drawn = axis.contourf(*surface, cmap="viridis", norm=norm, extend="both")
+            axis.grid(visible=False)
             axis.set_title(title if kind == "surface" else "", fontsize="medium")
             axis.locator_params(axis="x", nbins=3)
             axis.set_xlabel("second direction" if kind == "surface" else "random sign [1/255]")
@@ -164,13 +158,6 @@ def surfaces(tickets: Mapping[str, Arrays], most: int = 4) -> Figure:
     axes[0, 0].set_ylabel("first direction")
     axes[1, 0].set_ylabel("sign of the gradient [1/255]")
     return figure
-
-
-def _contours(axis: Axes, x: np.ndarray, y: np.ndarray, loss: np.ndarray, levels: np.ndarray) -> object:
-    norm = LogNorm(levels[0], levels[-1])
-    axis.contour(x, y, loss, levels, colors="white", linewidths=0.4, norm=norm)
-    axis.grid(visible=False)
-    return axis.contourf(x, y, loss, levels, cmap="viridis", norm=norm, extend="both")
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -203,22 +190,13 @@ def rescaled_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
     """Show what multiplying one convolution, undone by the norm behind it, does to the trace."""
     rows = []
     for title, arrays in tickets.items():
-        traces = [
-            float(a.astype(float).mean()) for a in (arrays["weight_per_image"], arrays["weight_relative_per_image"])
-        ]
-        columns = (arrays[f"rescaled_{name}"] for name in ("factor", "trace", "relative", "change"))
-        for factor, trace, relative, change in [(1.0, *traces, 0.0), *zip(*columns, strict=True)]:
-            rows.append(
-                {
-                    "ticket": title,
-                    "layer": str(arrays["rescaled_layer"]),
-                    "times": f"{factor:g}",
-                    "change of a logit": f"{change:.1e}",
-                    label("weight_hessian_trace"): f"{trace:.4g}",
-                    label("relative_flatness"): f"{relative:.4g}",
-                }
-            )
-    return pd.DataFrame(rows).set_index("ticket")
+        traces = [arrays[name].astype(float).mean() for name in ("weight_per_image", "weight_relative_per_image")]
+        columns = (arrays[f"rescaled_{name}"] for name in ("factor", "change", "trace", "relative"))
+        for factor, change, *both in [(1.0, 0.0, *traces), *zip(*columns, strict=True)]:
+            numbers = f"{factor:g}", f"{change:.1e}", *(f"{trace:.4g}" for trace in both)
+            rows.append((title, str(arrays["rescaled_layer"]), *numbers))
+    names = ["ticket", "layer", "times", "change of a logit", label("weight_hessian_trace"), label("relative_flatness")]
+    return pd.DataFrame(rows, columns=names).set_index("ticket")
 
 
 def method_table(tickets: Mapping[str, Arrays]) -> pd.DataFrame:
@@ -248,12 +226,11 @@ def ranking_table(rows: pd.DataFrame) -> pd.DataFrame:
     by_round = table.index.get_level_values("method").nunique() >= 3
     found = {}
     for key, group in table.groupby(level="round" if by_round else "method"):
-        line = f"{100 * sparsity_of(key):.1f} %" if by_round else METHODS[key].title
+        line = found[f"{100 * sparsity_of(key):.1f} %" if by_round else METHODS[key].title] = {}
         flatter = {name: group[name] * (1 if METRICS[name].higher_is_better else -1) for name in (RAW, *RANKED)}
-        taus = {
-            name: kendalltau(flatter[RAW], flatter[name]).statistic if len(group) > 1 else np.nan for name in RANKED
-        }
-        found[line] = {METRICS[name].title: "–" if np.isnan(tau) else f"{tau:.2f}" for name, tau in taus.items()}
+        for name in RANKED:
+            tau = kendalltau(flatter[RAW], flatter[name]).statistic if len(group) > 1 else np.nan
+            line[METRICS[name].title] = "–" if np.isnan(tau) else f"{tau:.2f}"
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("methods at" if by_round else "rounds of")
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,6 +28,7 @@ from lthlib.results.collect import Results
 EXPLANATIONS = ("fidelity", "fidelity_r2", "stability", "stability_relative")
 UNITS = ("unique_detectors", "interpretable_units", "units_above_floor", "mean_best_iou", "composition_iou")
 _RANDOM = {"color": "black", "ls": "-.", "lw": 1.0}
+_MOVED = {"facecolor": "none", "edgecolor": "grey", "hatch": "////"}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -37,8 +39,10 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
     Of what `lthlib.results.verdict.judge` returns, and the rows behind it; metrics that nothing defined are left out.
     """
     metrics = [metric for metric in metrics if (judged["metric"] == metric).any()]
-    figure = figures.curves(judged, [(metric, "none") for metric in metrics])
-    legends = list(figure.legends)
+    also: list[Artist] = [Line2D([], [], **_RANDOM, label="random weights")]
+    if any(f"{metric}_seed_floor" in METRICS for metric in metrics):
+        also.append(Patch(**_MOVED, label="mask seed alone"))
+    figure = figures.curves(judged, [(metric, "none") for metric in metrics], also=also)
     dense = rows[rows["method"] == "dense"].groupby("metric")["value"].mean()
     for axis, metric in zip(figure.axes, metrics, strict=True):
         scale = factor(metric)
@@ -46,12 +50,7 @@ def curves(judged: pd.DataFrame, rows: pd.DataFrame, metrics: Sequence[str]) -> 
             axis.axhline(scale * dense[f"{metric}_random"], **_RANDOM, zorder=2)
         if f"{metric}_seed_floor" in dense:
             low, high = (scale * dense[metric] * (1 + sign * dense[f"{metric}_seed_floor"]) for sign in (-1, 1))
-            axis.axhspan(low, high, facecolor="none", edgecolor="grey", hatch="////", alpha=0.4, lw=0)
-    handles = [*legends[0].legend_handles, Line2D([], [], **_RANDOM, label="random weights")]
-    if any(f"{metric}_seed_floor" in METRICS for metric in metrics):
-        handles.append(Patch(facecolor="none", edgecolor="grey", hatch="////", label="mask seed alone"))
-    legends[0].remove()
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+            axis.axhspan(low, high, **_MOVED, alpha=0.4, lw=0)
     return figure
 
 
@@ -110,11 +109,10 @@ def _by_category(results: Results) -> pd.DataFrame:
     lines = []
     for ticket in results.tickets.itertuples():
         found = results.arrays[ticket.ticket]
-        lines += [
-            (ticket.method, ticket.round, *pair) for pair in zip(found["categories"], found["detectors"], strict=True)
-        ]
-        if ticket.method == "dense":
-            lines += [("random", 0, *pair) for pair in zip(found["categories"], found["random_detectors"], strict=True)]
+        names = {ticket.method: "detectors"} | ({"random": "random_detectors"} if ticket.method == "dense" else {})
+        for method, name in names.items():
+            pairs = zip(found["categories"], found[name], strict=True)
+            lines += [(method, ticket.round, *pair) for pair in pairs]
     return pd.DataFrame(lines, columns=["method", "round", "category", "detectors"])
 
 
@@ -123,21 +121,22 @@ def formula_length(results: Results) -> Figure:
 
     A comparison shows every method at the highest sparsity.
     """
-    tickets = results.tickets
+    tickets, last = results.tickets, results.tickets["round"].max()
     methods = [m for m in dict.fromkeys(tickets["method"]) if m != "dense"]
-    last = tickets["round"].max()
-    figure, axis = plt.subplots(figsize=(0.62 * WIDTH, 3.4), layout="constrained")
-    dense = tickets["method"] == "dense"
-    _length_line(axis, results, dense, "dense", color="black", ls="--")
+    rounds = sorted(set(tickets["round"]) - {0})
+    shown = {"dense": (tickets["method"] == "dense", "by_length", {"color": "black", "ls": "--"})}
     if len(methods) == 1:
-        rounds = sorted(set(tickets["round"]) - {0})
-        for n, colour in zip(rounds, sns.color_palette("flare", len(rounds)), strict=True):
-            _length_line(axis, results, tickets["round"] == n, f"{100 * sparsity_of(n):.3g} %", color=colour)
+        for n, colour in zip(rounds, figures.shades(len(rounds)), strict=True):
+            shown[f"{100 * sparsity_of(n):.3g} %"] = tickets["round"] == n, "by_length", {"color": colour}
     else:
-        for method in methods:
-            chosen = (tickets["method"] == method) & (tickets["round"] == last)
-            _length_line(axis, results, chosen, METHODS[method].title, color=figures.colours()[method])
-    _length_line(axis, results, dense, "random weights", "random_by_length", marker=None, **_RANDOM)
+        for m in methods:
+            chosen = (tickets["method"] == m) & (tickets["round"] == last)
+            shown[METHODS[m].title] = chosen, "by_length", {"color": figures.colours()[m]}
+    shown["random weights"] = tickets["method"] == "dense", "random_by_length", {"marker": None, **_RANDOM}
+    figure, axis = plt.subplots(figsize=(0.62 * WIDTH, 3.4), layout="constrained")
+    for title, (chosen, name, style) in shown.items():
+        values = np.mean([results.arrays[t][name] for t in tickets.loc[chosen, "ticket"]], axis=0)
+        axis.plot(np.arange(1, len(values) + 1), values, **{"marker": "o", "ms": 4, "label": title, **style})
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("concepts in the formula, at most")
     axis.set_ylabel("best IoU ↑, mean over units")
@@ -145,13 +144,6 @@ def formula_length(results: Results) -> Figure:
         axis.set_title(f"at {100 * sparsity_of(last):.3g} % sparsity")
     axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     return figure
-
-
-def _length_line(
-    axis: Axes, results: Results, chosen: pd.Series, label: str, name: str = "by_length", **style: object
-) -> None:
-    values = np.mean([results.arrays[t][name] for t in results.tickets.loc[chosen, "ticket"]], axis=0)
-    axis.plot(np.arange(1, len(values) + 1), values, **{"marker": "o", "ms": 4, "label": label, **style})
 
 
 def units(networks: Mapping[str, Arrays]) -> Figure:
@@ -197,12 +189,9 @@ def explanations(networks: Mapping[str, Arrays]) -> Figure:
     Full tint is the largest coefficient that any of these networks has on the image.
     """
     pictures = next(iter(networks.values()))["explained_images"]
-    rows = len(networks) + 1
-    size = WIDTH, 1.75 * rows
-    figure, axes = plt.subplots(rows, len(pictures), figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
+    rows, bare = len(networks) + 1, {"xticks": [], "yticks": []}
+    style = {"figsize": (WIDTH, 1.75 * rows), "squeeze": False, "layout": "constrained", "subplot_kw": bare}
+    figure, axes = plt.subplots(rows, len(pictures), **style)
     for axis, picture in zip(axes[0], pictures, strict=True):
         axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
     axes[0, 0].set_ylabel("image")
@@ -235,9 +224,7 @@ def gallery(arrays: Arrays) -> Figure:
     rows = 1 + len(categories)
     figure, axes = plt.subplots(rows, figsize=(WIDTH, 1.15 * rows), layout="constrained")
     for axis, title in zip(axes, ["image", *categories], strict=True):
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(str(title))
-        axis.grid(False)
+        axis.set(xticks=[], yticks=[], ylabel=str(title))
         axis.spines[:].set_visible(False)
     axes[0].imshow(_strip(pictures, 255), cmap="gray", vmin=0, vmax=255)
     for c, axis in enumerate(axes[1:]):
@@ -249,21 +236,8 @@ def _label_row(axis: Axes, planes: np.ndarray, labels: np.ndarray) -> None:
     """Draw one category's labels of some images, a colour a label, and name them beside."""
     shown = [n for n in np.unique(planes) if n > 0]
     palette = np.array([(0.93, 0.93, 0.93), *sns.color_palette("husl", len(shown)), (1.0, 1.0, 1.0)])
-    axis.imshow(palette[_strip(_rank(planes, shown), -1)])
+    ranks = np.where(planes > 0, 1 + np.searchsorted(shown, planes), 0)  # 0 where nothing is labelled
+    axis.imshow(palette[_strip(ranks, -1)])
     handles = [Patch(color=palette[1 + i], label=str(labels[n - 1])) for i, n in enumerate(shown[:12])]
-    axis.legend(
-        handles=handles,
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        fontsize="xx-small",
-        handlelength=1,
-        labelspacing=0.2,
-        ncols=1 + (len(shown) > 7),
-        columnspacing=0.8,
-    )
-
-
-def _rank(planes: np.ndarray, shown: Sequence[int]) -> np.ndarray:
-    """Return 0 where nothing is labelled, else 1 + the position of the label among those shown."""
-    return np.where(planes > 0, 1 + np.searchsorted(shown, planes), 0)
+    style = {"fontsize": "xx-small", "handlelength": 1, "labelspacing": 0.2, "columnspacing": 0.8, "frameon": False}
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (len(shown) > 7), **style)

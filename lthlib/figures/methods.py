@@ -92,12 +92,7 @@ def overlap_bars(overlaps: pd.DataFrame, about: str) -> Figure:
 
 
 def accuracy_beside(judged: pd.DataFrame, about: str) -> Figure:
-    """Draw test accuracy against sparsity: one method in the style of every curve, the others of its study in grey.
-
-    Args:
-        judged: As `lthlib.results.verdict.judge` returns it; of its dimensions any one's accuracy is drawn.
-        about: The method in front.
-    """
+    """Draw test accuracy against sparsity: one method in the style of every curve, the others of its study in grey."""
     part = judged[(judged["metric"] == "test_accuracy") & (judged["shift"] == "none")]
     part = part.drop_duplicates(["method", "round"]).sort_values("round")
     figure, axis = plt.subplots(

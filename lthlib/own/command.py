@@ -5,8 +5,6 @@ from __future__ import annotations
 import json as jsons
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -35,19 +33,15 @@ def check(
     json: Path | None = None,
     report: Path | None = None,
 ) -> int:
-    """Print what `compare_files` finds.
+    """Print what `compare_files` finds, and write it where ``rows`` (a table), ``json`` and ``report`` (HTML) say.
 
     Args:
-        dense: The dense network: its weights, or a file that holds the whole network.
-        pruned: Pruned ones.
+        dense, pruned: Files of weights, or such as hold whole networks.
         data: Name of the images; by default the config's.
         network: What makes the networks, see `lthlib.networks.checkpoints.builder`; by default the config's ``arch``.
         config: A file with keys of a grid: dimensions, thresholds, precision, train_size, data, arch.
-        prunable: Which weights count for the sparsity, see `compare`.
-        normalise: What is done with pixels before the network sees them, see `normalisation`.
-        rows: Where to write the tidy table.
-        json: Where to write the verdict for machines.
-        report: Where to write the report.
+        prunable, normalise: See `compare` and `normalisation`.
+        rows, json, report: Files to write.
 
     Returns:
         0 if every pruned network keeps every metric, 2 if one loses some, 3 if one is not shown to keep all.
@@ -58,7 +52,7 @@ def check(
     plan, arch = read_config(config, data)
     again = shlex.join(["python", "-m", "lthlib", *sys.argv[1:]])
     found = compare_files(plan, dense, pruned, network or arch, prunable, normalise, again)
-    print("\n\n".join(summary(found, name) for name in list(found.networks)[1:]))
+    print("\n\n".join(summary(found, name) for name in found.pruned))
     if rows is not None:
         write_atomically(rows, found.rows[list(COLUMNS)].to_csv(index=False))
     if json is not None:
@@ -106,7 +100,11 @@ def compare_files(
         said = f"by {numbers} ({normalise or default}; --normalise says otherwise)"
     else:
         said = "by the network itself (else say --normalise)"
-    load = partial(_normalised, make=build, mean=mean, std=std)
+
+    def load(path: Path) -> nn.Module:
+        model = load_network(path, build)
+        return model if not any(mean) and set(std) == {1.0} else Normalised(model, mean, std)
+
     return compare(
         load(dense),
         {_name(path, pruned): load(path) for path in pruned},
@@ -120,11 +118,6 @@ def compare_files(
         normalised=said,
         again=again,
     )
-
-
-def _normalised(path: Path, make: Callable | None, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    network = load_network(path, make)
-    return network if not any(mean) and set(std) == {1.0} else Normalised(network, mean, std)
 
 
 def normalisation(given: str, images: data.DataSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from lthlib.core.store import Store, say
 from lthlib.data.corrupted import sample
 from lthlib.metrics import Value
 from lthlib.metrics.generalization.classes import disagreement, kept_answers
-from lthlib.networks.checks import answers, check_classifier, check_deterministic
+from lthlib.networks.checks import check_classifier, check_deterministic
 from lthlib.networks.weights import Used, plain_copy, used_weights
 from lthlib.networks.whole import sealed
 from lthlib.own.subject import Label, OwnSubject, digest, few_images
@@ -93,6 +92,11 @@ class Comparison:
         order = self.rows.sort_values("round", kind="stable").drop_duplicates("method")
         return dict(zip(order["method"], order["ticket"], strict=True))
 
+    @property
+    def pruned(self) -> list[str]:
+        """The names of the pruned networks, by sparsity."""
+        return list(self.networks)[1:]
+
     def report(self, path: Path | str) -> None:
         """Write one HTML file that shows and explains everything; it loads nothing from anywhere."""
         from lthlib.own.report import write
@@ -101,24 +105,21 @@ class Comparison:
 
     def save(self, folder: Path) -> None:
         """Put it into an existing folder, from which `read` gives it back."""
-        self.rows.to_csv(folder / "rows.csv", index=False)
-        for ticket, arrays in self.arrays.items():
-            np.savez_compressed(folder / f"{ticket}.npz", **arrays)
-        content = {"facts": self.facts, "n_classes": self.n_classes, "thresholds": asdict(self.thresholds)}
-        (folder / "facts.json").write_text(json.dumps(content))
+        content = {"rows": self.rows.to_dict("list"), "n_classes": self.n_classes, "facts": self.facts}
+        (folder / "found.json").write_text(json.dumps({**content, "thresholds": asdict(self.thresholds)}))
+        arrays = {f"{ticket}/{name}": a for ticket, of in self.arrays.items() for name, a in of.items()}
+        np.savez_compressed(folder / "arrays.npz", **arrays)
 
     @classmethod
     def read(cls, folder: Path | str) -> Comparison:
         """Read what `save` wrote."""
-        folder = Path(folder)
-        content = json.loads((folder / "facts.json").read_text())
-        exactly = {"keep_default_na": False, "na_values": {"sparsity": [""]}, "float_precision": "round_trip"}
-        rows = pd.read_csv(folder / "rows.csv", dtype={"method": str}, **exactly)
-        arrays = {}
-        for ticket in rows["ticket"].unique():
-            with np.load(folder / f"{ticket}.npz") as file:
-                arrays[ticket] = dict(file)
-        limits = verdict.Thresholds(**content["thresholds"])
+        content = json.loads((Path(folder) / "found.json").read_text())
+        rows, limits = pd.DataFrame(content["rows"]), verdict.Thresholds(**content["thresholds"])
+        arrays: dict[str, dict[str, np.ndarray]] = {ticket: {} for ticket in rows["ticket"]}
+        with np.load(Path(folder) / "arrays.npz") as file:
+            for key in file:
+                ticket, _, name = key.partition("/")
+                arrays[ticket][name] = file[key]
         return cls(rows, arrays, content["n_classes"], content["facts"], limits)
 
 
@@ -257,23 +258,15 @@ def _examined(name: str, model: nn.Module, images: data.DataSet, few: Tensor) ->
     """Return a plain copy of a network that has one row of logits for the classes of some images."""
     try:
         network = model.eval() if sealed(model) else plain_copy(model, few)
-        check_deterministic(network, few)
+        n_logits = check_deterministic(network, few)[0][1].shape[1]
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    n_logits = answers(network, few).shape[1]
     if n_logits != len(images.classes):
         raise UserError(
             f"{name}: The network's output for an image has the shape {(n_logits,)}; {images.name} has "
             f"{len(images.classes)} classes, so {len(images.classes)} logits are needed."
         )
     return network
-
-
-def _used(network: nn.Module, few: Tensor) -> Used:
-    """Return the weights of a network by their names in itself, without those of what is around it."""
-    closed = sealed(network)
-    found = used_weights(network, few) if closed is None else closed.used
-    return {re.sub(r"^(network\.)+", "", name): of for name, of in found.items()}
 
 
 def _pruned_kind(used: Mapping[str, Used]) -> str:
@@ -323,34 +316,29 @@ def _measure(
     subjects: Mapping[str, OwnSubject], settings: Mapping[str, Mapping], sparsities: Mapping[str, float]
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, np.ndarray]], dict[str, str]]:
     """Return tables by dimension, arrays by network, and why a dimension could not be measured."""
+    n = max((int(s["n_test"]) for s in settings.values() if "n_test" in s), default=10_000)
+    arrays, churn = _answered(subjects, n)
     parts, lacking = [], {}
-    arrays: dict[str, dict[str, np.ndarray]] = {subject.ticket.id: {} for subject in subjects.values()}
-    steps = [(dimension, name) for dimension in settings for name in subjects]
-    found: dict[str, list] = {dimension: [] for dimension in settings}
-    bar = tqdm(steps, unit="step", delay=2, leave=False)
-    for dimension, name in bar:
-        bar.set_description(f"{dimension} of {name}")
-        if dimension in lacking:
-            continue
+    bar = tqdm(total=len(settings) * len(subjects), unit="step", delay=2, leave=False)
+    for dimension, parameters in settings.items():
+        found = []
         try:
-            _check_open(subjects[name].network, dimension)
-            with sdpa_kernel(SDPBackend.MATH):  # of attention's kernels, the one that has second derivatives
-                values, kept = measured(subjects[name], dimension, settings[dimension])
+            for name, subject in subjects.items():
+                bar.set_description(f"{dimension} of {name}")
+                _check_open(subject.network, dimension)
+                with sdpa_kernel(SDPBackend.MATH):  # of attention's kernels, the one that has second derivatives
+                    values, kept = measured(subject, dimension, parameters)
+                also = churn.get(name, []) if dimension == "generalization" else []
+                found.append((subject.ticket, sparsities[name], [*values, *also]))
+                arrays[subject.ticket.id].update(kept)
+                bar.update()
+            parts.append(table_of(found, dimension))
         except (UserError, RuntimeError) as error:  # PyTorch's: an operation without the derivative that is needed
             said = str(error).strip().splitlines()[0]
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             lacking[dimension] = f"It cannot be measured for {name}: {kind}{said}"
             say(f"note: {dimension} is left out. {lacking[dimension]}")
-            continue
-        ticket = subjects[name].ticket
-        found[dimension].append((ticket, sparsities[name], values))
-        arrays[ticket.id].update(kept)
-    n = max((int(s["n_test"]) for s in settings.values() if "n_test" in s), default=10_000)
-    churn = _answered(subjects, arrays, n)
-    for dimension, of in found.items():
-        if dimension not in lacking:
-            also = churn if dimension == "generalization" else {}
-            parts.append(table_of([(t, s, [*v, *also.get(t.method, [])]) for t, s, v in of], dimension))
+    bar.close()
     return parts, arrays, lacking
 
 
@@ -365,15 +353,16 @@ def _check_open(network: nn.Module, dimension: str) -> None:
     )
 
 
-def _answered(subjects: Mapping[str, OwnSubject], arrays: Mapping[str, dict], n: int) -> dict[str, list[Value]]:
-    """Add the answers to the arrays, and some images that each pruned network lost; return churn by network."""
-    like, churn = subjects[DENSE].data, {}
+def _answered(
+    subjects: Mapping[str, OwnSubject], n: int
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, list[Value]]]:
+    """Return arrays by network: its answers, and some images that a pruned one lost; and churn by network."""
+    like, arrays, churn = subjects[DENSE].data, {}, {}
     at, labels = sample(like.test.labels, n), subjects[DENSE].labels("test", n).numpy()
     names, dense = np.array(like.classes), subjects[DENSE].logits("test", n).argmax(1)
     for name, subject in subjects.items():
-        mine, logits = arrays[subject.ticket.id], subject.logits("test", n)
-        if "predicted" not in mine:
-            mine.update(kept_answers(logits, labels, like.classes))
+        logits = subject.logits("test", n)
+        mine = arrays[subject.ticket.id] = kept_answers(logits, labels, like.classes)
         if name != DENSE:
             predicted = logits.argmax(1)
             churn[name] = [Value("churn", disagreement(predicted, dense), len(labels))]
@@ -382,4 +371,4 @@ def _answered(subjects: Mapping[str, OwnSubject], arrays: Mapping[str, dict], n:
             mine["lost_pixels"] = like.test.pixels[at[torch.from_numpy(shown)]].numpy()
             mine["lost_answers"] = np.stack([names[labels[shown]], names[dense[shown]], names[predicted[shown]]])
             mine["lost_counts"] = np.array([len(lost), int(((dense != labels) & (predicted == labels)).sum()), len(at)])
-    return churn
+    return arrays, churn

@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from lthlib import figures
+from lthlib.book.claims import plain
 from lthlib.book.pages import html_table, show
 from lthlib.book.runner import execute
 from lthlib.core.store import ROOT, write_atomically
@@ -29,18 +30,13 @@ from lthlib.figures.corruption import corruption_map
 from lthlib.figures.flatness import method_table
 from lthlib.figures.interpretability import explanations
 from lthlib.own.compare import DENSE, Comparison
-from lthlib.own.words import outcome, sentence, votes_of
+from lthlib.own.words import conclusion
 from lthlib.results import verdict
 from lthlib.results.classes import recall_changes
 
 TEMPLATE = ROOT / "notebooks" / "own.ipynb"
 LOOK = Path(__file__).with_name("report.css")
-WORDS = {
-    verdict.KEPT: "kept",
-    verdict.LOST: "lost",
-    verdict.COLLAPSED: "lost: it has collapsed",
-    verdict.NOT_SHOWN: "not shown",
-}
+WORDS = {**{outcome: outcome for outcome in verdict.WORSE.categories}, verdict.COLLAPSED: "lost: it has collapsed"}
 
 
 # --- the cells ---------------------------------------------------------------------------------------------------
@@ -54,11 +50,6 @@ def load(folder: str) -> Comparison:
     return Comparison.read(folder)
 
 
-def pruned(found: Comparison) -> list[str]:
-    """Return the names of the pruned networks, by sparsity."""
-    return list(found.networks)[1:]
-
-
 def by_title(found: Comparison) -> dict[str, Mapping[str, np.ndarray]]:
     """Return the arrays of the networks by their names, dense first."""
     return {name: found.arrays[ticket] for name, ticket in found.networks.items()}
@@ -67,11 +58,10 @@ def by_title(found: Comparison) -> dict[str, Mapping[str, np.ndarray]]:
 def verdicts(found: Comparison) -> Markdown:
     """Say of each pruned network whether it keeps what the dense one has, and what would decide what is open."""
     lines = []
-    for name in pruned(found):
-        (passed,) = verdict.lth_pass(found.judged[found.judged["method"] == name]).itertuples()
-        share = "" if np.isnan(passed.sparsity) else f", {100 * passed.sparsity:.1f} % pruned"
-        lines.append(f"**{_plain(name)}{share}: {WORDS[outcome(found, name)]}.** {_plain(sentence(found, name))}")
-        votes = votes_of(found.judged, name)
+    for name in found.pruned:
+        outcome, sentence, sparsity, votes = conclusion(found, name)
+        share = "" if np.isnan(sparsity) else f", {100 * sparsity:.1f} % pruned"
+        lines.append(f"**{plain(name)}{share}: {WORDS[outcome]}.** {plain(sentence)}")
         lines += [f"- {line.title} would be decided by {line.decides}." for line in votes.itertuples() if line.decides]
         lines.append("")
     if left := found.facts["not_measured"]:
@@ -81,15 +71,15 @@ def verdicts(found: Comparison) -> Markdown:
 
 def votes(found: Comparison) -> None:
     """Show each metric with a vote: both numbers, how much worse the pruned one is, what is tolerated, the outcome."""
-    for name in pruned(found):
-        lines = votes_of(found.judged, name)
+    for name in found.pruned:
+        lines = conclusion(found, name).votes
         scaled = lines[["dense", "mean", "shortfall", "least", "most", "allowed"]]
         scaled = scaled.mul(lines["metric"].map(figures.factor), axis=0).map("{:.4g}".format)
         table = pd.DataFrame(
             {
                 "metric": [
-                    figures.label(line.metric) + ("" if line.shift == "none" else f", {line.shift}")
-                    for line in lines.itertuples()
+                    figures.label(metric) + f", {shift}" * (shift != "none")
+                    for metric, shift in zip(lines["metric"], lines["shift"], strict=True)
                 ],
                 DENSE: scaled["dense"].tolist(),
                 name: scaled["mean"].tolist(),
@@ -103,7 +93,7 @@ def votes(found: Comparison) -> None:
 
 def assumed(found: Comparison) -> Markdown:
     """Say what was taken for granted."""
-    return Markdown(f"{_plain(found.facts['images'])}. {_plain(found.facts['assumed'])}")
+    return Markdown(f"{plain(found.facts['images'])}. {plain(found.facts['assumed'])}")
 
 
 def reliability_diagrams(found: Comparison) -> object:
@@ -115,7 +105,7 @@ def corruption_maps(found: Comparison) -> object:
     """Draw of each pruned network what corruption does to it, beside the dense one."""
 
     def draw() -> None:
-        for name in pruned(found):
+        for name in found.pruned:
             mine = found.judged[found.judged["method"] == name]
             metric = next(m for m in ("corrupted_accuracy", "corrupted_ece") if (mine["metric"] == m).any())
             corruption_map(mine, metric, int(mine["round"].iloc[0]))
@@ -139,7 +129,7 @@ def lost_images(found: Comparison) -> None:
     rows = {}
     for name, arrays in list(by_title(found).items())[1:]:
         lost, won, n = arrays["lost_counts"].tolist()
-        text = f"Of {n:,} images **{_plain(name)}** loses {lost:,} that dense has right, and wins {won:,} others."
+        text = f"Of {n:,} images **{plain(name)}** loses {lost:,} that dense has right, and wins {won:,} others."
         show(Markdown(text))
         if lost:
             columns = dict(zip(("true", DENSE, "sparse"), arrays["lost_answers"], strict=True))
@@ -159,7 +149,7 @@ def flatness(found: Comparison) -> object:
     def draw() -> None:
         rows = found.judged[found.judged["dimension"] == "flatness"]
         rows = rows[rows["metric"] != "test_accuracy"]
-        values = rows.pivot(index="metric", columns="method", values="mean")[pruned(found)]
+        values = rows.pivot(index="metric", columns="method", values="mean")[found.pruned]
         values.insert(0, DENSE, rows.drop_duplicates("metric").set_index("metric")["dense"])
         values = values.loc[rows["metric"].drop_duplicates()].rename_axis(None, axis="columns")
         values = values.mul(values.index.map(figures.factor), axis=0).map("{:.4g}".format)
@@ -192,7 +182,7 @@ def density(found: Comparison) -> Figure | Markdown:
 
 def not_measured(found: Comparison) -> Markdown:
     """Say what was not measured, and why."""
-    lines = [f"- {name.capitalize()}: {_plain(reason)}" for name, reason in found.facts["not_measured"].items()]
+    lines = [f"- {name.capitalize()}: {plain(reason)}" for name, reason in found.facts["not_measured"].items()]
     seeds = "- The spread over trainings: there is one network on each side. Another training may come out otherwise."
     speed = "- Speed and memory: they depend on the kernels that will run the network, not on its zeros."
     return Markdown("\n".join([*lines, seeds, speed]))
@@ -207,7 +197,7 @@ def again(found: Comparison) -> Markdown:
     )
     return Markdown(
         f"```bash\n{found.facts['again']}\n```\n\nMade on {made['time']} by commit `{made['commit']}`, torch "
-        f"{made['torch']}, in {made['precision']} on {_plain(made['processor'])}. How much was measured: {sizes}."
+        f"{made['torch']}, in {made['precision']} on {plain(made['processor'])}. How much was measured: {sizes}."
     )
 
 
@@ -215,14 +205,9 @@ def _measured(found: Comparison, dimension: str, draw: Callable[[], object]) -> 
     """Return what drawing returns, or why there is nothing to draw."""
     reason = found.facts["not_measured"].get(dimension)
     if reason is not None:
-        return Markdown(f"*Not measured. {_plain(reason)}*")
+        return Markdown(f"*Not measured. {plain(reason)}*")
     draw()
     return None
-
-
-def _plain(text: str) -> str:
-    """Return a person's words so that Markdown leaves them as they are."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>#&|" else letter for letter in text)
 
 
 # --- one file ----------------------------------------------------------------------------------------------------
@@ -239,7 +224,7 @@ def write(found: Comparison, path: Path) -> None:
         else:  # a notebook's own shell and figures are left alone
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 pool.submit(run).result()
-        write_atomically(path, as_html(nbformat.read(page, as_version=4), ", ".join(pruned(found))))
+        write_atomically(path, as_html(nbformat.read(page, as_version=4), ", ".join(found.pruned)))
 
 
 def as_html(page: nbformat.NotebookNode, title: str) -> str:

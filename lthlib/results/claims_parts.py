@@ -1,4 +1,4 @@
-"""The parts that rules of claims are made of: what a study holds, means over its networks, and what differences decide.
+"""The parts that claims are made of: what a study holds, means over its networks, and what differences decide.
 
 Means are over methods and over the rounds at which all networks compared stand (have not collapsed). How much another
 training would change such a mean is estimated from all methods of the study at these rounds, each as one estimate with
@@ -8,9 +8,10 @@ Student's t excludes zero and every seed has the same sign. It is about other tr
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,6 +27,8 @@ HOLDS, FAILS, CANNOT, UNMEASURED = "holds", "fails", "cannot be told", "not meas
 LEVEL = 0.05  # the probability, at most about, that a difference of nothing is called one, by convention
 MODERATE = 0.9  # "matches" is asked up to this sparsity: the paper compares at 67 %, at the far end everything loses
 PI = ("snip", "grasp", "synflow")
+ALONE, WIDTHS, CLASSES = "study", "widths", "classes"
+SUMMARY = "the paper {cite}`chen2022can`, as its summary reports it {cite}`siddhartha2023can`, under *%s*"
 
 
 @dataclass(frozen=True)
@@ -63,38 +66,29 @@ class Evidence:
         values = rows.groupby(["metric", "method", "round", "seed"])["value"].mean().unstack("seed")
         log = [name in METRICS and is_log(name) for name in values.index.get_level_values("metric")]
         values[log] = np.log(values[log].where(values[log] > 0))
-        if "test_accuracy" not in values.index or "dense" not in values.loc["test_accuracy"].index:
-            return values
-        accuracy = values.loc["test_accuracy"].mean(axis=1)
-        dense = accuracy.loc["dense"].iloc[0]
-        gone = accuracy.index[dense - accuracy > self.thresholds.collapse * (dense - 1 / self.n_classes)]
-        return values[~values.index.droplevel("metric").isin(gone)]
+        gone = verdict.collapsed(verdict.summarise(self.rows), self.n_classes, self.thresholds.collapse)
+        return values[~values.index.droplevel("metric").isin([ticket[2:] for ticket in gone])]
 
     def cells(self, metric: str) -> pd.DataFrame:
         """Return a metric's values, (method, round) x seeds; empty where it was not measured."""
-        there = metric in self.values.index.get_level_values("metric")
-        return self.values.loc[metric] if there else self.values.iloc[:0].droplevel("metric")
+        return self.values[self.values.index.get_level_values("metric") == metric].droplevel("metric")
 
-    def measured(self, methods: Iterable[str], metric: str = "test_accuracy") -> list[str]:
+    def measured(self, methods: Iterable[str], metric: str) -> list[str]:
         """Return those of some methods of which a metric was measured, standing or not."""
         there = set(self.rows.loc[self.rows["metric"] == metric, "method"])
         return [name for name in methods if name in there]
 
-    @property
-    def family(self) -> str:
-        """The architecture without its width."""
-        return self._named[0]
+    def sparse(self, metric: str) -> list[str]:
+        """Return the sparse methods of which a metric was measured; a small dense network is none."""
+        found = dict.fromkeys(m for m in self.rows["method"] if METHODS[m].family != "dense" and m != "small-dense")
+        return self.measured(found, metric)
 
     @property
-    def wide(self) -> float:
-        """How wide its networks are beside others of their family: the end of ``resnet20s-x2``, else 1."""
-        return self._named[1]
-
-    @property
-    def _named(self) -> tuple[str, float]:
-        arch = str(self.rows["arch"].iloc[0])
-        found = re.fullmatch(r"(.+?)[-_]?(?:x|w|width)(\d+(?:\.\d+)?)", arch)
-        return (found[1], float(found[2])) if found else (arch, 1.0)
+    def arch(self) -> tuple[str, float]:
+        """The architecture without its width, and how wide it is: the end of ``resnet20s-x2``, else 1."""
+        name = str(self.rows["arch"].iloc[0])
+        found = re.fullmatch(r"(.+?)[-_]?(?:x|w|width)(\d+(?:\.\d+)?)", name)
+        return (found[1], float(found[2])) if found else (name, 1.0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +98,66 @@ class Part:
     outcome: str
     said: str
     seeds: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found: the outcome, what it looked at, and what else should be said beside it."""
+
+    outcome: str
+    parts: Sequence[Part] = ()
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and how it is judged.
+
+    Attributes:
+        name: An identifier.
+        title: A few words.
+        statement: The claim in one sentence.
+        source: Who made it, as Markdown.
+        needs: Which rows the rule reads.
+        says: Two sentences for each of holds, fails and cannot be told.
+        find: The rule: a function of the evidence, or of that at both ends of a group where ``over`` is not `ALONE`.
+        figure: Metrics that are drawn.
+        methods: Methods that are drawn; all where empty.
+        over: `ALONE`, or what the studies compared differ in: `WIDTHS`, `CLASSES`.
+    """
+
+    name: str
+    title: str
+    statement: str
+    source: str
+    needs: str
+    says: Mapping[str, str]
+    find: Callable[..., Finding]
+    figure: Sequence[str]
+    methods: Sequence[str] = ()
+    over: str = ALONE
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return " ".join(inspect.getdoc(self.find).split())
+
+
+CLAIMS: list[Claim] = []
+"""All claims, in the paper's order; full once `lthlib.results.claims` is imported."""
+
+
+def claim(
+    name: str, title: str, statement: str, source: str, *, holds: str, fails: str, cannot: str, **fields: object
+) -> Callable[[Callable[..., Finding]], Callable[..., Finding]]:
+    """Register the function below as the rule of a claim, its docstring as the rule in words."""
+
+    def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
+        says = {HOLDS: holds, FAILS: fails, CANNOT: cannot}
+        CLAIMS.append(Claim(name, title, statement, source, says=says, find=find, **fields))
+        return find
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -164,18 +218,19 @@ def settle(d: Mean, tests: int = 1) -> tuple[str, float, float]:
 
 
 def difference(
-    metric: str, names: Sequence[str], a: Mean | None, b: Mean | None, sign: int = 0, tests: int = 1
+    metric: str, names: Sequence[str], a: Mean | None, b: Mean | None, *, sign: int = 0, title: str = "", tests: int = 1
 ) -> Part:
     """Ask whether the first of two ``names``, of mean ``a``, is better in a metric than the second, of mean ``b``.
 
     A mean is None where it was not measured. ``sign`` is 1 where more is asked for, -1 where less is; by default the
-    metric's own.
+    metric's own, as is the ``title``.
     """
+    title = title or titled(metric)
     if a is None or b is None or (a - b).each.empty:
-        return Part(UNMEASURED, f"{titled(metric)} of {names[0]} and {names[1]}")
+        return Part(UNMEASURED, f"{title} of {names[0]} and {names[1]}")
     d = (a - b) * (sign or (1 if METRICS[metric].higher_is_better else -1))
     outcome, low, high = settle(d, tests)
-    said = f"{titled(metric)}: {names[0]} {number(metric, a.value)}, {names[1]} {number(metric, b.value)}, "
+    said = f"{title}: {names[0]} {number(metric, a.value)}, {names[1]} {number(metric, b.value)}, "
     return Part(outcome, said + gap(metric, d.value, low, high), len(d.each))
 
 
@@ -216,10 +271,10 @@ def keeps(e: Evidence, methods: Sequence[str], metrics: Sequence[str]) -> Part:
     return Part(FAILS if share.max() > 0.5 else HOLDS if kept == len(lines) else CANNOT, said)
 
 
-def all_of(parts: Sequence[Part]) -> str:
-    """Return the outcome of a claim that needs all of its parts."""
+def all_of(*parts: Part, more: str = "") -> Finding:
+    """Return what is found of a claim that needs all of its parts: it fails where one is shown to be false."""
     outcomes = {part.outcome for part in parts}
-    return next((o for o in (UNMEASURED, FAILS, CANNOT) if o in outcomes), HOLDS)
+    return Finding(next((o for o in (UNMEASURED, FAILS, CANNOT) if o in outcomes), HOLDS), parts, more)
 
 
 # --- words -------------------------------------------------------------------------------------------------------

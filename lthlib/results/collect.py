@@ -67,18 +67,16 @@ def collect(
     settings = DIMENSIONS[dimension].parameters(parameters)
     name = question(dimension, settings, precision)
     records = read_records(recorded) if recorded else {}
-    tickets = study.tickets()
-    missing = [ticket.id for ticket in tickets if (ticket.id, name) not in records]
+    tickets = {ticket: records.get((ticket.id, name)) for ticket in study.tickets()}
+    missing = [ticket.id for ticket, record in tickets.items() if record is None]
     if missing and not compute_missing:
         raise UserError(
             f"{len(missing)} of {len(tickets)} evaluations are not among the recorded results in {recorded}, the first "
             f"is {missing[0]}: record the grid again, or allow computing."
         )
     found = [
-        records[ticket.id, name].evaluation(ticket)
-        if (ticket.id, name) in records
-        else evaluate(ticket, dimension, store, settings, precision)
-        for ticket in tqdm(tickets, desc=dimension, unit="ticket", delay=2, leave=False)
+        evaluate(ticket, dimension, store, settings, precision) if record is None else record.evaluation(ticket)
+        for ticket, record in tqdm(tickets.items(), desc=dimension, unit="ticket", delay=2, leave=False)
     ]
     return Results(
         study,
@@ -87,7 +85,7 @@ def collect(
         ticket_table(found),
         {e.ticket.id: e.arrays for e in found},
         [e.provenance for e in found],
-        frozenset(ticket.id for ticket in tickets if (ticket.id, name) in records),
+        frozenset(ticket.id for ticket in tickets) - {*missing},
     )
 
 

@@ -9,6 +9,7 @@ plus what images do to all networks of a side at once, their covariance, as far 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,11 @@ FEW, TREND = 5, 12  # variances from which on their own spread, and its trend wi
 LEAST_SHARE = 0.02  # of the median: two equal trainings, as counts often are, are no sign that all would be
 POWER = 0.8  # the chance that an equal network is shown to be so, by convention
 RULE_OF_THREE = 3 / 1.645  # steps: an event unseen in n cases has a rate below 3/n (at 95 %)
+
+
+def votes(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of those metrics that LTH-PASS asks for."""
+    return lines[lines["metric"].map(lambda name: METRICS[name].in_verdict).astype(bool)]
 
 
 def moderated(
@@ -107,25 +113,24 @@ def with_images(
 ) -> pd.DataFrame:
     """Add what resampled images say: ``images_variance``, ``bias``, ``step``, ``images``; NaN where nothing is kept."""
     tickets = rows.drop_duplicates("ticket").groupby(TICKET, sort=False)["ticket"].agg(list).to_dict()
-    dense = {key[:2]: names for key, names in tickets.items() if key[2] == "dense"}
+    dense = {key[:2]: key for key in tickets if key[2] == "dense"}
 
-    def of(names: list[str], case: tuple) -> np.ndarray | None:
-        found = [held(replicates.get(name, {}), *case) for name in names]
+    def of(ticket: tuple, case: tuple) -> np.ndarray | None:
+        found = [held(replicates.get(name, {}), *case) for name in tickets[ticket]]
         return None if any(one is None for one in found) else np.stack(found).astype(float)
 
-    parents: dict[tuple, np.ndarray | None] = {}
+    parent = cache(of)
     found = np.full((len(lines), 4), np.nan)
     several = (lines[["seeds", "dense_seeds"]].min(axis=1) > 1).to_numpy()
     keys = zip(*(lines[name] for name in (*TICKET, *CASE)), strict=True)
-    for i, key in enumerate(keys if replicates else ()):
-        study, case = key[:2], key[4:]
-        mine = of(tickets[key[:4]], case)
-        if mine is None:
-            continue
-        if (*study, *case) not in parents:
-            parents[*study, *case] = of(dense[study], case)
-        theirs = parents[*study, *case]
-        if theirs is not None and theirs.shape[1:] == mine.shape[1:] and mine[0, 0] == theirs[0, 0] > 1:
+    for i, key in enumerate(keys):
+        mine, theirs = of(key[:4], key[4:]), parent(dense[key[:2]], key[4:])
+        if (
+            mine is not None
+            and theirs is not None
+            and theirs.shape[1:] == mine.shape[1:]
+            and mine[0, 0] == theirs[0, 0] > 1
+        ):
             variance, bias = over_images(mine[:, 2:], theirs[:, 2:], lines["weight"].iat[i], several[i])
             found[i] = variance, bias, mine[:, 1].max(), mine[0, 0]
     return lines.assign(**dict(zip(("images_variance", "bias", "step", "images"), found.T, strict=True)))
@@ -178,8 +183,8 @@ def decided(lines: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 def _holm(lines: pd.DataFrame, alpha: float) -> tuple[pd.Series, pd.Series]:
     """Return p corrected over the metrics of each ticket that have a vote, and the level at which each was tested."""
-    votes = lines[lines["metric"].map(lambda name: METRICS[name].in_verdict) & lines["p"].notna()]
-    each = votes.drop_duplicates([*TICKET, *CASE]).sort_values("p", kind="stable")
+    voting = votes(lines[lines["p"].notna()])
+    each = voting.drop_duplicates([*TICKET, *CASE]).sort_values("p", kind="stable")
     groups = each.groupby(TICKET, sort=False)["p"]
     left = groups.transform("size") - groups.cumcount()
     each = each.assign(corrected=(left * each["p"]).clip(upper=1.0), level=alpha / left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ import pandas as pd
 from lthlib.core.errors import UserError
 from lthlib.core.store import Store
 from lthlib.pruning import METHODS
-from lthlib.pruning.masks import Masks, chance_jaccard, jaccard
+from lthlib.pruning.masks import chance_jaccard, jaccard
 from lthlib.results.recorded import check_records
 from lthlib.tickets.obtain import obtain
 from lthlib.tickets.study import Study
@@ -53,7 +54,7 @@ def compare(
     known = _recorded(recorded) if recorded else {}
     lines = []
     for round, seed in itertools.product(rounds or study.rounds, study.seeds):
-        masks: dict[str, Masks] = {}
+        masks_of = cache(lambda ticket: obtain(ticket, store).masks)
         for a, b in pairs(study, round, seed, about):
             found = known.get((a.id, b.id)) or known.get((b.id, a.id))
             if found is None and not compute_missing:
@@ -61,15 +62,10 @@ def compare(
                     f"The overlap of {a.id} and {b.id} is not among the recorded results in {recorded}: record the "
                     "grid again, or allow computing."
                 )
-            lines.append((round, seed, a.method, b.method, a.id, b.id, *(found or _compare(a, b, masks, store))))
+            if found is None:
+                found = [overlap(masks_of(a), masks_of(b)) for overlap in (jaccard, chance_jaccard)]
+            lines.append((round, seed, a.method, b.method, a.id, b.id, *found))
     return pd.DataFrame(lines, columns=["round", "seed", "a", "b", *COLUMNS])
-
-
-def _compare(a: Ticket, b: Ticket, masks: dict[str, Masks], store: Store) -> tuple[float, float]:
-    for ticket in (a, b):
-        if ticket.id not in masks:
-            masks[ticket.id] = obtain(ticket, store).masks
-    return jaccard(masks[a.id], masks[b.id]), chance_jaccard(masks[a.id], masks[b.id])
 
 
 def _recorded(root: Path | str) -> dict[tuple[str, str], tuple[float, float]]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from lthlib.pruning import METHODS
 from lthlib.results.claims_parts import CANNOT, FAILS, HOLDS, UNMEASURED, Evidence, Part, ahead
 
-TRACE, SCALE_FREE, PIXELS, ACCURACY = (
+TRACE, PIXELS, SCALE_FREE, ACCURACY = (
     "weight_hessian_trace",
-    "relative_flatness",
     "input_hessian_trace",
+    "relative_flatness",
     "test_accuracy",
 )
 FACTS = {  # what it means that the other methods are shown ahead of RigL, behind it, or neither

@@ -16,14 +16,6 @@ BASE = 0.5  # every metric's value for a dense network
 SHARED, OWN = 20.0, 10.0  # deviations of an image's effect on all networks, and on one, in units of the tolerance
 
 
-def tolerated(metric: str, thresholds: verdict.Thresholds) -> float:
-    """Return the shortfall that is tolerated of a metric whose dense value is `BASE`."""
-    entry = METRICS[metric]
-    if entry.unit != "fraction":
-        return thresholds.relative_tolerance * BASE
-    return thresholds.tolerance * (2 / CLASSES if entry.over_classes else 1)
-
-
 def simulate(
     studies: int,
     images: int,
@@ -51,7 +43,7 @@ def simulate(
     """
     rng, counts, limits = np.random.default_rng(0), resamples(images), verdict.Thresholds()
     lines, replicates = [], {}
-    tolerances = np.array([tolerated(metric, limits) for metric in metrics])
+    tolerances = np.array([limits.allowed(metric, BASE, CLASSES) for metric in metrics])
     signs = np.array([1 if METRICS[metric].higher_is_better else -1 for metric in metrics])
     lost = loss * (np.arange(rounds + 1) > 0)[:, None, None]
     for study in range(studies):
@@ -75,8 +67,6 @@ def simulate(
 
 def outcomes(judged: pd.DataFrame) -> dict[str, float]:
     """Return the share of lines that are kept, lost and not shown, and of scorecards with a loss (``any lost``)."""
-    shares = {
-        name: float((judged["outcome"] == name).mean()) for name in (verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN)
-    }
-    any_lost = judged.groupby(verdict.TICKET, sort=False)["outcome"].agg(lambda found: (found == verdict.LOST).any())
-    return {**shares, "any lost": float(any_lost.mean())}
+    named = (verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN)
+    lost = (judged["outcome"] == verdict.LOST).groupby([judged[key] for key in verdict.TICKET])
+    return {name: float((judged["outcome"] == name).mean()) for name in named} | {"any lost": float(lost.any().mean())}

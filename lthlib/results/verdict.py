@@ -7,7 +7,7 @@ everything an LTH-PASS, but publishes no thresholds. Those here are ours; each i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,11 @@ from scipy.stats import t as student
 from lthlib.core.errors import UserError, choose, shown
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS
-from lthlib.results.noninferiority import CASE, KEPT, LOST, NOT_SHOWN, TICKET, decided, pooled, with_images
+from lthlib.results.noninferiority import CASE, KEPT, LOST, NOT_SHOWN, TICKET, decided, pooled, votes, with_images
 
 COLLAPSED = "collapsed"
+WORSE = pd.CategoricalDtype([KEPT, NOT_SHOWN, LOST, COLLAPSED], ordered=True)
+"""Outcomes from the best to the worst."""
 KEYS = [*TICKET, "dimension", *CASE]
 MOST_TIMES = 100  # as many images or seeds as were measured: more is no advice
 
@@ -56,6 +58,13 @@ class Thresholds:
                 raise UserError(f"Threshold {name} is {value!r}; it must be a number from 0{limit or ' on'}.")
         if self.alpha == 0:
             raise UserError("Threshold alpha is 0; no measurement shows anything with certainty: 0.05, for instance.")
+
+    def allowed(self, metric: str, dense: float, n_classes: int) -> float:
+        """Return the shortfall that is tolerated of a metric, given its dense mean."""
+        entry = METRICS[metric]
+        if entry.unit != "fraction":
+            return self.relative_tolerance * abs(dense)
+        return self.tolerance * (2 / n_classes if entry.over_classes else 1)
 
 
 def thresholds_from(given: object) -> Thresholds:
@@ -104,8 +113,10 @@ def judge(
     if rows.empty:
         raise UserError("There are no rows to judge.")
     summary = summarise(rows)
-    _check_dense(summary)
-    gone = _collapsed(summary, n_classes, thresholds.collapse)
+    for (dataset, arch), of in summary.groupby(["dataset", "arch"]):
+        if "dense" not in set(of["method"]):
+            raise UserError(f"There is no dense run of {dataset} {arch} among the rows; a verdict compares with it.")
+    gone = collapsed(summary, n_classes, thresholds.collapse)
     standing = ~pd.MultiIndex.from_frame(summary[TICKET]).isin(gone)
     lines = _beside_dense(pooled(summary, standing), n_classes, thresholds)
     lines = with_images(lines, rows, replicates)
@@ -115,12 +126,6 @@ def judge(
     for column in ("outcome", "older"):
         lines[column] = lines[column].where(contest, "").mask(fallen & contest, COLLAPSED)
     return lines.drop(columns=["sign", "weight", "bias", "step", "variance", "dense_variance", "pooled_df", "dense_df"])
-
-
-def _check_dense(summary: pd.DataFrame) -> None:
-    for (dataset, arch), rows in summary.groupby(["dataset", "arch"]):
-        if "dense" not in set(rows["method"]):
-            raise UserError(f"There is no dense run of {dataset} {arch} among the rows; a verdict compares with it.")
 
 
 def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds) -> pd.DataFrame:
@@ -133,10 +138,9 @@ def _beside_dense(summary: pd.DataFrame, n_classes: int, thresholds: Thresholds)
     entries = [METRICS[name] for name in lines["metric"]]
     lines["sign"] = np.array([{True: 1, False: -1, None: np.nan}[m.higher_is_better] for m in entries], float)
     fraction = np.array([m.unit == "fraction" for m in entries], bool)
-    over_classes = np.array([m.over_classes for m in entries], bool)
-    absolute = thresholds.tolerance * np.where(over_classes, 2 / n_classes, 1.0)
     lines["shortfall"] = lines["sign"] * (lines["dense"] - lines["mean"])
-    lines["allowed"] = np.where(fraction, absolute, thresholds.relative_tolerance * lines["dense"].abs())
+    pairs = zip(lines["metric"], lines["dense"], strict=True)
+    lines["allowed"] = np.array([thresholds.allowed(*pair, n_classes) for pair in pairs], float)
     # A relative allowance is as uncertain as the dense mean, which therefore has this weight in shortfall - allowed.
     share = np.where(fraction, 0.0, thresholds.relative_tolerance)
     lines["weight"] = 1 - lines["sign"] * share * np.sign(lines["dense"])
@@ -166,7 +170,7 @@ def what_would_decide(line: Mapping[str, object]) -> str:
     )
 
 
-def _collapsed(summary: pd.DataFrame, n_classes: int, share: float) -> list[tuple]:
+def collapsed(summary: pd.DataFrame, n_classes: int, share: float) -> list[tuple]:
     """Name the tickets that have collapsed; where accuracy was not measured, none is known to have."""
     accuracy = summary[(summary["metric"] == "test_accuracy") & (summary["shift"] == "none")]
     accuracy = accuracy.groupby(TICKET)["mean"].first()
@@ -214,20 +218,19 @@ def lth_pass(judged: pd.DataFrame) -> pd.DataFrame:
         One line a method and round: ``sparsity``, ``passed``, the ``outcome`` of all together (lost where any is; kept
         where all are), ``kept`` and ``of`` (how many), ``lost`` and ``open`` (names; open: not shown).
     """
-    counts = judged["metric"].map(lambda name: METRICS[name].in_verdict)
-    is_sparse = ~judged["method"].isin([m.name for m in METHODS.values() if m.family == "dense"])
-    counted = judged[counts & (judged["outcome"] != "") & is_sparse]
-    counted = counted.drop_duplicates([*TICKET, *CASE])
+    counted = votes(judged)
+    is_sparse = ~counted["method"].isin([name for name, method in METHODS.items() if method.family == "dense"])
+    counted = counted[(counted["outcome"] != "") & is_sparse].drop_duplicates([*TICKET, *CASE])
     asked = counted.drop_duplicates(["dataset", "arch", *CASE]).groupby(["dataset", "arch"]).size()
     lines = []
     for key, group in counted.groupby(TICKET, sort=False):
-        outcomes, of = group["outcome"], int(asked[key[:2]])
+        worst, of = group["outcome"].astype(WORSE).max(), int(asked[key[:2]])
         lost, still = (
-            list(dict.fromkeys(group.loc[outcomes.isin(which), "metric"])) for which in ([LOST, COLLAPSED], [NOT_SHOWN])
+            list(group.loc[group["outcome"].isin(which), "metric"].unique())
+            for which in ([LOST, COLLAPSED], [NOT_SHOWN])
         )
-        n_kept = int((outcomes == KEPT).sum())
-        gone = COLLAPSED if (outcomes == COLLAPSED).any() else LOST if lost else ""
-        outcome = gone or (KEPT if n_kept == of else NOT_SHOWN)
+        n_kept = int((group["outcome"] == KEPT).sum())
+        outcome = NOT_SHOWN if worst == KEPT and n_kept < of else worst
         lines.append((*key, group["sparsity"].iloc[0], outcome == KEPT, outcome, n_kept, of, lost, still))
     return pd.DataFrame(lines, columns=[*TICKET, "sparsity", "passed", "outcome", "kept", "of", "lost", "open"])
 
@@ -238,31 +241,27 @@ def reach(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     The table is methods x metrics, or dimensions (all of whose metrics must be kept); only metrics in the verdict
     count. NaN where not even the lowest sparsity is reached.
     """
-    table: dict[str, dict[str, float]] = {}
-    for (method, column), lines in _ladders(judged, by):
-        kept = lines[(lines["outcome"] == KEPT).cumprod().astype(bool)]
-        table.setdefault(method, {})[column] = kept["sparsity"].iloc[-1] if len(kept) else math.nan
-    return pd.DataFrame.from_dict(table, orient="index")
+    return _climbed(judged, by, lambda kept, _: kept["sparsity"].iloc[-1] if len(kept) else math.nan)
 
 
 def ends(judged: pd.DataFrame, by: str = "metric") -> pd.DataFrame:
     """Return the outcome that ends each `reach`, in the same table; "" where it goes to the last round."""
-    table: dict[str, dict[str, str]] = {}
-    for (method, column), lines in _ladders(judged, by):
-        table.setdefault(method, {})[column] = next((o for o in lines["outcome"] if o != KEPT), "")
-    return pd.DataFrame.from_dict(table, orient="index")
+    return _climbed(judged, by, lambda _, others: others["outcome"].iloc[0] if len(others) else "")
 
 
-def _ladders(judged: pd.DataFrame, by: str) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
-    """Yield the sparsity and the worst outcome of each round, by method and metric or dimension."""
-    counted = judged[judged["metric"].map(lambda name: METRICS[name].in_verdict)]
+def _climbed(judged: pd.DataFrame, by: str, say: Callable[[pd.DataFrame, pd.DataFrame], object]) -> pd.DataFrame:
+    """Ask of the rounds that are kept without a break and of the others, methods x metrics or dimensions."""
+    counted = votes(judged)
     if by == "dimension":
         counted = counted.assign(dimension=counted["metric"].map(lambda name: METRICS[name].dimension))
-    worst = [KEPT, NOT_SHOWN, LOST, COLLAPSED]
-    ranked = counted.assign(rank=counted["outcome"].map(worst.index)).groupby(["method", by, "round"], sort=False)
-    rounds = ranked.agg(rank=("rank", "max"), sparsity=("sparsity", "mean"))
-    for key, lines in rounds.groupby(level=[0, 1], sort=False):
-        yield key, lines.sort_index(level="round").assign(outcome=lambda found: found["rank"].map(worst.__getitem__))
+    ranked = counted.astype({"outcome": WORSE}).groupby(["method", by, "round"], sort=False)
+    rounds = ranked.agg(outcome=("outcome", "max"), sparsity=("sparsity", "mean"))
+    table: dict[str, dict[str, object]] = {}
+    for (method, column), lines in rounds.groupby(level=[0, 1], sort=False):
+        lines = lines.sort_index(level="round")
+        kept = (lines["outcome"] == KEPT).cumprod().astype(bool)
+        table.setdefault(method, {})[column] = say(lines[kept], lines[~kept])
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def standing_round(judged: pd.DataFrame) -> int:
@@ -279,10 +278,7 @@ def scorecard(summary: pd.DataFrame) -> pd.DataFrame:
     Methods x metrics, of a summary restricted to what is to be compared (one round, and dense); a metric in which all
     are equal is 1 for all.
     """
-    counted = summary[summary["metric"].map(lambda name: METRICS[name].in_verdict)]
-    table = counted.pivot_table(index="method", columns="metric", values="mean", sort=False)
-    for name in table:
-        low, high = table[name].min(), table[name].max()
-        scaled = (table[name] - low) / (high - low) if high > low else table[name] * 0 + 1
-        table[name] = scaled if METRICS[name].higher_is_better or high == low else 1 - scaled
-    return table
+    table = votes(summary).pivot_table(index="method", columns="metric", values="mean", sort=False)
+    turned = table * [1 if METRICS[name].higher_is_better else -1 for name in table]
+    best, span = turned.max(), turned.max() - turned.min()
+    return 1 - (best - turned) / span.replace(0, 1)
