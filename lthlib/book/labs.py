@@ -67,19 +67,15 @@ def make_labs(workers: int) -> dict[str, str]:
     Returns:
         Name -> why, of the labs that failed.
     """
-    logs = {name: BUILD / "logs" / "labs" / f"{name}.log" for name in labs()}
-    todo = [name for name in logs if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
-    for name in logs.keys() - set(todo):
-        logs[name].unlink(missing_ok=True)
+    todo = [name for name in labs() if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
     if todo:
         import torch._dynamo  # noqa: F401  # what the first optimizer loads, for seconds: the forks have it at once
-    in_forks(((logs[name], functools.partial(_run, name)) for name in todo), workers)
-    lost = {name: log.read_text(errors="replace").strip() for name, log in logs.items() if log.exists()}
-    for name in logs:
-        said = lost.get(name, "").splitlines()[-1:]
-        if said:
-            lost[name] = said[0]
-            text = f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{said[0]}\n`````\n"
+    lost = in_forks({name: functools.partial(_run, name) for name in todo}, BUILD / "logs" / "labs", workers)
+    for name in labs():
+        if name in lost:
+            text = (
+                f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{lost[name]}\n`````\n"
+            )
         else:
             text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
         _write(MADE / f"{name}.md", text.encode())

@@ -42,10 +42,6 @@ OF = "lthlib_of"  # in a page's metadata: the fingerprint of what it was made fr
 _PROGRESS = re.compile("\r|\x1b\\[A")  # back to the start of the line, or up to the bar above
 
 
-class PageError(UserError):
-    """A cell failed; the message names the template, the cell, the error, and where the notebook up to there lies."""
-
-
 def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, title: str | None = None, of: str = ""):
     """Execute a template into a page.
 
@@ -57,7 +53,8 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         of: Fingerprint of what the page is made from, kept in its metadata.
 
     Raises:
-        PageError: A cell failed. An older page stays.
+        UserError: A cell failed; the message names template, cell, error, and where the notebook up to there lies. An
+            older page stays.
     """
     temporary = output.with_name(f".{output.stem}.tmp.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
@@ -80,11 +77,11 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         said = f"{error.ename}: {error.evalue}".rstrip(". ")
         number = error.cell_index + (0 if parameters else 1)  # in the template, which has no injected cell
         where = f"{_shown(template)}, cell {number}" + (f" ({cell[0]})" if cell else "")
-        raise PageError(f"{where}: {said}. The notebook up to there: {_shown(failed)}") from None
+        raise UserError(f"{where}: {said}. The notebook up to there: {_shown(failed)}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if not any("image/png" in output.get("data", {}) for cell in page.cells for output in cell.get("outputs", [])):
-        raise PageError(f"{_shown(template)} drew no figure, and figures are what a page is for.")
+        raise UserError(f"{_shown(template)} drew no figure, and figures are what a page is for.")
     _furnish(page, title)
     page.metadata[OF] = of
     failed.unlink(missing_ok=True)
