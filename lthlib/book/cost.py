@@ -123,11 +123,7 @@ def table(grid: Grid, throughput: Mapping[str, float]) -> pd.DataFrame:
     """Return one line a study: networks, images seen in training, multiply-accumulates, hours.
 
     Multiply-accumulates are those of the images' forward passes and of their gradients, as if all networks were dense;
-    a method that removes channels needs fewer.
-
-    Args:
-        grid: What is trained.
-        throughput: Multiply-accumulates a second by `kind`.
+    a method that removes channels needs fewer. The throughput, multiply-accumulates a second, is given by `kind`.
     """
     lines = []
     for study in grid.studies:

@@ -14,7 +14,6 @@ import json
 import re
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -100,14 +99,15 @@ def fragment(lab: NotebookNode, name: str) -> str:
     pictures = 0
     for cell in lab.cells[1:]:
         parts.append(f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source)
-        for kind, content in _shown(cell):
-            if kind == "text":
-                parts.append(f"```text\n{content}\n```")
-            else:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
                 pictures += 1
-                _write(MADE / f"{name}-{pictures}.png", base64.b64decode(content))
+                _write(MADE / f"{name}-{pictures}.png", base64.b64decode(data["image/png"]))
                 comment = re.match(r"#\s*([^\n\]]+)", cell.source)
                 parts.append(f"![{comment[1] if comment else 'Figure'}](/_generated/labs/{name}-{pictures}.png)")
+            elif text := data.get("text/plain", "").strip("\n"):
+                parts.append(f"```text\n{text}\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -125,16 +125,6 @@ def archive() -> bytes:
             entry.external_attr = 0o644 << 16
             file.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return packed.getvalue()
-
-
-def _shown(cell: NotebookNode) -> Iterator[tuple[str, str]]:
-    """Yield what a cell printed and drew: pairs of "text" or "png", and the content."""
-    for output in cell.get("outputs", []):
-        data = output.get("data", {"text/plain": output.get("text", "")})
-        kind = "png" if "image/png" in data else "text"
-        content = data.get("image/png", data.get("text/plain", "")).strip("\n")
-        if content:
-            yield kind, content
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -64,10 +64,9 @@ def clear_stale(grid: Grid, store: Store) -> None:
         recorded_json(file)
     keys = {job: plan.artifacts(grid, job) for job in plan.jobs(grid)}
     lost = store.lost(_keys_of(grid, store))
-    for key in [key for key in lost if key.startswith("predictions/")]:
-        for evaluation in [k for of in keys.values() for k in of if k.split("/")[1] == key.split("/")[1]]:
-            if evaluation.startswith("evaluations/"):
-                store.drop(evaluation)  # whoever measures anew predicts anew
+    unread = tuple(f"evaluations/{key.split('/')[1]}/" for key in lost if key.startswith("predictions/"))
+    for key in [key for of in keys.values() for key in of if key.startswith(unread)]:
+        store.drop(key)  # whoever measures anew predicts anew
     made = {job: plan.job_made_from(grid, job, store) for job in plan.jobs(grid)}
     for job, of in made.items():
         there = all((store.path(key) / MANIFEST).exists() for key in keys[job])
@@ -81,12 +80,9 @@ def _keys_of(grid: Grid, store: Store) -> list[str]:
     """Return the keys of the store's artifacts that belong to the tickets or the data sets of a grid."""
     mine = tuple(ticket.id for study in grid.studies for ticket in study.tickets())
     shared = tuple(f"{study.data.replace('@', '+').lower()}-" for study in grid.studies)
-    found = []
-    for key in store.list():
-        is_ticket = key.split("/")[0] in ("tickets", "evaluations", "predictions", "rewind-points")
-        if f"{key.split('/')[1]}-".startswith(mine if is_ticket else shared):
-            found.append(key)
-    return found
+    of = dict.fromkeys(("tickets", "evaluations", "predictions", "rewind-points"), mine)
+    named = ((key, *key.split("/")[:2]) for key in store.list())
+    return [key for key, kind, name in named if f"{name}-".startswith(of.get(kind, shared))]
 
 
 def book_made_from(grid: Grid, made: Mapping[plan.Job, str]) -> str:

@@ -117,14 +117,11 @@ def _parameters(template: str, namespace: Mapping[str, object]) -> dict[str, obj
             for name in _assigned(source):
                 choose(name, declared, "parameter")
     given = {name: namespace[name] for name in declared}
-    for name in ("store", "recorded"):
-        value = given[name]
-        require(isinstance(value, str | None), f"The parameter {name}", value, "be the name of a folder, or null")
-    value = given["compute_missing"]
-    require(isinstance(value, bool), "compute_missing", value, "be true or false")
-    for name in ("measure", "thresholds"):
+    kinds = dict.fromkeys(("store", "recorded"), (str | None, "be the name of a folder, or null"))
+    kinds |= dict.fromkeys(("measure", "thresholds"), (Mapping, "be a mapping"))
+    for name, (kind, must) in {**kinds, "compute_missing": (bool, "be true or false")}.items():
         check_plain(given[name], name)
-        require(isinstance(given[name], Mapping), f"The parameter {name}", given[name], "be a mapping")
+        require(isinstance(given[name], kind), f"The parameter {name}", given[name], must)
     return given
 
 
@@ -294,9 +291,8 @@ def interval_table(page: Page) -> HTML:
 
 def sparsest(page: Page, most: int | None = None) -> dict[str, Mapping[str, np.ndarray]]:
     """Return the arrays of dense and of each method (``most`` at most) at the page's highest sparsity, first seed."""
-    seed, last = page.study.seeds[0], page.study.rounds[-1]
-    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], last)}
-    return {title_of(method, n): page.arrays(method, n, seed) for method, n in methods.items()}
+    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], page.study.rounds[-1])}
+    return {title_of(method, n): page.arrays(method, n, page.study.seeds[0]) for method, n in methods.items()}
 
 
 def holding(page: Page, array: str) -> dict[str, Mapping[str, np.ndarray]]:

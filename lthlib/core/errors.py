@@ -89,14 +89,9 @@ def _check_scalar(where: str, item: object) -> None:
 
 
 class Registry(dict[str, T], Generic[T]):
-    """Names to entries, in the order of registration; an unknown name raises `UserError` with a suggestion.
+    """Names to entries, in the order of registration.
 
-    >>> colours = Registry("colour")
-    >>> colours["blue"] = 1
-    >>> colours["bleu"]
-    Traceback (most recent call last):
-        ...
-    lthlib.core.errors.UserError: Unknown colour 'bleu'. Did you mean 'blue'? Allowed: blue.
+    An unknown name raises `UserError`: ``Unknown colour 'bleu'. Did you mean 'blue'? Allowed: blue.``
     """
 
     def __init__(self, kind: str):

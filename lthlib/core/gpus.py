@@ -40,13 +40,10 @@ def visible() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     found: list[str] = []
-    for line in listed.stdout.splitlines():
-        uuid = re.search(r"\(UUID: ([\w/-]+)\)", line)
-        if uuid is None:
-            continue
-        if not line.startswith("GPU") and found and found[-1].startswith("GPU-"):
+    for slice_of, uuid in re.findall(r"^( *)\S.*\(UUID: ([\w/-]+)\)", listed.stdout, flags=re.M):
+        if slice_of and found and found[-1].startswith("GPU-"):
             found.pop()  # a GPU that is cut into slices is used through them only
-        found.append(uuid[1])
+        found.append(uuid)
     return found
 
 
