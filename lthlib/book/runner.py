@@ -60,7 +60,8 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     papermill_engines.register(ENGINE, _InProcess)
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters are checked by whoever reads them
+    for name in ("papermill", "asyncio"):  # parameters are checked by whoever reads them; a kernel leaves a task behind
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         page = papermill.execute_notebook(
             template,
