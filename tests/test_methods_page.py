@@ -31,7 +31,7 @@ STUDY = Study(
     rounds=(1, 2),
     seeds=(0, 1),
     recipe=Recipe(epochs=2, batch_size=50, warmup=0.0, precision="float32"),
-    train_size=100,
+    train_size=300,
 )
 
 
