@@ -53,7 +53,7 @@ def main() -> None:
     book.prepare()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).resolve()
-        in_forks(((folder / f"{p.path}.log", lambda p=p: make(p, folder, options.profile)) for p in plans), 1)
+        in_forks({p.path: lambda p=p: make(p, folder, options.profile) for p in plans}, folder, 1)
         seconds = {}
         for page in plans:
             made = folder / f"{page.path}.seconds"

@@ -10,11 +10,14 @@ python -m lthlib check DENSE PRUNED ... --data IMAGES          compare networks 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 from lthlib.core import gpus, lifeline
 from lthlib.core.errors import UserError
+
+MODULES = {"check": "lthlib.own", "estimate": "lthlib.book.cost"}  # the others' steps are in lthlib.book.make
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,23 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "tickets":
             gpus.claim()
-        return _function(command)(**options) or 0
+        module = importlib.import_module(MODULES.get(command, "lthlib.book.make"))  # --help need not wait for torch
+        return getattr(module, command)(**options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _function(command: str):
-    """Return what a command calls; imported late, since --help need not wait for torch."""
-    if command == "check":
-        from lthlib.own import check as found
-    elif command == "estimate":
-        from lthlib.book.cost import estimate as found
-    else:
-        from lthlib.book import make
-
-        found = getattr(make, command)
-    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lthlib.book import ratios
 
-MADE = {"time": "2026-01-02T03:04", "commit": "abc", "python": "3.13", "torch": "2.9", "precision": "float32"}
+MADE = {"time": "2026-01-02T03:04", "commit": "abc", "python": "3.13", "torch": "2.9", "processor": "old"}
 
 
 def machine(name, *lines):
@@ -19,7 +19,7 @@ def test_a_ratio_is_the_peers_time_over_ours_in_the_column_of_its_processor():
     table = ratios.ratios_table([machine("old", both, one), machine("new", {**both, "ours": 1.0})])
     assert "| a trace | a probe | **3.5** (7 s) | **7** (7 s) |" in table
     assert "| a mask | a loop | **0.25** (1 s) | – |" in table
-    assert "old, AVX2: 2026-01-02, commit abc" in table
+    assert "old, AVX2: Recorded on 2026-01-02 at commit abc" in table
 
 
 def test_growth_is_told_from_the_fewest_to_the_most():
@@ -33,8 +33,9 @@ def test_limits_have_a_line_for_each_processor_that_was_measured():
     assert found.to_dict("index") == {"old, AVX2": limit}
 
 
-def test_without_a_record_the_command_is_named():
-    assert ratios.ratios_table([]) == ratios.growth_table([]) == ratios.NONE
+def test_without_a_record_the_command_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ratios, "RATIOS", tmp_path / "ratios.json")
+    assert all("benchmarks/ratios.py --record" in text for text in ratios.chapter_tables().values())
 
 
 def test_a_benchmark_leaves_its_lines_where_it_is_told(tmp_path, monkeypatch, capsys):

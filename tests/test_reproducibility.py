@@ -18,6 +18,7 @@ from lthlib.pruning import METHODS
 from lthlib.pruning.masks import prunable
 from lthlib.pruning.snip import saliency
 from lthlib.results.evaluate import DIMENSIONS
+from lthlib.results.recorded import recorded_json
 from lthlib.tickets import obtain as tickets
 from lthlib.tickets.obtain import new_model, training_batch
 from lthlib.tickets.ticket import Ticket
@@ -115,7 +116,7 @@ def test_measuring_again_with_as_many_threads_gives_the_same_bits(measured):
 
 
 def test_measuring_with_two_threads_keeps_within_the_tolerance_that_the_book_states(measured):
-    record = reproducibility.recorded_json(reproducibility.AGREEMENT)
+    record = recorded_json(reproducibility.AGREEMENT)
     wanted = ("float32", "two threads a job, measuring only")
     (run,) = (r for r in record["runs"] if (r["precision"], r["way"]) == wanted)
     one, two = (pd.Series([value["value"] for value in values]) for values, _ in measured[:2])

@@ -9,7 +9,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lthlib.book import runner
-from lthlib.book.runner import PageError, execute, made_from
+from lthlib.book.runner import execute, made_from
+from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -27,8 +28,8 @@ def page(tmp_path):
         nbformat.write(notebook, tmp_path / "template.ipynb")
         log, output = tmp_path / "page.log", tmp_path / "page.ipynb"
         task = lambda: execute(tmp_path / "template.ipynb", output, parameters, title=title, of=of)
-        in_forks([(log, task)], 1)
-        return log.read_text() if log.exists() else nbformat.read(output, 4)
+        failed = in_forks({"page": task}, tmp_path, 1)
+        return log.read_text() if failed else nbformat.read(output, 4)
 
     return run
 
@@ -131,14 +132,14 @@ def test_forks_run_some_at_a_time_and_keep_the_logs_of_what_failed(tmp_path):
             (tmp_path / f"{n}.began").touch()
             print(f"task {n}", flush=True)
             if n == 1:
-                raise PageError("one is wrong")
+                raise UserError("one is wrong")
             if n == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         return run
 
-    in_forks([(tmp_path / f"{n}.log", task(n)) for n in range(4)], 2)
+    failed = in_forks({str(n): task(n) for n in range(4)}, tmp_path, 2)
+    assert failed == {"1": "error: one is wrong", "2": "its process died of SIGTERM"}
     assert len(list(tmp_path.glob("*.began"))) == 4
     assert sorted(p.name for p in tmp_path.glob("*.log")) == ["1.log", "2.log"]
     assert (tmp_path / "1.log").read_text() == "task 1\nerror: one is wrong\n"
-    assert "died of SIGTERM" in (tmp_path / "2.log").read_text()

@@ -14,21 +14,20 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lthlib.core import gpus, lifeline
 from lthlib.core.errors import UserError, choose
-from lthlib.core.store import ROOT, say, why
+from lthlib.core.store import ROOT, locked, say, why
 
 LOG, AIMS = Path("_build/snakemake.log"), Path("_build/aims.json")
 BOOK_LOG = Path("_build/logs/book.log")
 CLUSTER_NUMBERS = ("LTHLIB_MINUTES", "LTHLIB_MB", "LTHLIB_THREADS", "LTHLIB_GPU", "LTHLIB_JOBS")
 SLURM_RUN = re.compile(r"^SLURM run ID: (\S+)", re.MULTILINE)
 DRY = {"-n", "--dry-run", "--dryrun"}
+BUSY = "another run is under way in this checkout: waiting for it"  # one at a time steers it
 REFUSED = 3  # the exit status of workflow/snake.py for a grid that cannot be run
 
 
@@ -50,7 +49,7 @@ def main() -> int:
     began = time.time()
     try:
         check(options)
-        with only_run(), lifeline.held():
+        with locked(Path("_build/run.lock"), BUSY), lifeline.held():
             status = run(options, more, began)
             if not DRY.isdisjoint(more):
                 print(LOG.read_text(), end="")
@@ -77,20 +76,6 @@ def check(options: argparse.Namespace) -> None:
     for name in CLUSTER_NUMBERS:
         if not os.environ.get(name, "0").isdigit():
             raise UserError(f"{name} is {os.environ[name]!r}; it must be a whole number.")
-
-
-@contextmanager
-def only_run():
-    """Let one run at a time steer this checkout. The system frees the lock with its holder, however that ends."""
-    Path("_build").mkdir(exist_ok=True)
-    lock = FileLock("_build/run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("another run is under way in this checkout: waiting for it")
-        lock.acquire()
-    with lock:
-        yield
 
 
 def run(options: argparse.Namespace, more: list[str], began: float) -> int:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 
 from lthlib import data, networks
+from lthlib.book import markdown
 from lthlib.book.grid import Grid, read_grid, study_name
 from lthlib.core import machine
 from lthlib.core.errors import UserError
@@ -33,9 +35,8 @@ WORK = 2e11  # multiply-accumulates of a measurement, about; some seconds of a c
 PASSES = 3  # a training step multiplies about three times what a forward pass does: forward, and back to both factors
 
 
-@dataclass(frozen=True)
-class Images:
-    """What of a data set a cost depends on: training images, shape of one (C, H, W), classes."""
+class Images(NamedTuple):
+    """What of a data set a cost depends on: number of training images, shape of one (C, H, W), number of classes."""
 
     n: int
     shape: tuple[int, int, int]
@@ -55,19 +56,17 @@ SIZES = {
 def trained(study: Study) -> list[tuple[Ticket, int]]:
     """Return every network that a study trains, once, with the number of epochs; rewind points come as dense ones."""
     runs: dict[tuple[Ticket, int], None] = {}
-
-    def add(ticket: Ticket) -> None:
+    waiting = study.tickets()
+    while waiting:
+        ticket = waiting.pop()
         run = ticket, ticket.epochs - ticket.first_epoch
         if run in runs:
-            return
-        if ticket.source is not None:
-            add(ticket.source)
+            continue
+        runs[run] = None
         if ticket.first_epoch:
             runs[ticket.dense, ticket.rewind_epoch] = None
-        runs[run] = None
-
-    for ticket in study.tickets():
-        add(ticket)
+        if ticket.source is not None:
+            waiting.append(ticket.source)
     return list(runs)
 
 
@@ -79,9 +78,8 @@ def sizes(study: Study) -> Images:
     try:
         found = data.load(study.data, Store(), study.train_size)
     except UserError as error:
-        raise UserError(
-            f"What training on {study.data} costs is known for {', '.join(SIZES)} and for data that is here. {error}"
-        ) from error
+        known = f"is known for {', '.join(SIZES)} and for data that is here"
+        raise UserError(f"What training on {study.data} costs {known}. {error}") from error
     return Images(len(found.train), found.shape, len(found.classes))
 
 
@@ -93,10 +91,8 @@ def macs(arch: str, images: Images) -> int:
 
 def _build(arch: str, images: Images) -> torch.nn.Module:
     channels, size, _ = images.shape
-    mean, std = [0.5] * channels, [0.25] * channels
-    return networks.build(
-        arch, in_channels=channels, num_classes=images.classes, image_size=size, mean=mean, std=std, seed=0
-    )
+    shape = {"in_channels": channels, "num_classes": images.classes, "image_size": size}
+    return networks.build(arch, **shape, mean=[0.5] * channels, std=[0.25] * channels, seed=0)
 
 
 def probe(arch: str, images: Images, batch_size: int) -> float:
@@ -105,9 +101,9 @@ def probe(arch: str, images: Images, batch_size: int) -> float:
     On a core it is the core's own time that counts: what else the machine does is not held against it.
     """
     n = max(2, int(WORK / (PASSES * macs(arch, images))))
-    channels, height, width = images.shape
-    pixels = torch.randint(256, (n, height, width, channels), generator=torch.Generator().manual_seed(0))
-    noise = data.Images(pixels.to(torch.uint8), torch.arange(n) % images.classes)
+    channels, *size = images.shape
+    pixels = torch.randint(256, (n, *size, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = data.Images(pixels, torch.arange(n) % images.classes)
     recipe = Recipe(epochs=1, batch_size=min(batch_size, n))
     clock = time.process_time if machine.device().type == "cpu" else time.perf_counter
     with machine.one_thread():
@@ -118,39 +114,25 @@ def probe(arch: str, images: Images, batch_size: int) -> float:
     return recipe.steps_per_epoch(n) * recipe.batch_size * PASSES * macs(arch, images) / took
 
 
-def key(arch: str, shape: Iterable[int]) -> str:
+def kind(study: Study) -> str:
     """Return the name of a measurement in `THROUGHPUT`: architecture and shape of an image."""
-    return f"{arch} {'x'.join(map(str, shape))}"
+    return f"{study.arch} {'x'.join(map(str, sizes(study).shape))}"
 
 
-def recorded() -> Mapping:
-    """Return what `THROUGHPUT` holds: "macs_per_second" by `key`, "provenance"; empty where there is none."""
-    return recorded_json(THROUGHPUT) if THROUGHPUT.exists() else {"macs_per_second": {}, "provenance": {}}
-
-
-def table(grid: Grid, throughput: Mapping[str, float] | float) -> list[dict[str, object]]:
-    """Return one line a study: networks, images seen in training, multiply-accumulates, hours at a throughput.
+def table(grid: Grid, throughput: Mapping[str, float]) -> pd.DataFrame:
+    """Return one line a study: networks, images seen in training, multiply-accumulates, hours.
 
     Multiply-accumulates are those of the images' forward passes and of their gradients, as if all networks were dense;
-    a method that removes channels needs fewer. The throughput is one number or by `key`.
+    a method that removes channels needs fewer. The throughput, multiply-accumulates a second, is given by `kind`.
     """
     lines = []
     for study in grid.studies:
         images, runs = sizes(study), trained(study)
         seen = sum(n for _, n in runs) * study.recipe.steps_per_epoch(images.n) * study.recipe.batch_size
         total = float(seen * PASSES * macs(study.arch, images))
-        speed = throughput if isinstance(throughput, float) else throughput[key(study.arch, images.shape)]
-        lines.append(
-            {
-                "study": study_name(study),
-                "networks": len({ticket for ticket, _ in runs}),
-                "images": seen,
-                "macs": total,
-                "macs_per_second": speed,
-                "hours": total / speed / 3600,
-            }
-        )
-    return lines
+        lines.append((study_name(study), len({ticket for ticket, _ in runs}), seen, total, throughput[kind(study)]))
+    found = pd.DataFrame(lines, columns=["study", "networks", "images", "macs", "macs_per_second"])
+    return found.assign(hours=found["macs"] / found["macs_per_second"] / 3600)
 
 
 def estimate(grid: str, throughput: float | None = None, record: bool = False) -> None:
@@ -158,50 +140,51 @@ def estimate(grid: str, throughput: float | None = None, record: bool = False) -
     plan = read_grid(grid, recorded=True)
     if throughput is not None and not throughput > 0:
         raise UserError(f"throughput is {throughput:g}; it must be a number of multiply-accumulates a second.")
+    unit = "hours"
     if throughput is None:
         say("measuring the throughput of this machine, some seconds for each architecture")
-        kinds = {key(study.arch, sizes(study).shape): study for study in plan.studies}
-        throughput = {name: probe(s.arch, sizes(s), s.recipe.batch_size) for name, s in kinds.items()}
-        if record:
-            every = {**recorded()["macs_per_second"], **throughput}
-            made = {**machine.provenance("auto"), "threads": 1}
-            write_atomically(THROUGHPUT, seal({"macs_per_second": every, "provenance": made}))
-    unit = "core-hours" if isinstance(throughput, dict) and machine.device().type == "cpu" else "hours"
-    lines = table(plan, throughput)
-    for line in lines:
+        unit = "core-hours" if machine.device().type == "cpu" else unit
+    kinds = {kind(study): study for study in plan.studies}
+    speeds = {name: throughput or probe(s.arch, sizes(s), s.recipe.batch_size) for name, s in kinds.items()}
+    if record and throughput is None:
+        every = {**(recorded_json(THROUGHPUT)["macs_per_second"] if THROUGHPUT.exists() else {}), **speeds}
+        made = {**machine.provenance("auto"), "threads": 1}
+        write_atomically(THROUGHPUT, seal({"macs_per_second": every, "provenance": made}))
+    lines = table(plan, speeds)
+    for line in lines.itertuples():
         print(
-            f"{line['study']:<28} {line['networks']:5} networks  {line['images'] / 1e6:9.1f} M images  "
-            f"{line['macs'] / 1e15:10.3f} P multiply-accumulates at {line['macs_per_second'] / 1e9:8.1f} G/s: "
-            f"{line['hours']:10.2f} {unit}"
+            f"{line.study:<28} {line.networks:5} networks  {line.images / 1e6:9.1f} M images  "
+            f"{line.macs / 1e15:10.3f} P multiply-accumulates at {line.macs_per_second / 1e9:8.1f} G/s: "
+            f"{line.hours:10.2f} {unit}"
         )
-    print(f"{'in all':<28} {sum(line['hours'] for line in lines):.2f} {unit} of training, evaluation not counted")
+    print(f"{'in all':<28} {lines['hours'].sum():.2f} {unit} of training, evaluation not counted")
 
 
 def chapter_table() -> str:
     """Return the cost of the paper's grid as the book shows it, at the recorded throughput of one core."""
-    known = recorded()
+    known = recorded_json(THROUGHPUT) if THROUGHPUT.exists() else {"macs_per_second": {}}
     grids = [read_grid(ROOT / name, recorded=True) for name in PAPER]
-    wanted = {key(study.arch, sizes(study).shape) for grid in grids for study in grid.studies}
-    if not wanted <= set(known["macs_per_second"]):
-        return f"No throughput is recorded: `python -m lthlib estimate {PAPER[0]} --record` measures one.\n"
-    lines = ["| study | networks | images trained on | multiply-accumulates | core-hours |", "|---|---|---|---|---|"]
-    total = 0.0
-    for grid in grids:
-        for line in table(grid, known["macs_per_second"]):
-            total += line["hours"]
-            lines.append(
-                f"| {line['study']} | {line['networks']} | {line['images'] / 1e9:.1f} billion | "
-                f"${line['macs'] / 1e18:.2g} \\cdot 10^{{18}}$ | {_rounded(line['hours'])} |"
-            )
+    if not {kind(study) for grid in grids for study in grid.studies} <= set(known["macs_per_second"]):
+        return f"No throughput is recorded: `python -m lthlib estimate {PAPER[0]} --record` measures one."
+    found = pd.concat([table(grid, known["macs_per_second"]) for grid in grids])
+    total = found["hours"].sum()
+    lines = [
+        {
+            "study": line.study,
+            "networks": f"{line.networks}",
+            "images trained on": f"{line.images / 1e9:.1f} billion",
+            "multiply-accumulates": f"${line.macs / 1e18:.2g} \\cdot 10^{{18}}$",
+            "core-hours": _rounded(line.hours),
+        }
+        for line in found.itertuples()
+    ]
+    lines.append({**dict.fromkeys(lines[0], ""), "study": "in all", "core-hours": f"**{_rounded(total)}**"})
     made = known["provenance"]
     where = ", ".join([made["processor"], made["precision"], f"PyTorch {made['torch']}", f"commit {made['commit']}"])
-    lines += [
-        f"| in all | | | | **{_rounded(total)}** |",
-        "",
-        f"Training only, by the throughput of one core measured on {made['time'][:10]}: {where}. One core would take "
-        f"{_rounded(total / 24 / 365.25)} years.",
-    ]
-    return "\n".join(lines) + "\n"
+    return (
+        f"{markdown.table(lines)}\n\nTraining only, by the throughput of one core measured on {made['time'][:10]}: "
+        f"{where}. One core would take {_rounded(total / 24 / 365.25)} years."
+    )
 
 
 def _rounded(hours: float) -> str:

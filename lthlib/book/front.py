@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
 from lthlib import figures
-from lthlib.book import cost, explorer, ratios, reproducibility
+from lthlib.book import cost, explorer, markdown, ratios, reproducibility
 from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
+from lthlib.book.markdown import plain, svg
 from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
 from lthlib.book.questions import questions_pages
 from lthlib.book.reference import reference_pages
-from lthlib.book.reproducibility import markdown_table
 from lthlib.core import machine
 from lthlib.core.store import ROOT, Store, write_atomically
 from lthlib.figures import methods
@@ -29,7 +27,7 @@ from lthlib.results import verdict
 from lthlib.results.claims_parts import Evidence
 from lthlib.results.collect import rows_of
 from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
-from lthlib.results.recorded import RESULTS, read_records, recorded_json
+from lthlib.results.recorded import RATIOS, RESULTS, read_records
 from lthlib.tickets.study import Study
 
 
@@ -47,49 +45,46 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         if page.missing:
             write_atomically(ROOT / "book" / page.file, _stub(page, grid_file))
     figures.use_style()
-    studies = [(grid, study, _evidence(grid, study, _measured(grid, study, store, undone))) for study in grid.studies]
+    studies = [(grid, study, _evidence(grid, study, measured(grid, study, store, undone))) for study in grid.studies]
     for other in recorded_grids(grid.name):
         studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
+    told = [evidence for _, _, evidence in studies if not evidence.judged.empty]
     answers = [_answer(of, study, evidence, undone if of is grid else ()) for of, study, evidence in studies]
     pages = {
         **explorer.files({f"{of.name}/{study_name(study)}": evidence for of, study, evidence in studies}),
-        **claims_pages([evidence for _, _, evidence in studies if not evidence.judged.empty]),
-        "power.md": _power(),
-        **_ratios(),
+        **claims_pages(told),
+        "power.md": markdown.recorded(reproducibility.POWER, _power),
+        "limits.md": markdown.recorded(RATIOS, _limits),
+        **ratios.chapter_tables(),
         "answer.md": "\n\n".join(answers),
         "status.md": _status(plans),
         "methods.md": _methods(plans, studies),
         "cost.md": cost.chapter_table(),
         **reproducibility.chapter_tables(),
         **reference_pages(),
-        **questions_pages([evidence for _, _, evidence in studies if not evidence.judged.empty], plans),
+        **questions_pages(told, plans),
         "_toc.yml": _contents(plans, ROOT / "book" / "contents.yml"),
     }
     for name, text in pages.items():
         write_atomically(GENERATED / name, text if isinstance(text, bytes) else text.rstrip("\n") + "\n")
 
 
-def _power() -> str:
+def _power(found: Mapping) -> str:
     """Draw how often a metric is called kept in made-up studies, as `benchmarks/verdict.py` recorded it."""
-    if not reproducibility.POWER.exists():
-        return "Nothing is recorded: `.venv/bin/python benchmarks/verdict.py --record` does that."
-    found = pd.DataFrame(recorded_json(reproducibility.POWER)["power"])
     caption = (
         "How often one metric is called kept, against the number of images. Left: a network equal to its parent, "
         "which ought to be called so; dotted, 80 %. Right: a network that is worse by twice the tolerance; dotted, 5 %."
     )
-    return _picture(figures.power_curves(found), "power.svg", caption)
+    return _picture(figures.power_curves(pd.DataFrame(found["power"])), "power.svg", caption)
 
 
-def _ratios() -> dict[str, str]:
-    """Return what the chapter on costs shows of the ratios to other people's code."""
-    found = ratios.machines()
+def _limits(found: Mapping) -> str:
+    """Draw how far training is from what the processor allows, as `benchmarks/ratios.py` recorded it."""
     caption = (
         "Images a second when a ResNet-20 is trained with masks, beside the most that the processor's rate of "
         "multiplying and that of its memory would allow."
     )
-    drawn = _picture(figures.limit_bars(ratios.limits(found)), "limits.svg", caption) if found else ratios.NONE
-    return {"ratios.md": ratios.ratios_table(found), "growth.md": ratios.growth_table(found), "limits.md": drawn}
+    return _picture(figures.limit_bars(ratios.limits(found["machines"])), "limits.svg", caption)
 
 
 def _stub(page: PagePlan, grid_file: str) -> str:
@@ -107,7 +102,7 @@ def _stub(page: PagePlan, grid_file: str) -> str:
 # --- the answer --------------------------------------------------------------------------------------------------
 
 
-def _measured(grid: Grid, study: Study, store: Store, undone: Sequence[Job]) -> dict[str, list[Evaluation]]:
+def measured(grid: Grid, study: Study, store: Store, undone: Sequence[Job] = ()) -> dict[str, list[Evaluation]]:
     """Return the evaluations of a study's finished jobs by dimension."""
     left_out = {(job.study, job.method, job.seed) for job in undone}
     mine = [t for t in study.tickets() if (study_name(study), t.method, t.seed) not in left_out]
@@ -144,7 +139,7 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
 
 def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job]) -> str:
     """Return the answer of one study as Markdown; its pictures are written beside it."""
-    parts = [f"## {escaped(grid.title)}"]
+    parts = [f"## {plain(grid.title)}"]
     if undone:
         names = ", ".join(job.name for job in undone)
         parts.append(f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```")
@@ -165,16 +160,8 @@ def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job])
 
 
 def _picture(figure: Figure, name: str, caption: str) -> str:
-    _draw(figure, name, "tight")
-    return f"```{{figure}} /_generated/{name}\n:width: 100%\n{caption}\n```"
-
-
-def _draw(figure: Figure, name: str, box: str | None = None) -> None:
-    """Write a figure of the front and close it; cut to its ``box`` it is drawn twice, which takes twice as long."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", bbox_inches=box)
-    plt.close(figure)
-    write_atomically(GENERATED / name, drawn.getvalue())
+    write_atomically(GENERATED / name, svg(figure))
+    return markdown.picture(name, caption)
 
 
 def _scorecard(rows: pd.DataFrame, judged: pd.DataFrame, name: str) -> str:
@@ -208,21 +195,16 @@ def _passes(passes: pd.DataFrame) -> str:
 def _dimension_table(judged: pd.DataFrame, passes: pd.DataFrame) -> str:
     """Return the reach in each dimension and in all together, each with what ends it."""
     reached, ends = verdict.reach(judged, by="dimension"), verdict.ends(judged, by="dimension")
-    lines = []
+    titles, lines = [*(DIMENSIONS[name].title for name in reached), "everything"], []
     for method, line in reached.iterrows():
         mine = passes[passes["method"] == method].sort_values("round")
         kept = mine[mine["passed"].cumprod().astype(bool)]
         every = kept["sparsity"].iloc[-1] if len(kept) else float("nan")
         end = next((outcome for outcome in mine["outcome"] if outcome != verdict.KEPT), "")
-        cells = zip([*line, every], [*ends.loc[method], end], strict=True)
-        shown = [("–" if v != v else f"{100 * v:.1f} %") + f" {figures.MARKS[e]}" for v, e in cells]
-        lines.append([METHODS[method].title, *shown])
-    return markdown_table(["method", *[DIMENSIONS[name].title for name in reached], "everything"], lines)
-
-
-def escaped(text: str) -> str:
-    """Return what a person wrote so that Markdown, HTML and Sphinx show it and read nothing into it."""
-    return "".join(c if c.isalnum() or c in " .,:;()%+-/'" else f"&#{ord(c)};" for c in text)
+        cells = zip(titles, [*line, every], [*ends.loc[method], end], strict=True)
+        shown = {t: ("–" if v != v else f"{100 * v:.1f} %") + f" {figures.MARKS[e]}" for t, v, e in cells}
+        lines.append({"method": METHODS[method].title, **shown})
+    return markdown.table(lines)
 
 
 # --- status and contents -----------------------------------------------------------------------------------------
@@ -231,17 +213,15 @@ def escaped(text: str) -> str:
 def _status(plans: Sequence[PagePlan]) -> str:
     lines = []
     for page in plans:
-        link = f"[{page.title}](/{page.file})"
-        if page.missing:
-            lines.append([link, "missing", ""])
-        else:
+        seconds, at = "missing", ""
+        if not page.missing:
             run = json.loads(page.notebook.read_text())["metadata"]["papermill"]
-            lines.append([link, f"{run['duration']:.1f}", run["end_time"][:19].replace("T", " ")])
+            seconds, at = f"{run['duration']:.1f}", run["end_time"][:19].replace("T", " ")
+        lines.append({"page": f"[{page.title}](/{page.file})", "seconds": seconds, "made at (UTC)": at})
     build = "\n".join(f"- {name}: {value}" for name, value in machine.provenance("auto").items())
     return (
         f"(status)=\n# Status\n\nThis build:\n\n{build}\n\nWhat it took to make each page, its results being there; "
-        "the commit and machine behind its numbers are named on the page itself.\n\n"
-        + markdown_table(["page", "seconds", "made at (UTC)"], lines)
+        "the commit and machine behind its numbers are named on the page itself.\n\n" + markdown.table(lines)
     )
 
 
@@ -263,7 +243,7 @@ def _methods(plans: Sequence[PagePlan], studies: Sequence[tuple[Grid, Study, Evi
 def _seen(plans: Sequence[PagePlan], method: str, grid: Grid, study: Study, evidence: Evidence) -> str:
     """Draw a method's accuracy in one study, and name the pages on it there."""
     judged, file = evidence.judged, f"method-{method}-{grid.name}-{study_name(study)}.svg"
-    _draw(methods.accuracy_beside(judged, method), file)
+    write_atomically(GENERATED / file, svg(methods.accuracy_beside(judged, method), box=None))
     line = judged[(judged["method"] == method) & (judged["metric"] == "test_accuracy")].sort_values("round")
     first, last = (
         f"{100 * v['mean']:.1f} % at {100 * v['sparsity']:.1f} % sparsity" for _, v in line.iloc[[0, -1]].iterrows()
@@ -275,7 +255,7 @@ def _seen(plans: Sequence[PagePlan], method: str, grid: Grid, study: Study, evid
         for of, text in ((method, "its masks"), (COMPARISON, "all methods"))
         if of in there
     ]
-    return f"![{alt}](/_generated/{file})\n\n{escaped(evidence.label)}: {', '.join(links)}"
+    return f"![{alt}](/_generated/{file})\n\n{plain(evidence.label)}: {', '.join(links)}"
 
 
 def _contents(plans: Sequence[PagePlan], template: Path) -> str:

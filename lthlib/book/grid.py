@@ -16,7 +16,7 @@ import yaml
 
 from lthlib import data
 from lthlib.core import machine
-from lthlib.core.errors import UserError, check_plain, choose, shown
+from lthlib.core.errors import UserError, check_plain, choose, require, shown
 from lthlib.results.evaluate import DIMENSIONS
 from lthlib.results.verdict import thresholds_from
 from lthlib.tickets.study import Study, study_from
@@ -137,28 +137,22 @@ def grid_from(name: str, content: object) -> Grid:
     if len({study_name(study) for study in studies}) < len(studies):
         twice = f"data is {shown(content['data'])} and arch is {shown(content['arch'])}"
         raise UserError(f"{twice}; neither must name one of them twice.")
-    precision = content.get("precision", "auto")
+    title, precision = content.get("title", name), content.get("precision", "auto")
+    is_line = isinstance(title, str) and title.strip() and title.isprintable()
+    require(is_line, "title", title, "be one line of text")
     choose(precision, machine.PRECISIONS, "precision")
     dimensions = _dimensions(content["dimensions"])
     thresholds = content.get("thresholds") or {}
     thresholds_from(thresholds)
-    return Grid(
-        name,
-        _title(content.get("title", name)),
-        studies,
-        dimensions,
-        precision,
-        thresholds,
-        _method_pages(content.get("method_pages"), dimensions),
-    )
+    method_pages = _method_pages(content.get("method_pages"), dimensions)
+    return Grid(name, title, studies, dimensions, precision, thresholds, method_pages)
 
 
 def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str, ...]:
     topics = (*dimensions, ON_METHODS)
     if value is None:
         return topics
-    if not isinstance(value, list):
-        raise UserError(f"method_pages is {shown(value)}; it must be a list of some of {', '.join(topics)}.")
+    require(isinstance(value, list), "method_pages", value, f"be a list of some of {', '.join(topics)}")
     for name in value:
         choose(name, topics, "topic under method_pages")
     return tuple(value)
@@ -166,27 +160,19 @@ def _method_pages(value: object, dimensions: Mapping[str, object]) -> tuple[str,
 
 def _names(value: object, key: str) -> list[str]:
     names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{key} is {shown(value)}; it must be a name or a list of names.")
+    are_names = names and all(isinstance(name, str) for name in names)
+    require(are_names, key, value, "be a name or a list of names")
     return names
-
-
-def _title(value: object) -> str:
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise UserError(f"title is {shown(value)}; it must be one line of text.")
-    return value
 
 
 def _dimensions(value: object) -> dict[str, dict[str, object]]:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         value = dict.fromkeys(value)
-    if not isinstance(value, dict) or not value:
-        raise UserError(
-            f"dimensions is {shown(value)}; it must map some of {', '.join(DIMENSIONS)} to their parameters."
-        )
+    is_mapping = isinstance(value, dict) and value
+    require(is_mapping, "dimensions", value, f"map some of {', '.join(DIMENSIONS)} to their parameters")
     for name, parameters in value.items():
         choose(name, DIMENSIONS, "dimension")
-        if parameters is not None and not isinstance(parameters, dict):
-            raise UserError(f"dimensions: {name} is {shown(parameters)}; it must be a mapping of parameters, or empty.")
+        is_known = isinstance(parameters, dict | None)
+        require(is_known, f"dimensions: {name}", parameters, "be a mapping of parameters, or empty")
         DIMENSIONS[name].parameters(parameters)
     return {name: dict(parameters or {}) for name, parameters in value.items()}

@@ -41,7 +41,7 @@ def decidable_table(page: pages.Page) -> HTML:
         count = of["outcome"].value_counts()
         lines.append(
             {
-                "metric": figures.label(metric) + ("" if shift == "none" else f" {shift}"),
+                "metric": _label(metric, shift),
                 "kept": count.get(verdict.KEPT, 0),
                 "lost": count.get(verdict.LOST, 0),
                 "not shown": count.get(verdict.NOT_SHOWN, 0),
@@ -65,39 +65,32 @@ def _needed(lines: pd.DataFrame, name: str) -> str:
     now, needed = lines[name].median(), lines[f"{name}_for_power"].median()
     if np.isnan(now) or np.isnan(needed):
         return "–"
-    return (
-        f"{needed:,.0f} ({now:,.0f} now)"
-        if needed < verdict.MOST_TIMES * now
-        else f"these alone cannot ({now:,.0f} now)"
-    )
+    enough = needed < verdict.MOST_TIMES * now
+    return (f"{needed:,.0f}" if enough else "these alone cannot") + f" ({now:,.0f} now)"
 
 
 def open_table(page: pages.Page) -> HTML:
     """Show every outcome that is not shown: shortfall with its bounds, what is tolerated, and what would decide it."""
     voting = page.judged["metric"].map(lambda name: METRICS[name].in_verdict)
     lines = page.judged[voting & (page.judged["outcome"] == verdict.NOT_SHOWN)]
-    table = pd.DataFrame(
-        {
-            "method": lines["method"].map(lambda name: METHODS[name].title),
-            "sparsity [%]": (100 * lines["sparsity"]).map("{:.1f}".format),
-            "metric": [
-                METRICS[m].title + ("" if shift == "none" else f" ({shift})")
-                for m, shift in zip(lines["metric"], lines["shift"], strict=True)
-            ],
-            "worse by": [
-                "{:.3g} [{:.3g}, {:.3g}]".format(*(figures.factor(m) * np.array([s, low, high])))
-                for m, s, low, high in zip(
-                    lines["metric"], lines["shortfall"], lines["least"], lines["most"], strict=True
-                )
-            ],
-            "tolerated": [
-                f"{figures.factor(m) * a:.3g}" for m, a in zip(lines["metric"], lines["allowed"], strict=True)
-            ],
-            "would be decided by": [verdict.what_would_decide(line) for line in lines.to_dict("records")],
-            "the older rule": lines["older"],
-        }
-    )
-    return pages.html_table(table.set_index("method"))
+    if lines.empty:
+        return HTML("<p>Nothing is left open.</p>")
+    cells = []
+    for line in lines.to_dict("records"):
+        scale, shift = figures.factor(line["metric"]), "" if line["shift"] == "none" else f" ({line['shift']})"
+        shortfall, low, high = (scale * line[name] for name in ("shortfall", "least", "most"))
+        cells.append(
+            {
+                "method": METHODS[line["method"]].title,
+                "sparsity [%]": f"{100 * line['sparsity']:.1f}",
+                "metric": METRICS[line["metric"]].title + shift,
+                "worse by": f"{shortfall:.3g} [{low:.3g}, {high:.3g}]",
+                "tolerated": f"{scale * line['allowed']:.3g}",
+                "would be decided by": verdict.what_would_decide(line),
+                "the older rule": line["older"],
+            }
+        )
+    return pages.html_table(pd.DataFrame(cells).set_index("method"))
 
 
 def value_table(page: pages.Page, metrics: Sequence[str] | None = None) -> HTML:
@@ -109,27 +102,22 @@ def value_table(page: pages.Page, metrics: Sequence[str] | None = None) -> HTML:
     judged = judged[judged["metric"].isin(figures.readable(judged) if metrics is None else metrics)]
     columns: dict[str, dict[tuple[str, str], str]] = {}
     for (metric, shift, severity), group in judged.groupby(["metric", "shift", "severity"], sort=False):
-        scale = figures.factor(metric)
-        title = (
-            figures.label(metric) + ("" if shift == "none" else f" {shift}") + (f" {severity:g}" if severity else "")
-        )
-        first = group.iloc[0]
-        cells = {("dense", "0"): _interval(first, scale, "dense")}
+        cells = {("dense", "0"): _interval(group.iloc[0], metric, "dense", "dense_low", "dense_high")}
         for _, line in group.iterrows():
             key = METHODS[line["method"]].title, f"{100 * sparsity_of(line['round']):.1f}"
-            cells[key] = f"{_interval(line, scale, '')} {figures.MARKS[line['outcome']]}"
-        columns[title] = cells
+            cells[key] = f"{_interval(line, metric, 'mean', 'low', 'high')} {figures.MARKS[line['outcome']]}"
+        columns[_label(metric, shift) + (f" {severity:g}" if severity else "")] = cells
     table = pd.DataFrame(columns)
     table.index = table.index.set_names(["method", "sparsity [%]"])
     return pages.html_table(table)
 
 
-def _interval(line: pd.Series, scale: float, prefix: str) -> str:
-    mean, low, high = (
-        scale * line[prefix or "mean"],
-        scale * line[f"{prefix}_low" if prefix else "low"],
-        scale * line[f"{prefix}_high" if prefix else "high"],
-    )
+def _label(metric: str, shift: str) -> str:
+    return figures.label(metric) + ("" if shift == "none" else f" {shift}")
+
+
+def _interval(line: pd.Series, metric: str, *names: str) -> str:
+    mean, low, high = (figures.factor(metric) * line[name] for name in names)
     digits = 4 if abs(mean) >= 100 else 3
     spread = f" [{low:.{digits}g}, {high:.{digits}g}]" if line["seeds"] > 1 else ""
     return f"{mean:.{digits}g}{spread}"

@@ -14,7 +14,6 @@ import json
 import re
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -67,19 +66,15 @@ def make_labs(workers: int) -> dict[str, str]:
     Returns:
         Name -> why, of the labs that failed.
     """
-    logs = {name: BUILD / "logs" / "labs" / f"{name}.log" for name in labs()}
-    todo = [name for name in logs if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
-    for name in logs.keys() - set(todo):
-        logs[name].unlink(missing_ok=True)
+    todo = [name for name in labs() if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
     if todo:
         import torch._dynamo  # noqa: F401  # what the first optimizer loads, for seconds: the forks have it at once
-    in_forks(((logs[name], functools.partial(_run, name)) for name in todo), workers)
-    lost = {name: log.read_text(errors="replace").strip() for name, log in logs.items() if log.exists()}
-    for name in logs:
-        said = lost.get(name, "").splitlines()[-1:]
-        if said:
-            lost[name] = said[0]
-            text = f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{said[0]}\n`````\n"
+    lost = in_forks({name: functools.partial(_run, name) for name in todo}, BUILD / "logs" / "labs", workers)
+    for name in labs():
+        if name in lost:
+            text = (
+                f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{lost[name]}\n`````\n"
+            )
         else:
             text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
         _write(MADE / f"{name}.md", text.encode())
@@ -104,14 +99,15 @@ def fragment(lab: NotebookNode, name: str) -> str:
     pictures = 0
     for cell in lab.cells[1:]:
         parts.append(f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source)
-        for kind, content in _shown(cell):
-            if kind == "text":
-                parts.append(f"```text\n{content}\n```")
-            else:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
                 pictures += 1
-                _write(MADE / f"{name}-{pictures}.png", base64.b64decode(content))
+                _write(MADE / f"{name}-{pictures}.png", base64.b64decode(data["image/png"]))
                 comment = re.match(r"#\s*([^\n\]]+)", cell.source)
                 parts.append(f"![{comment[1] if comment else 'Figure'}](/_generated/labs/{name}-{pictures}.png)")
+            elif text := data.get("text/plain", "").strip("\n"):
+                parts.append(f"```text\n{text}\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -129,16 +125,6 @@ def archive() -> bytes:
             entry.external_attr = 0o644 << 16
             file.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return packed.getvalue()
-
-
-def _shown(cell: NotebookNode) -> Iterator[tuple[str, str]]:
-    """Yield what a cell printed and drew: pairs of "text" or "png", and the content."""
-    for output in cell.get("outputs", []):
-        data = output.get("data", {"text/plain": output.get("text", "")})
-        kind = "png" if "image/png" in data else "text"
-        content = data.get("image/png", data.get("text/plain", "")).strip("\n")
-        if content:
-            yield kind, content
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -21,7 +21,7 @@ from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import lab_made_from, labs, make_labs
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
-from lthlib.core.forks import in_forks
+from lthlib.core.forks import in_forks, last_line
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 from lthlib.results import overlaps
@@ -64,10 +64,9 @@ def clear_stale(grid: Grid, store: Store) -> None:
         recorded_json(file)
     keys = {job: plan.artifacts(grid, job) for job in plan.jobs(grid)}
     lost = store.lost(_keys_of(grid, store))
-    for key in [key for key in lost if key.startswith("predictions/")]:
-        for evaluation in [k for of in keys.values() for k in of if k.split("/")[1] == key.split("/")[1]]:
-            if evaluation.startswith("evaluations/"):
-                store.drop(evaluation)  # whoever measures anew predicts anew
+    unread = tuple(f"evaluations/{key.split('/')[1]}/" for key in lost if key.startswith("predictions/"))
+    for key in [key for of in keys.values() for key in of if key.startswith(unread)]:
+        store.drop(key)  # whoever measures anew predicts anew
     made = {job: plan.job_made_from(grid, job, store) for job in plan.jobs(grid)}
     for job, of in made.items():
         there = all((store.path(key) / MANIFEST).exists() for key in keys[job])
@@ -81,12 +80,9 @@ def _keys_of(grid: Grid, store: Store) -> list[str]:
     """Return the keys of the store's artifacts that belong to the tickets or the data sets of a grid."""
     mine = tuple(ticket.id for study in grid.studies for ticket in study.tickets())
     shared = tuple(f"{study.data.replace('@', '+').lower()}-" for study in grid.studies)
-    found = []
-    for key in store.list():
-        is_ticket = key.split("/")[0] in ("tickets", "evaluations", "predictions", "rewind-points")
-        if f"{key.split('/')[1]}-".startswith(mine if is_ticket else shared):
-            found.append(key)
-    return found
+    of = dict.fromkeys(("tickets", "evaluations", "predictions", "rewind-points"), mine)
+    named = ((key, *key.split("/")[:2]) for key in store.list())
+    return [key for key, kind, name in named if f"{name}-".startswith(of.get(kind, shared))]
 
 
 def book_made_from(grid: Grid, made: Mapping[plan.Job, str]) -> str:
@@ -119,10 +115,9 @@ def book(grid: str, workers: int = 1) -> int:
     missing = [page for page in plans if page.missing]
     front.write(asked, store, plans, undone, grid)
     of = book_made_from(asked, made)
-    log = plan.BUILD / "logs" / "sphinx.log"
-    in_forks([(log, _build)], 1)
-    if log.exists():
-        raise UserError(f"The book could not be built. {_last_words(log)} The whole of it: {log}")
+    logs = plan.BUILD / "logs"
+    for said in in_forks({"sphinx": _build}, logs, 1).values():
+        raise UserError(f"The book could not be built. {said} The whole of it: {logs / 'sphinx.log'}")
     for page in missing:
         say(f"missing: {page.title}: {page.missing}")
     for name, reason in lost.items():
@@ -136,7 +131,6 @@ def book(grid: str, workers: int = 1) -> int:
 def make_pages(grid: Grid, undone: list[plan.Job], made: Mapping[plan.Job, str], workers: int) -> list[plan.PagePlan]:
     """Make the pages that are not current and whose jobs are done; return all, with what is missing."""
     plans = plan.every_page(grid)
-    logs = {page: plan.BUILD / "logs" / "pages" / f"{page.path}.log" for page in plans}
     behind = {page: [job for job in undone if page.grid == grid.name and page.shows(job)] for page in plans}
     of = {page: plan.page_made_from(page, made) for page in plans}
     for stub in plan.GENERATED.rglob(f"*{plan.STUB}"):
@@ -144,17 +138,12 @@ def make_pages(grid: Grid, undone: list[plan.Job], made: Mapping[plan.Job, str],
     todo = [page for page in plans if not behind[page] and made_from(page.notebook) != of[page]]
     if todo:
         prepare()
-    in_forks(((logs[page], functools.partial(_make, page, of[page])) for page in todo), workers)
-    found = []
-    for page in plans:
-        reason = ""
-        if behind[page]:
-            said = [f"{job.name}: {_last_words(job_log(grid, job))}" for job in behind[page]]
-            reason = "It shows tickets that are not finished.\n" + "\n".join(said)
-        elif logs[page].exists():
-            reason = _last_words(logs[page])
-        found.append(replace(page, missing=reason))
-    return found
+    tasks = {page.path: functools.partial(_make, page, of[page]) for page in todo}
+    missing = in_forks(tasks, plan.BUILD / "logs" / "pages", workers)
+    for page in filter(behind.get, plans):
+        said = [f"{job.name}: {last_line(job_log(grid, job))}" for job in behind[page]]
+        missing[page.path] = "It shows tickets that are not finished.\n" + "\n".join(said)
+    return [replace(page, missing=missing.get(page.path, "")) for page in plans]
 
 
 def prepare() -> None:
@@ -176,12 +165,6 @@ def _make(page: plan.PagePlan, of: str) -> None:
 def job_log(grid: Grid, job: plan.Job) -> Path:
     """Return where a job's output goes."""
     return plan.BUILD / "logs" / grid.name / f"{job.name}.log"
-
-
-def _last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    said = [line.rsplit("\r", 1)[-1].strip() for line in lines]
-    return next((line for line in reversed(said) if line), "it was not begun")
 
 
 def _build() -> None:
@@ -209,11 +192,7 @@ def _build() -> None:
 
 def make_tables(grid: Grid, store: Store) -> None:
     """Write what a finished grid found: ``rows.csv``, ``costs.csv`` and ``provenance.csv``."""
-    every = [
-        (name, [evaluate(ticket, name, store, given, grid.precision) for ticket in study.tickets()])
-        for study in grid.studies
-        for name, given in grid.dimensions.items()
-    ]
+    every = [pair for study in grid.studies for pair in front.measured(grid, study, store).items()]
     rows = pd.concat([rows_of(found, name) for name, found in every])[list(COLUMNS)]
     costs = _costs([e for name, found in every if name == every[0][0] for e in found])  # the same in every dimension
     for name, table in (("rows", rows), ("costs", costs), ("provenance", _provenance(every))):

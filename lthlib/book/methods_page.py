@@ -99,14 +99,8 @@ def empty_layers(page: Page, about: str | None = None) -> Markdown:
 
 def mask_overlaps(page: Page, round: int, about: str | None = None) -> pd.DataFrame:
     """Return the overlaps of the page's masks at one round, see `lthlib.results.overlaps.compare`."""
-    return overlaps.compare(
-        page.study,
-        page.store,
-        rounds=[round],
-        about=about,
-        recorded=page.recorded,
-        compute_missing=page.compute_missing,
-    )
+    known = {"recorded": page.recorded, "compute_missing": page.compute_missing}
+    return overlaps.compare(page.study, page.store, rounds=[round], about=about, **known)
 
 
 def costs(page: Page) -> pd.DataFrame:
@@ -153,12 +147,11 @@ def _leads(page: Page, pairs: Sequence[tuple[str, str]], wanted: Sequence[str]) 
     if not pairs:
         names = ", ".join(f"`{name}`" for name in wanted)
         return Markdown(f"Nothing to compare: this takes a method and one of {names} on the same page.")
-    table = leads(page, pairs)
-    table["pair"] = [f"{METHODS[a].title} − {METHODS[b].title}" for a, b in pairs for _ in page.study.rounds]
-    table["cell"] = [_lead(line) for line in table.itertuples()]
-    wide = table.pivot(index="pair", columns="round", values="cell").loc[table["pair"].unique()]
-    wide.index.name = wide.columns.name = None
-    return html_table(wide.rename(columns=lambda n: f"{100 * sparsity_of(n):.1f} %"))
+    cells: dict[str, dict[str, str]] = {}
+    for line in leads(page, pairs).itertuples():
+        pair = f"{METHODS[line.first].title} − {METHODS[line.second].title}"
+        cells.setdefault(f"{100 * sparsity_of(line.round):.1f} %", {})[pair] = _lead(line)
+    return html_table(pd.DataFrame(cells))
 
 
 def leads(page: Page, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -211,10 +204,8 @@ def latency() -> None:
     )
     rows = pd.DataFrame(content["rows"])
     dense = rows[rows["network"] == "dense"].set_index(["batch", "threads"])
-    ratio = rows["milliseconds"] / [
-        dense["milliseconds"][key] for key in zip(rows["batch"], rows["threads"], strict=True)
-    ]
-    rows = rows.assign(ratio=ratio, share=rows["macs"] / dense["macs"].iloc[0])
+    same = dense["milliseconds"].loc[pd.MultiIndex.from_frame(rows[["batch", "threads"]])].to_numpy()
+    rows = rows.assign(ratio=rows["milliseconds"] / same, share=rows["macs"] / dense["macs"].iloc[0])
     show(_latency_table(rows), Markdown(source), Markdown(_latency_reading(rows)))
 
 

@@ -6,6 +6,7 @@ A template's cells call these; anything that a function can hold is here, so tha
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from IPython.display import HTML, Markdown, display
 
 from lthlib import data, figures
 from lthlib.core import machine
-from lthlib.core.errors import UserError, check_plain, choose, shown
+from lthlib.core.errors import check_plain, choose, require
 from lthlib.core.store import ROOT, Store
 from lthlib.pruning import METHODS
 from lthlib.pruning.masks import sparsity_of
@@ -116,15 +117,11 @@ def _parameters(template: str, namespace: Mapping[str, object]) -> dict[str, obj
             for name in _assigned(source):
                 choose(name, declared, "parameter")
     given = {name: namespace[name] for name in declared}
-    for name in ("store", "recorded"):
-        if not isinstance(given[name], str | None):
-            raise UserError(f"The parameter {name} is {shown(given[name])}; it must be the name of a folder, or null.")
-    if not isinstance(given["compute_missing"], bool):
-        raise UserError(f"compute_missing is {shown(given['compute_missing'])}; it must be true or false.")
-    for name in ("measure", "thresholds"):
+    kinds = dict.fromkeys(("store", "recorded"), (str | None, "be the name of a folder, or null"))
+    kinds |= dict.fromkeys(("measure", "thresholds"), (Mapping, "be a mapping"))
+    for name, (kind, must) in {**kinds, "compute_missing": (bool, "be true or false")}.items():
         check_plain(given[name], name)
-        if not isinstance(given[name], Mapping):
-            raise UserError(f"The parameter {name} is {shown(given[name])}; it must be a mapping.")
+        require(isinstance(given[name], kind), f"The parameter {name}", given[name], must)
     return given
 
 
@@ -163,21 +160,22 @@ def cost_table(page: Page) -> HTML:
     tickets = page.results.tickets.assign(nominal=lambda t: t["round"].map(sparsity_of))
     mean = tickets.groupby(["method", "round"], sort=False).mean(numeric_only=True)
     parent = mean.loc["dense"].iloc[0]
-    table = pd.DataFrame(
+    lines = [
         {
-            "method": [METHODS[m].title for m, _ in mean.index],
-            "sparsity [%]": [f"{100 * v:.2f}" for v in mean["sparsity"]],
-            "conv weights kept": [f"{v:,.0f}" for v in mean["n_kept"]],
-            "parameters": [f"{v:,.0f}" for v in mean["n_parameters"]],
-            "MACs of kept weights [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs"]],
-            "MACs a dense kernel does [%]": [f"{100 * v / parent['macs']:.1f}" for v in mean["macs_dense_kernel"]],
-            "checkpoint [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes"]],
-            "compressed [kB]": [f"{v / 1e3:,.0f}" for v in mean["bytes_compressed"]],
-            "training [dense runs]": [f"{v:.2f}" for v in mean["trainings"]],
-            "mask finding [s]": [f"{v:.2f}" for v in mean["mask_seconds"]],
+            "method": METHODS[method].title,
+            "sparsity [%]": f"{100 * of['sparsity']:.2f}",
+            "conv weights kept": f"{of['n_kept']:,.0f}",
+            "parameters": f"{of['n_parameters']:,.0f}",
+            "MACs of kept weights [%]": f"{100 * of['macs'] / parent['macs']:.1f}",
+            "MACs a dense kernel does [%]": f"{100 * of['macs_dense_kernel'] / parent['macs']:.1f}",
+            "checkpoint [kB]": f"{of['bytes'] / 1e3:,.0f}",
+            "compressed [kB]": f"{of['bytes_compressed'] / 1e3:,.0f}",
+            "training [dense runs]": f"{of['trainings']:.2f}",
+            "mask finding [s]": f"{of['mask_seconds']:.2f}",
         }
-    )
-    return html_table(table.set_index("method"))
+        for (method, _), of in mean.iterrows()
+    ]
+    return html_table(pd.DataFrame(lines).set_index("method"))
 
 
 def show(*items: object) -> None:
@@ -197,14 +195,18 @@ def standing_round(page: Page) -> int:
     return verdict.standing_round(page.judged)
 
 
+def cases(page: Page, round: int | None = None) -> list[tuple[str, int]]:
+    """Return what a page compares: every method at a round, by default the standing one, or its method's rounds."""
+    rounds = [round or standing_round(page)] if page.is_comparison else page.study.rounds
+    return list(itertools.product(page.study.methods, rounds))
+
+
 def roc_curves(page: Page) -> dict[str, dict[str, np.ndarray]]:
     """Return ROC curves by foreign set and title, of the first seed: dense, and every round or every method."""
-    seed, methods = page.study.seeds[0], page.study.methods
-    found = {"dense": page.arrays("dense", 0, seed)}
-    if page.is_comparison:
-        found |= {METHODS[m].title: page.arrays(m, standing_round(page), seed) for m in methods}
-    else:
-        found |= {f"{100 * sparsity_of(n):.1f} %": page.arrays(methods[0], n, seed) for n in page.study.rounds}
+    found = {"dense": page.arrays("dense", 0, page.study.seeds[0])}
+    for method, n in cases(page):
+        title = METHODS[method].title if page.is_comparison else f"{100 * sparsity_of(n):.1f} %"
+        found[title] = page.arrays(method, n, page.study.seeds[0])
     sets = [key for key in found["dense"] if key.startswith("roc_")]
     return {key.removeprefix("roc_"): {title: a[key] for title, a in found.items()} for key in sets}
 
@@ -227,7 +229,7 @@ def gallery(page: Page) -> tuple[np.ndarray, list[str]]:
 def sample_sizes(page: Page) -> Markdown:
     """Say on how many images each kind of number rests, and how far an accuracy on them is known at best."""
     rows = page.results.rows
-    cases = (
+    measured = (
         ("test_accuracy", "clean test images"),
         ("ood_auroc", "known and foreign images, for each foreign set"),
         ("corrupted_accuracy", "images under each corruption and severity"),
@@ -241,15 +243,13 @@ def sample_sizes(page: Page) -> Markdown:
         ("pac_bayes_weight_sigma", "for noise"),
         ("loss_barrier", "along lines"),
     )
-    lines, widths = [], []
-    for metric, what in cases:
+    lines = []
+    for metric, what in measured:
         about_accuracy = metric.endswith(("accuracy", "corrupted_ece"))
         for n in rows.loc[rows["metric"] == metric, "n"].unique():
-            width = f": ±{196 * (0.25 / n) ** 0.5:.1f}" if about_accuracy else ""
-            lines.append(f"{n:,} {what}{width}")
-            widths.append(width)
+            lines.append(f"{n:,} {what}" + f": ±{196 * (0.25 / n) ** 0.5:.1f}" * about_accuracy)
     text = f"**Images:** {'; '.join(lines)}."
-    if any(widths):
+    if "±" in text:
         text += (
             " After the colon, in percentage points, the widest 95 % interval that an accuracy on so many images can "
             "have (at 50 %)."
@@ -278,36 +278,21 @@ def noise_floor(page: Page) -> Markdown:
 
 def interval_table(page: Page) -> HTML:
     """Show ECE, SCE and NLL of the first seed with 95 % bootstrap intervals over test images, and their bias."""
-    seed, columns = page.study.seeds[0], {}
-    last = standing_round(page)
-    rounds = [last] if page.is_comparison else page.study.rounds
-    shown = [("dense", 0)] + [(method, n) for method in page.study.methods for n in rounds]
-    for metric in ("ece", "sce", "nll"):
-        scale = figures.factor(metric)
-        cells = {}
-        for method, n in shown:
-            value, low, high, bias = scale * page.arrays(method, n, seed)[f"interval_{metric}"]
-            key = METHODS[method].title, f"{100 * sparsity_of(n):.1f}"
-            cells[key] = f"{value:.3g} [{low:.3g}, {high:.3g}], bias {bias:+.2g}"
-        columns[figures.label(metric)] = cells
-    table = pd.DataFrame(columns)
-    table.index = table.index.set_names(["method", "sparsity [%]"])
-    return html_table(table)
-
-
-def reliability_diagrams(page: Page) -> dict[str, Mapping[str, np.ndarray]]:
-    """Return the reliability diagrams of dense and of each method at the page's highest sparsity, by title.
-
-    A comparison shows dense and the first three methods; the first seed.
-    """
-    return sparsest(page, most=3)
+    lines = []
+    for method, n in [("dense", 0), *cases(page)]:
+        line = {"method": METHODS[method].title, "sparsity [%]": f"{100 * sparsity_of(n):.1f}"}
+        for metric in ("ece", "sce", "nll"):
+            found = page.arrays(method, n, page.study.seeds[0])[f"interval_{metric}"]
+            value, low, high, bias = figures.factor(metric) * found
+            line[figures.label(metric)] = f"{value:.3g} [{low:.3g}, {high:.3g}], bias {bias:+.2g}"
+        lines.append(line)
+    return html_table(pd.DataFrame(lines).set_index(["method", "sparsity [%]"]))
 
 
 def sparsest(page: Page, most: int | None = None) -> dict[str, Mapping[str, np.ndarray]]:
     """Return the arrays of dense and of each method (``most`` at most) at the page's highest sparsity, first seed."""
-    seed, last = page.study.seeds[0], page.study.rounds[-1]
-    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], last)}
-    return {_title(method, n): page.arrays(method, n, seed) for method, n in methods.items()}
+    methods = {"dense": 0, **dict.fromkeys(page.study.methods[:most], page.study.rounds[-1])}
+    return {title_of(method, n): page.arrays(method, n, page.study.seeds[0]) for method, n in methods.items()}
 
 
 def holding(page: Page, array: str) -> dict[str, Mapping[str, np.ndarray]]:
@@ -320,10 +305,11 @@ def holding(page: Page, array: str) -> dict[str, Mapping[str, np.ndarray]]:
     held = held.drop_duplicates(["method", "round"])
     if page.is_comparison:
         held = held.sort_values("round", kind="stable").drop_duplicates("method", keep="last")
-    return {_title(t.method, t.round): page.results.arrays[t.ticket] for t in held.itertuples()}
+    return {title_of(t.method, t.round): page.results.arrays[t.ticket] for t in held.itertuples()}
 
 
-def _title(method: str, n: int) -> str:
+def title_of(method: str, n: int) -> str:
+    """Return a method and its sparsity at a round as figures name them."""
     return "dense" if n == 0 else f"{METHODS[method].title}, {100 * sparsity_of(n):.1f} %"
 
 
@@ -333,11 +319,6 @@ def drawn(draw: Callable, tickets: Mapping[str, Mapping[str, np.ndarray]], *argu
         return Markdown("*Not recorded for the tickets of this page: `measure` says of which it is.*")
     found = draw(tickets, *arguments)
     if isinstance(found, pd.DataFrame):
-        return table(found)
+        return html_table(found)
     plt.close(found)  # what a cell returns is shown once; what stays open would be shown again
     return found
-
-
-def table(frame: pd.DataFrame) -> HTML:
-    """Return a table ready to be shown."""
-    return html_table(frame)

@@ -192,17 +192,12 @@ def _page(grid: Grid, study: Study, topic: str, method: str, from_record: bool) 
         # A method is seen beside the others; any dimension's results hold tickets and accuracy.
         shown, dimension = COMPARISON, min(grid.dimensions, key=lambda name: name != "generalization")
         more = {"dimension": dimension, "about": method if method != COMPARISON else None}
-    methods = list(study.methods) if shown == COMPARISON else [shown]
-    settings = {
-        "data": study.data,
-        "arch": study.arch,
+    settings = json.loads(json.dumps(asdict(study)))  # a notebook's parameters know no tuples
+    every = settings.pop("methods")
+    methods = every if shown == COMPARISON else [shown]
+    settings |= {
         "method": methods,
-        "seeds": list(study.seeds),
-        "rounds": list(study.rounds),
-        "recipe": asdict(study.recipe),
-        "rewind_epoch": study.rewind_epoch,
-        "train_size": study.train_size,
-        "options": {name: dict(options) for name, options in study.options.items() if name in methods},
+        "options": {name: options for name, options in settings["options"].items() if name in methods},
         "measure": dict(grid.dimensions[dimension]),
         "thresholds": dict(grid.thresholds),
         "precision": grid.precision,

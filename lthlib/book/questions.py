@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lthlib import figures
-from lthlib.book.claims import plain
 from lthlib.book.cost import PAPER
 from lthlib.book.grid import read_grid, study_name
+from lthlib.book.markdown import plain, table
 from lthlib.book.plan import COMPARISON, PagePlan
-from lthlib.book.reproducibility import markdown_table
 from lthlib.core.store import ROOT
 from lthlib.metrics import METRICS
 from lthlib.pruning import METHODS
@@ -46,12 +45,13 @@ def questions_pages(studies: Sequence[Evidence], plans: Sequence[PagePlan]) -> d
 
 def settings(studies: Sequence[Evidence]) -> str:
     """Return how SCE and both traces are kept in every study, and the paper's settings that none is about."""
-    lines = [[plain(e.label), *(tally(e, METHODS, [name]) for name in SETTINGS)] for e in studies]
+    shown = {f"{METRICS[name].title} {METRICS[name].arrow}": [name] for name in SETTINGS}
+    lines = [{"setting": plain(e.label), **{t: tally(e, METHODS, of) for t, of in shown.items()}} for e in studies]
     here = {(e.rows["dataset"].iloc[0], e.rows["arch"].iloc[0]) for e in studies}
     left = {g: [s for s in read_grid(ROOT / g, recorded=True).studies if (s.data, s.arch) not in here] for g in PAPER}
-    lines += [[f"the paper's `{study_name(s)}`", *[UNMEASURED] * len(SETTINGS)] for of in left.values() for s in of]
-    table = markdown_table(["setting", *(f"{METRICS[n].title} {METRICS[n].arrow}" for n in SETTINGS)], lines)
-    return table + _command(*(grid for grid, of in left.items() if of))
+    unmeasured = dict.fromkeys(shown, UNMEASURED)
+    lines += [{"setting": f"the paper's `{study_name(s)}`", **unmeasured} for of in left.values() for s in of]
+    return table(lines) + _command(*(grid for grid, of in left.items() if of))
 
 
 def rigl_on_cifar(studies: Sequence[Evidence]) -> str:
@@ -62,12 +62,11 @@ def rigl_on_cifar(studies: Sequence[Evidence]) -> str:
         for line in e.judged[e.judged["method"] == "rigl"].sort_values("round", kind="stable").to_dict("records"):
             if METRICS[line["metric"]].in_verdict:
                 name, scale = figures.label(line["metric"]), figures.factor(line["metric"])
-                row = cells.setdefault(name + f" {line['shift']}" * (line["shift"] != "none"), {})
+                name += f" {line['shift']}" * (line["shift"] != "none")
+                row = cells.setdefault(name, {"metric": plain(name)})
                 row["dense"] = f"{scale * line['dense']:.3g}"
                 row[f"{100 * line['sparsity']:.1f} %"] = f"{scale * line['mean']:.3g} {figures.MARKS[line['outcome']]}"
-        head = dict.fromkeys(key for row in cells.values() for key in row)
-        lines = [[plain(name), *(row.get(key, "–") for key in head)] for name, row in cells.items()]
-        parts += [f"**{plain(e.label)}.**\n\n{markdown_table(['metric', *head], lines)}"] * bool(lines)
+        parts += [f"**{plain(e.label)}.**\n\n{table(cells.values())}"] * bool(cells)
     return ("\n\n".join(parts) or NOTHING) + _command(CIFAR)
 
 
@@ -87,8 +86,9 @@ def metrics_table(folder: Path) -> str:
         good = re.search(r"^\*\*Good for:\*\* (.+)", text, flags=re.M)[1]
         limits = re.split(r"\n## Where \w+ misleads?\n", text)[1].split("\n## ")[0]
         heads = [head.rstrip(".") for head in re.findall(r"^- \*\*(.+?)\*\*", limits, flags=re.M)]
-        lines.append([f"[{title}](#{label})", " ".join(why), good, "; ".join(heads)])
-    return markdown_table(["metric", "why it is there", "good for", "misleads by"], lines)
+        cells = {"metric": f"[{title}](#{label})", "why it is there": " ".join(why), "good for": good}
+        lines.append({**cells, "misleads by": "; ".join(heads)})
+    return table(lines)
 
 
 def tally(e: Evidence, methods: Iterable[str], metrics: Iterable[str]) -> str:
@@ -102,10 +102,10 @@ def _tallies(studies: Sequence[Evidence], methods: Iterable[str], columns: Mappi
     """Return a table of tallies for each study that has any, a line a method; and the grid that measures the rest."""
     parts, missing = [], []
     for e in studies:
-        lines = [[METHODS[m].title, *(tally(e, [m], names) for names in columns.values())] for m in methods]
-        if lines := [line for line in lines if set(line[1:]) != {UNMEASURED}]:
-            parts.append(f"**{plain(e.label)}.**\n\n" + markdown_table(["method", *columns], lines))
-            missing = [name for i, name in enumerate(columns, 1) if {line[i] for line in lines} == {UNMEASURED}]
+        lines = [{"method": METHODS[m].title, **{t: tally(e, [m], of) for t, of in columns.items()}} for m in methods]
+        if lines := [line for line in lines if {line[name] for name in columns} != {UNMEASURED}]:
+            parts.append(f"**{plain(e.label)}.**\n\n{table(lines)}")
+            missing = [name for name in columns if {line[name] for line in lines} == {UNMEASURED}]
             parts += [f"The rows of this study hold nothing yet on {' and '.join(missing).lower()}."] * bool(missing)
     return ("\n\n".join(parts) or NOTHING) + _command(*[grid] * (not parts or bool(missing)))
 

@@ -10,6 +10,7 @@ import re
 
 import lthlib
 from lthlib.core.store import ROOT
+from lthlib.core.versions import modules_of
 
 ROOMS = ("core", "data", "networks", "pruning", "training", "tickets", "metrics", "results", "figures", "book", "own")
 """The rooms in the order in which they may import one another."""
@@ -34,7 +35,7 @@ def _index() -> str:
     """Return the page with the names at the top, and the rooms."""
     places = {name: place + ".registry" * name.isupper() for name, place in lthlib.PLACES.items()}
     names = [f"| {{py:obj}}`lthlib.{name} <{place}.{name}>` | `{place}` |" for name, place in places.items()]
-    rooms = [f"| [`lthlib.{room}`]({room}.md) | {_says(_modules(room)[0])} |" for room in ROOMS]
+    rooms = [f"| [`lthlib.{room}`]({room}.md) | {_says(room)} |" for room in ROOMS]
     return "\n".join(
         [
             "(reference)=\n# The library",
@@ -51,19 +52,11 @@ def _index() -> str:
 
 def _room(room: str) -> str:
     """Return the page of a room: a section a module."""
-    sections = [f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```" for name in _modules(room)]
+    sections = [f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```" for name in sorted(modules_of(room))]
     return "\n\n".join([f"# `lthlib.{room}`", *sections])
 
 
-def _modules(room: str) -> list[str]:
-    """Return the modules of a room, the package itself first."""
-    paths = sorted(ROOT.glob(f"lthlib/{room}.py")) + sorted(ROOT.glob(f"lthlib/{room}/**/*.py"))
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return sorted(names)
-
-
-def _says(module: str) -> str:
-    """Return the first line of a module's docstring."""
-    path = ROOT / module.replace(".", "/")
-    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+def _says(room: str) -> str:
+    """Return the first line of a room's docstring."""
+    text = (ROOT / "lthlib" / room / "__init__.py").read_text()
     return ast.get_docstring(ast.parse(text)).split("\n")[0]

@@ -1,9 +1,9 @@
 """Execute a notebook template with parameters into a page of the book, by papermill, inside this process.
 
 A kernel in a process of its own costs every page the seconds that importing torch, pandas and seaborn takes. So pages
-are run by an engine that hands their cells to IPython here, and whoever runs many forks (`lthlib.core.forks`): what is
-loaded before the fork is there at once. ``papermill notebooks/calibration.ipynb page.ipynb`` runs the same cells in a
-kernel, as anywhere else.
+are run by an engine whose kernel lives here, and whoever runs many forks (`lthlib.core.forks`): what is loaded before
+the fork is there at once. ``papermill notebooks/calibration.ipynb page.ipynb`` runs the same cells in a kernel of their
+own, as anywhere else.
 
 A page appears whole or not at all. Where a cell fails, the notebook up to there is kept beside it as
 ``<page>.failed.ipynb``, and the error names the cell and that file.
@@ -11,9 +11,7 @@ A page appears whole or not at all. Where a cell fails, the notebook up to there
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import logging
 import os
@@ -24,16 +22,17 @@ from typing import Any
 
 import nbformat
 import papermill
-from IPython.core.displayhook import DisplayHook
-from IPython.core.displaypub import DisplayPublisher
-from IPython.core.interactiveshell import InteractiveShell
+from ipykernel.inprocess.client import InProcessKernelClient
+from ipykernel.inprocess.ipkernel import InProcessInteractiveShell
+from ipykernel.inprocess.manager import InProcessKernelManager
 from IPython.core.pylabtools import select_figure_formats
 from matplotlib import pyplot
 from matplotlib_inline.config import InlineBackend
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from nbformat.v4 import output_from_msg
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT, write_atomically
@@ -41,10 +40,6 @@ from lthlib.core.store import ROOT, write_atomically
 ENGINE = "in-process"
 OF = "lthlib_of"  # in a page's metadata: the fingerprint of what it was made from
 _PROGRESS = re.compile("\r|\x1b\\[A")  # back to the start of the line, or up to the bar above
-
-
-class PageError(UserError):
-    """A cell failed; the message names the template, the cell, the error, and where the notebook up to there lies."""
 
 
 def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, title: str | None = None, of: str = ""):
@@ -58,13 +53,15 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         of: Fingerprint of what the page is made from, kept in its metadata.
 
     Raises:
-        PageError: A cell failed. An older page stays.
+        UserError: A cell failed; the message names template, cell, error, and where the notebook up to there lies. An
+            older page stays.
     """
     temporary = output.with_name(f".{output.stem}.tmp.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     papermill_engines.register(ENGINE, _InProcess)
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters are checked by whoever reads them
+    for name in ("papermill", "asyncio"):  # parameters are checked by whoever reads them; a kernel leaves a task behind
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         page = papermill.execute_notebook(
             template,
@@ -81,11 +78,11 @@ def execute(template: Path, output: Path, parameters: Mapping[str, Any], *, titl
         said = f"{error.ename}: {error.evalue}".rstrip(". ")
         number = error.cell_index + (0 if parameters else 1)  # in the template, which has no injected cell
         where = f"{_shown(template)}, cell {number}" + (f" ({cell[0]})" if cell else "")
-        raise PageError(f"{where}: {said}. The notebook up to there: {_shown(failed)}") from None
+        raise UserError(f"{where}: {said}. The notebook up to there: {_shown(failed)}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if not any("image/png" in output.get("data", {}) for cell in page.cells for output in cell.get("outputs", [])):
-        raise PageError(f"{_shown(template)} drew no figure, and figures are what a page is for.")
+        raise UserError(f"{_shown(template)} drew no figure, and figures are what a page is for.")
     _furnish(page, title)
     page.metadata[OF] = of
     failed.unlink(missing_ok=True)
@@ -117,87 +114,46 @@ def _furnish(page: NotebookNode, title: str | None) -> None:
 
 
 class _InProcess(Engine):
-    """Runs the cells of a notebook in an IPython shell of this process, and keeps their outputs as a kernel would."""
+    """Runs the cells of a notebook in a kernel that lives in this process."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
-        shell = _Shell(user_ns={"__name__": "__main__"})
-        InlineBackend.clear_instance()  # one that served another shell would not tell this one how to draw
-        shell.enable_matplotlib("inline")
-        select_figure_formats(shell, {"png"})  # matplotlib-inline does that for the first shell of a process alone
+        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the debugger that a kernel loads warns of itself
+        # History would take a thread, and a file in the home folder.
+        manager = InProcessKernelManager(config=Config(HistoryManager={"enabled": False}))
+        manager.start_kernel()
+        client = manager.client()
+        client.start_channels()
+        InlineBackend.clear_instance()  # one that served another kernel would not tell this one how to draw
+        manager.kernel.shell.enable_matplotlib("inline")
+        select_figure_formats(manager.kernel.shell, {"png"})  # or only the first kernel of a process draws
         pyplot.close("all")  # a figure that this process had open would take the page's lines, and is not shown
         for index, cell in enumerate(nb_man.nb.cells):
             nb_man.cell_start(cell, index)
-            if cell.cell_type == "code":
-                cell.outputs, ok = shell.outputs_of(cell.source)
-                if not ok:
-                    nb_man.cell_exception(cell, cell_index=index)
-                cell.execution_count = shell.execution_count - 1
+            ok = cell.cell_type != "code" or _run(client, cell)
+            if not ok:
+                nb_man.cell_exception(cell, cell_index=index)
             nb_man.cell_complete(cell, cell_index=index)
-            if cell.cell_type == "code" and not ok:
+            if not ok:
                 break
-        InteractiveShell.clear_instance()
+        manager.shutdown_kernel()
+        InProcessInteractiveShell.clear_instance()
 
 
-class _Publisher(DisplayPublisher):
-    def publish(self, data: dict, metadata: dict | None = None, **_: Any) -> None:
-        self.shell.outputs.append(new_output("display_data", data=_plain(data), metadata=metadata or {}))
-
-
-class _Hook(DisplayHook):
-    def write_output_prompt(self) -> None:
-        pass
-
-    def write_format_data(self, format_dict: dict, md_dict: dict | None = None) -> None:
-        found = {"data": _plain(format_dict), "metadata": md_dict or {}}
-        self.shell.outputs.append(new_output("execute_result", execution_count=self.shell.execution_count, **found))
-
-
-class _Shell(InteractiveShell):
-    """An IPython shell whose outputs are notebook outputs."""
-
-    def __init__(self, **kwargs: Any):
-        self.outputs: list[NotebookNode] = []
-        super().__init__(display_pub_class=_Publisher, displayhook_class=_Hook, **kwargs)
-        InteractiveShell._instance = self  # what `get_ipython` and matplotlib ask for
-        self.history_manager.enabled = False  # a thread, and a file in the home folder
-
-    def enable_gui(self, gui: str | None = None) -> None:
-        """Do nothing: pictures go into the page."""
-
-    def outputs_of(self, source: str) -> tuple[list[NotebookNode], bool]:
-        """Run a cell; return its outputs and whether it succeeded."""
-        self.outputs = []
-        streams = _Stream(self, "stdout"), _Stream(self, "stderr")
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            ok = self.run_cell(source, store_history=True).success
-        return _without_progress(self.outputs), ok
-
-    def _showtraceback(self, etype: type, evalue: BaseException, stb: list[str]) -> None:
-        self.outputs.append(new_output("error", ename=etype.__name__, evalue=str(evalue), traceback=stb))
-
-
-class _Stream(io.TextIOBase):
-    """Appends what is written to the outputs of the running cell."""
-
-    def __init__(self, shell: _Shell, name: str):
-        self.shell, self.name = shell, name
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        last = self.shell.outputs[-1] if self.shell.outputs else None
-        if last is not None and last.output_type == "stream" and last.name == self.name:
-            last.text += text
-        else:
-            self.shell.outputs.append(new_output("stream", name=self.name, text=text))
-        return len(text)
-
-
-def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return display data as JSON can hold it: pictures come as bytes."""
-    return {kind: base64.b64encode(v).decode() if isinstance(v, bytes) else v for kind, v in data.items()}
+def _run(client: InProcessKernelClient, cell: NotebookNode) -> bool:
+    """Run a cell, keep its outputs, and say whether it succeeded."""
+    client.execute(cell.source)
+    outputs: list[NotebookNode] = []
+    while (message := client.get_iopub_msg())["content"].get("execution_state") != "idle":
+        with contextlib.suppress(ValueError):  # it is about no output
+            output = output_from_msg(message)
+            if outputs and output.output_type == "stream" and output.name == outputs[-1].get("name"):
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+    reply = client.get_shell_msg()["content"]
+    cell.execution_count, cell.outputs = reply["execution_count"], _without_progress(outputs)
+    return reply["status"] == "ok"
 
 
 def _without_progress(outputs: list[NotebookNode]) -> list[NotebookNode]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,8 +14,6 @@ from lthlib.book import pages
 from lthlib.core.errors import UserError
 from lthlib.data.corrupted import sample
 from lthlib.figures.classes import IN_A_ROW, exemplar_gallery, recall_map
-from lthlib.pruning import METHODS
-from lthlib.pruning.masks import sparsity_of
 from lthlib.results.classes import exemplar_table, odd_ones, recall_changes
 
 NOT_RECORDED = Markdown(
@@ -25,23 +22,16 @@ NOT_RECORDED = Markdown(
 MOST_ROWS = 8  # of the gallery
 
 
-def cases(page: pages.Page, round: int) -> dict[tuple[str, int], str]:
-    """Return what a page compares, and a title for each: every method at a round, or every round of its method."""
-    rounds = [round] if page.is_comparison else page.study.rounds
-    found = itertools.product(page.study.methods, rounds)
-    return {(method, n): f"{METHODS[method].title}, {100 * sparsity_of(n):.1f} %" for method, n in found}
-
-
 def by_class(page: pages.Page, round: int) -> None:
     """Show the worst class and churn against sparsity, and the change of recall by class at a round."""
-    shown, results = cases(page, round), page.results
-    changes = recall_changes(results.tickets, results.arrays, list(shown))
+    shown, results = pages.cases(page, round), page.results
+    changes = recall_changes(results.tickets, results.arrays, shown)
     if changes.empty:
         pages.show(NOT_RECORDED)
         return
     panels = [(name, "none") for name in ("worst_class_accuracy", "churn") if (page.judged["metric"] == name).any()]
     figures.curves(page.judged, panels)
-    recall_map(changes.rename(columns=shown))
+    recall_map(changes.rename(columns={case: pages.title_of(*case) for case in shown}))
 
 
 def exemplars(page: pages.Page, round: int) -> None:
@@ -53,8 +43,8 @@ def exemplars(page: pages.Page, round: int) -> None:
         pages.show(Markdown("*It takes two seeds to agree; this page has one.*") if one else NOT_RECORDED)
         return
     pages.show(pages.html_table(table.set_index("method")))
-    odd = {title: odd_ones(results.tickets, results.arrays, *case) for case, title in cases(page, round).items()}
-    odd = {title: found for title, found in odd.items() if found is not None and len(found)}
+    odd = {case: odd_ones(results.tickets, results.arrays, *case) for case in pages.cases(page, round)}
+    odd = {pages.title_of(*case): found for case, found in odd.items() if found is not None and len(found)}
     if not odd:
         return
     try:

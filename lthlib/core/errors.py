@@ -43,6 +43,12 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
+def require(is_so: object, name: str, value: object, must: str) -> None:
+    """Raise `UserError` unless something is so: it says what the value of a key is, and what it ``must`` do."""
+    if not is_so:
+        raise UserError(f"{name} is {shown(value)}; it must {must}.")
+
+
 def check_plain(value: object, name: str) -> None:
     """Raise `UserError` unless the value of a key is plain and of sane size, whatever it may be about.
 
@@ -53,10 +59,8 @@ def check_plain(value: object, name: str) -> None:
     while waiting:
         where, item, depth = waiting.pop()
         n_seen += 1
-        if n_seen > MOST_VALUES or depth > DEEPEST:
-            raise UserError(
-                f"{name} is {shown(value)}; it must hold at most {MOST_VALUES} values, nested at most {DEEPEST} deep."
-            )
+        fits = n_seen <= MOST_VALUES and depth <= DEEPEST
+        require(fits, name, value, f"hold at most {MOST_VALUES} values, nested at most {DEEPEST} deep")
         if isinstance(item, dict):
             for key in item:
                 if not isinstance(key, str) or len(key) > MOST_LETTERS:
@@ -81,18 +85,13 @@ def _check_scalar(where: str, item: object) -> None:
         return
     else:
         must = "be null, true or false, a number, text, a list or a mapping; in quotes it is text"
-    raise UserError(f"{where} is {shown(item)}; it must {must}.")
+    require(False, where, item, must)
 
 
 class Registry(dict[str, T], Generic[T]):
-    """Names to entries, in the order of registration; an unknown name raises `UserError` with a suggestion.
+    """Names to entries, in the order of registration.
 
-    >>> colours = Registry("colour")
-    >>> colours["blue"] = 1
-    >>> colours["bleu"]
-    Traceback (most recent call last):
-        ...
-    lthlib.core.errors.UserError: Unknown colour 'bleu'. Did you mean 'blue'? Allowed: blue.
+    An unknown name raises `UserError`: ``Unknown colour 'bleu'. Did you mean 'blue'? Allowed: blue.``
     """
 
     def __init__(self, kind: str):

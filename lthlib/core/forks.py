@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,22 +18,26 @@ from lthlib.core.errors import UserError
 Task = Callable[[], None]
 
 
-def in_forks(tasks: Iterable[tuple[Path, Task]], workers: int) -> None:
-    """Run each task in a fork of its own, at most ``workers`` at a time; what one says goes into its log.
+def in_forks(tasks: Mapping[str, Task], logs: Path, workers: int) -> dict[str, str]:
+    """Run each task in a fork of its own, at most ``workers`` at a time.
 
-    Tasks are pairs of a log and what to do. One has failed where its log is there at the end: that of a task that
-    succeeded is removed.
+    What a task says goes into a log of its name in the folder ``logs``, which goes where the task succeeds.
+
+    Returns:
+        Name -> the last line of its log, of the tasks that failed.
     """
+    files = {name: logs / f"{name}.log" for name in tasks}
     running: dict[BaseProcess, Path] = {}
-    for log, task in tasks:
+    for name, task in tasks.items():
         if len(running) >= workers:
             _reap(running)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(log, task))
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_run, args=(files[name], task))
         process.start()
-        running[process] = log
+        running[process] = files[name]
     while running:
         _reap(running)
+    return {name: last_line(log) for name, log in files.items() if log.exists()}
 
 
 def _reap(running: dict[BaseProcess, Path]) -> None:
@@ -47,6 +51,13 @@ def _reap(running: dict[BaseProcess, Path]) -> None:
             reason = " (someone killed it, or memory ran out)" if name == "SIGKILL" else ""
             with log.open("a") as file:
                 file.write(f"its process died of {name}{reason}\n")
+
+
+def last_line(log: Path) -> str:
+    """Return the last line that a log shows, of a progress bar what it showed at the end."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    said = [line.rsplit("\r", 1)[-1].strip() for line in lines]
+    return next((line for line in reversed(said) if line), "it was not begun")
 
 
 def _run(log: Path, task: Task) -> None:

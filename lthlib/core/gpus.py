@@ -8,7 +8,6 @@ the scheduler shares out the GPUs.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import subprocess
@@ -41,13 +40,10 @@ def visible() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     found: list[str] = []
-    for line in listed.stdout.splitlines():
-        uuid = re.search(r"\(UUID: ([\w/-]+)\)", line)
-        if uuid is None:
-            continue
-        if not line.startswith("GPU") and found and found[-1].startswith("GPU-"):
+    for slice_of, uuid in re.findall(r"^( *)\S.*\(UUID: ([\w/-]+)\)", listed.stdout, flags=re.M):
+        if slice_of and found and found[-1].startswith("GPU-"):
             found.pop()  # a GPU that is cut into slices is used through them only
-        found.append(uuid[1])
+        found.append(uuid)
     return found
 
 
@@ -64,14 +60,15 @@ def claim() -> str | None:
     folder = Path("/tmp", f"lthlib-gpus-{os.getuid()}")  # not TMPDIR: it is another one in each run
     folder.mkdir(mode=0o700, exist_ok=True)
     locks = {device: FileLock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device)}.lock") for device in devices}
-    for attempt in itertools.count():
+    said = False
+    while True:
         for device, lock in locks.items():
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
                 _held.append(lock)
                 os.environ[CUDA] = device
                 return device
-        if attempt == 0:
+        if not said:
             say(f"waiting: {len(devices)} of {len(devices)} GPUs are taken by other jobs")
+        said = True
         time.sleep(SECONDS)
-    return None  # unreachable: it is counted without end

@@ -102,6 +102,22 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def locked(file: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock, saying so where it has to be waited for. The system frees it with its holder, however that ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Store:
     """A root folder of artifacts; by default ``$LTHLIB_STORE``, else ``store`` in the checkout."""
 
@@ -237,21 +253,9 @@ class Store:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
-        """Hold the key's lock. The system frees it with the process, however that ends: no lock goes stale."""
+    def _lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         file = self.root / "locks" / f"{key.replace('/', '--')}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting: {key} is being made by another process")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        return locked(file, f"waiting: {key} is being made by another process")
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
