@@ -222,7 +222,7 @@ class Two(LeNet):
         ({"bn_mod": "eval"}, "Did you mean 'bn_mode'"),
         ({"samples_per_class": 3}, "samples_per_class cannot be chosen here"),
         ({"prunable": "convs"}, "Did you mean 'conv'"),
-        ({"net": Two().double()}, "Two answers with a tuple"),
+        ({"net": Two().double()}, "returns a tuple; it must return one tensor of logits"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(change, message):
