@@ -42,8 +42,8 @@ def test_kept_differs_from_the_power_rounded_once():
 
 def test_rounds_are_found_from_percentages_as_papers_print_them():
     printed = [0.0, 0.2, 0.36, 0.488, 0.5904, 0.6723, 0.9908]
-    assert masks.rounds_of(printed) == [0, 1, 2, 3, 4, 5, 21]
-    assert masks.rounds_of([masks.sparsity_of(n) for n in range(30)]) == list(range(30))
+    assert [*map(masks.round_of, printed)] == [0, 1, 2, 3, 4, 5, 21]
+    assert [masks.round_of(masks.sparsity_of(n)) for n in range(30)] == list(range(30))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_rounds_are_found_from_percentages_as_papers_print_them():
 )
 def test_sparsities_off_the_ladder_are_refused_with_the_nearest(sparsity, message):
     with pytest.raises(UserError, match=message):
-        masks.rounds_of([sparsity])
+        masks.round_of(sparsity)
 
 
 # ---------------------------------------------------------------------------- selection
