@@ -1,7 +1,6 @@
 """The counts behind an estimate are those of the trainings that really happen."""
 
 import collections
-import json
 import math
 import re
 
@@ -21,11 +20,11 @@ STUDY = {
     "data": "mnist5k",
     "arch": "resnet8",
     "methods": ["lth", "rp", "snip", "lth-reinit"],
-    "rounds": [1, 3],
+    "rounds": [2],
     "seeds": [0],
     "recipe": {"epochs": 2, "batch_size": 48, "precision": "float32"},
     "rewind_epoch": 1,
-    "train_size": 200,
+    "train_size": 100,
 }
 
 
@@ -44,8 +43,8 @@ def test_every_training_is_counted_once_with_its_epochs_and_images(tmp_path, mon
     study = study_from(STUDY)
     for ticket in study.tickets():
         tickets.obtain(ticket, Store(tmp_path))
-    # dense; the rewind point (1 epoch); a chain of three rewound tickets; rp from the rewind point; snip; reinit.
-    assert really == {2: 1 + 2 + 2, 1: 1 + 3 + 2}
+    # dense, snip, reinit; the rewind point (1 epoch), a chain of two rewound tickets, rp from the rewind point.
+    assert really == {2: 3, 1: 1 + 2 + 1}
     assert collections.Counter(epochs for _, epochs in estimate.trained(study)) == really
     (line,) = estimate.table(grid_from("tiny", {**STUDY, "dimensions": ["calibration"]}), 1.0)
     assert line["images"] == seen["images"]
@@ -123,14 +122,6 @@ def test_unknown_data_and_a_senseless_throughput_are_errors(tmp_path, monkeypatc
         estimate.table(grid_from("x", {**STUDY, "data": "nowhere", "dimensions": ["calibration"]}), 1.0)
     with pytest.raises(UserError, match="throughput is -1"):
         estimate.estimate(str(ROOT / "workflow/grids/quick.yml"), throughput=-1.0)
-
-
-def test_what_is_recorded_covers_the_papers_grid():
-    recorded = json.loads(estimate.THROUGHPUT.read_text())
-    assert {"processor", "torch", "commit", "precision"} <= set(recorded["provenance"])
-    for name in ("paper", "paper-imagenet"):
-        grid = read_grid(ROOT / f"workflow/grids/{name}.yml", recorded=True)
-        assert all(line["hours"] > 0 for line in estimate.table(grid, recorded["macs_per_second"]))
 
 
 def test_the_chapters_table_adds_up_and_says_where_no_throughput_is_recorded(monkeypatch, tmp_path):
