@@ -220,9 +220,10 @@ class Two(LeNet):
         ({"batch": (batch()[0], batch()[1][:3])}, "20 images and labels of shape"),
         ({"batch": (batch()[0], torch.rand(20, 4))}, "one whole number per image"),
         ({"bn_mod": "eval"}, "Did you mean 'bn_mode'"),
+        ({"bn_mode": "evil"}, "must be 'train' or 'eval'. Did you mean 'eval'"),
         ({"samples_per_class": 3}, "samples_per_class cannot be chosen here"),
         ({"prunable": "convs"}, "Did you mean 'conv'"),
-        ({"net": Two().double()}, "Two answers with a tuple"),
+        ({"net": Two().double()}, "returns a tuple; it must return one tensor of logits"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(change, message):

@@ -92,13 +92,6 @@ def test_data_that_are_not_there_are_missed_before_anything_runs_unless_results_
     assert read_grid(path, recorded=True).studies[0].data == "mnist5"
 
 
-@pytest.mark.parametrize("sparsities", [[1.0], [-0.1], [0.2, 1.5], [0.5]])
-def test_sparsities_off_the_ladder_are_refused(sparsities):
-    settings_ = {k: v for k, v in GOOD.items() if k != "rounds"}
-    with pytest.raises(UserError):
-        grid_from("test", {**settings_, "sparsities": sparsities})
-
-
 def test_a_grid_without_some_dimension_has_no_empty_part_in_its_contents():
     contents = _contents(pages(grid_from("test", GOOD)), Path(__file__).parents[1] / "book/contents.yml")
     parts = {part["caption"]: part["chapters"] for part in yaml.safe_load(contents)["parts"]}
@@ -214,7 +207,7 @@ def repr_of(value):
         return shown(value)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.sampled_from(KEYS), JUNK)
 def test_any_bad_value_of_a_key_is_answered_with_key_value_and_what_is_allowed(key, value):
     content = {**GOOD, key: value}
@@ -226,7 +219,7 @@ def test_any_bad_value_of_a_key_is_answered_with_key_value_and_what_is_allowed(k
         check_message(error, key, value)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["recipe", "dimensions", "thresholds"]), st.data())
 def test_any_bad_value_below_a_key_is_answered_likewise(key, data):
     outer = {
@@ -246,7 +239,7 @@ OPTIONS = [(method, name) for method in METHODS for name in METHODS[method].opti
 NEAR_THE_ENDS = st.integers(-3, 3) | st.floats(-1.5, 1.5) | st.sampled_from([10_000, 10_001, True, "erk", "eval"])
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(OPTIONS), NEAR_THE_ENDS | JUNK)
 def test_an_option_passes_where_its_method_allows_it_and_is_answered_otherwise(option, value):
     method, name = option
@@ -263,7 +256,7 @@ def test_an_option_passes_where_its_method_allows_it_and_is_answered_otherwise(o
         assert f"must be {allowed}" in str(error.value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JUNK)
 def test_no_content_can_do_worse_than_a_clear_error(content):
     with pytest.raises(UserError) as error:
@@ -271,7 +264,7 @@ def test_no_content_can_do_worse_than_a_clear_error(content):
     assert len(str(error.value)) < 3000
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=6), st.data())
 def test_no_file_can_do_worse_than_a_clear_error(tmp_path_factory, noise, data):
     text = yaml.safe_dump(GOOD).encode()
@@ -292,7 +285,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (BOMB, "at most 2000 values"),
         ("seeds: &s [*s]", "deep"),
-        ("seeds: " + "[" * 5000, "deep"),
+        ("seeds: " + "[" * 2000, "deep"),
         ("seeds: " + "[" * 20 + "]" * 20, "deep"),
         ("seeds: [" + "9" * 5000 + "]", "cannot be read"),
         ("seeds: [" + "9" * 30 + "]", "2\\^63"),

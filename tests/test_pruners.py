@@ -13,7 +13,7 @@ from torch import nn
 from lthlib import networks, pruning
 from lthlib.core.errors import UserError
 from lthlib.core.store import ROOT
-from lthlib.pruning import FAMILIES, METHODS, Found, Moment, Option, dynamic, grasp, masks, method, structured, synflow
+from lthlib.pruning import METHODS, Found, Moment, Option, dynamic, grasp, masks, method, structured, synflow
 from lthlib.pruning.any_network import prune
 from lthlib.pruning.densities import erk_counts, erk_densities, uniform_counts
 from lthlib.pruning.small_dense import fit_widths
@@ -82,32 +82,25 @@ def scores_of_ones(model):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_entry_says_what_the_others_need_to_know(name):
-    entry = METHODS[name]
-    assert entry.name == name
-    assert entry.source in ("init", "dense", "previous", *METHODS)
-    assert entry.family in FAMILIES
-    assert entry.find.__module__.startswith("lthlib.pruning.")
-    assert entry.reference
-    assert all(isinstance(v, (bool, int, float, str)) for v in entry.options.values())
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_what_is_found_is_exact_and_repeats_by_seed(name):
-    first, second = find(name, moment(name)), find(name, moment(name))
+    given, state = moment(name), torch.random.get_rng_state()
+    before = {k: v.clone() for k, v in given.masks.items()}
+    first, second = find(name, given), find(name, moment(name))
+    assert same(given.masks, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert sum(x is not None for x in (first.masks, first.kept_channels, first.channels)) == (
         METHODS[name].family != "dense"
     )
     if first.masks is not None:
         n_kept = masks.n_kept(first.masks)
-        assert n_kept == moment(name).n_keep or (METHODS[name].during and n_kept > moment(name).n_keep)
-        assert {k: m.shape for k, m in first.masks.items()} == {k: m.shape for k, m in moment(name).masks.items()}
+        assert n_kept == given.n_keep or (METHODS[name].during and n_kept > given.n_keep)
+        assert {k: m.shape for k, m in first.masks.items()} == {k: m.shape for k, m in before.items()}
         assert same(first.masks, second.masks)
     if first.kept_channels is not None:
         assert same(first.kept_channels, second.kept_channels)
         if not name.endswith("-macs"):
             left = masks.n_kept(masks.dense(structured.shrink(network(), first.kept_channels)))
-            assert left <= moment(name).n_keep
+            assert left <= given.n_keep
     assert first.channels == second.channels
 
 
@@ -118,38 +111,21 @@ def test_random_choices_differ_by_seed_and_ignore_the_weights(name):
     assert same(one, find(name, moment(name, model=network(seed=9), seed=1)).masks)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_finding_leaves_the_global_random_state_alone(name):
-    before = torch.random.get_rng_state()
-    find(name, moment(name))
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_masks_of_the_source_are_not_changed(name):
-    given = moment(name)
-    before = {k: v.clone() for k, v in given.masks.items()}
-    find(name, given)
-    assert same(given.masks, before)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_networks_that_cannot_be_pruned_are_refused(name):
-    given = moment(name)
+def test_networks_that_cannot_be_pruned_are_refused():
+    given = moment("rp")
     with pytest.raises(UserError, match="leaves no weight"):
-        find(name, Moment(given.model, given.masks, 0, 90, 0, batch, given.options))
+        find("rp", replace(given, n_keep=0, round=90))
     given.masks["conv9.weight"] = given.masks.pop("conv1.weight")
     with pytest.raises(UserError, match=r"mask for 'conv9\.weight', but no such weight"):
-        find(name, given)
+        find("rp", given)
 
 
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_weights_that_are_not_finite_are_refused_by_their_layer(name, value):
-    given = moment(name, model=used(network()))
+def test_weights_that_are_not_finite_are_refused_by_their_layer(value):
+    given = moment("small-dense")  # which does not look at them
     given.model.layer2[0].conv1.weight.data[0, 0, 0, 0] = value
     with pytest.raises(UserError, match=r"layer 'layer2\.0\.conv1\.weight' are not finite.*again"):
-        find(name, given)
+        find("small-dense", given)
 
 
 @pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "slimming"])
@@ -158,21 +134,6 @@ def test_scores_that_are_not_finite_are_refused(name):
     model.layer2[0].bn1.weight.data[0] = math.nan
     with pytest.raises(UserError, match="finite"):
         find(name, moment(name, model=model))
-
-
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
-        ("snip", {"bn_mode": "training"}),
-        ("grasp", {"bn_mode": "training"}),
-        ("synflow", {"schedule": "exponentiel"}),
-        ("synflow", {"precision": "float16"}),
-        ("rigl", {"distribution": "erks"}),
-    ],
-)
-def test_mistyped_options_are_refused_with_what_is_allowed(name, option):
-    with pytest.raises(UserError, match=r"must be '\w+' or '\w+'"):
-        find(name, moment(name, **option))
 
 
 @pytest.mark.parametrize(
@@ -262,49 +223,17 @@ def test_the_three_meanings_of_random_differ_in_their_layer_densities():
 # ----------------------------------------------------------------------------- magnitude and lottery
 
 
-def test_omp_keeps_the_largest_weights_of_all_layers_together():
-    given = moment("omp")
-    found = find("omp", given).masks
-    size = {k: w.detach().abs() for k, w in masks.prunable(given.model).items()}
-    kept = torch.cat([size[k][found[k]] for k in found])
-    pruned = torch.cat([size[k][~found[k]] for k in found])
-    assert kept.min() >= pruned.max()
-
-
-def test_omp_depends_on_ranks_over_the_network_alone():
-    model = used(network())
-    found = find("omp", moment("omp", model=model)).masks
-    scaled, one_layer = copy.deepcopy(model), copy.deepcopy(model)
-    for weight in masks.prunable(scaled).values():
-        weight.data *= 4
-    one_layer.layer3[0].conv2.weight.data *= 4
-    assert same(found, find("omp", moment("omp", model=scaled)).masks)
-    other = find("omp", moment("omp", model=one_layer)).masks
-    before, after = (masks.density_by_layer(m)["layer3.0.conv2.weight"] for m in (found, other))
-    assert after > 2 * before
-
-
 def test_lth_follows_its_own_masks_round_by_round():
-    """The weights change at random between rounds: nesting must come from the masks, not from the weights."""
+    """All weights change at random between rounds, the pruned ones too: nesting must come from the masks alone."""
     total, found = 76_432, masks.dense(network())
     for round in range(1, 22):
         model = network(seed=round)
-        masks.apply_(model, found)
         previous, found = found, find("lth", moment("lth", model=model, round=round, found=found)).masks
         assert masks.n_kept(found) == masks.kept(total, round)
         assert all((previous[k] | ~found[k]).all() for k in found)
         weights = {k: w.detach().abs() for k, w in masks.prunable(model).items()}
         lost = torch.cat([weights[k][previous[k] & ~found[k]] for k in found])
         assert lost.max() <= min(weights[k][found[k]].min() for k in found if found[k].any())
-
-
-def test_lth_never_brings_a_pruned_weight_back_however_large():
-    model = network()
-    found = {k: m.clone() for k, m in masks.dense(model).items()}
-    found["conv1.weight"].zero_()
-    model.conv1.weight.data.fill_(100.0)
-    after = find("lth", moment("lth", model=model, found=found)).masks
-    assert not after["conv1.weight"].any()
 
 
 def test_controls_keep_one_property_each():
@@ -385,28 +314,6 @@ def test_bn_mode_decides_the_mask(name):
     train, eval_ = (find(name, moment(name, model=network(), bn_mode=m)).masks for m in ("train", "eval"))
     shared = sum(int((train[k] & eval_[k]).sum()) for k in train)
     assert shared < 0.9 * masks.n_kept(train)
-
-
-def test_grasp_hessian_product_is_the_dense_hessian_times_g():
-    model, (x, y) = chain(norm=True), data(8)
-    model = model[:4].append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(6, 4).double())
-    conv, head = model[0].weight, model[-1].weight
-    sizes = [conv.numel(), head.numel()]
-
-    def loss(flat):
-        first, last = flat.split(sizes)
-        parameters = {"0.weight": first.view_as(conv), "6.weight": last.view_as(head)}
-        pairs = [(x[:4], y[:4]), (x[4:], y[4:])]
-        return sum(F.cross_entropy(torch.func.functional_call(model, parameters, a) / 3.0, b) for a, b in pairs)
-
-    flat = torch.cat([conv.detach().flatten(), head.detach().flatten()])
-    slope = torch.autograd.functional.jacobian(loss, flat)
-    curvature = torch.autograd.functional.hessian(loss, flat)
-    g, hg = grasp.hessian_gradient(
-        model, masks.prunable(model, "all"), [(x[:4], y[:4]), (x[4:], y[4:])], temperature=3.0
-    )
-    torch.testing.assert_close(g["0.weight"].flatten(), slope[: sizes[0]])
-    torch.testing.assert_close(hg["0.weight"].flatten(), (curvature @ slope)[: sizes[0]])
 
 
 def test_grasp_sums_to_the_squared_gradient_before_batch_statistics():
@@ -528,7 +435,7 @@ def test_synflow_does_not_collapse_where_a_single_shot_does():
     assert not left(100)
 
 
-def published_synflow(model, density, rounds=100):
+def published_synflow(model, density, rounds):
     """The published loop on a network without normalisation of its input, in double precision, with its own masks."""
     model = copy.deepcopy(model).double().eval()
     model.normalize = nn.Identity()
@@ -549,23 +456,22 @@ def published_synflow(model, density, rounds=100):
     return dict(zip(masks.prunable(model), [mask.bool() for mask in keep], strict=True))
 
 
-@pytest.mark.parametrize("round", [1, 5, 14, 21])
+@pytest.mark.parametrize("round", [1, 21])
 def test_synflow_finds_the_masks_of_the_published_loop(round):
     """All weights are those of the published code, but for what the last count differs: d N is not a whole number."""
     model = used(network())
-    published = published_synflow(model, 0.8**round)
-    found = find("synflow", moment("synflow", model=model, round=round, rounds=100)).masks
+    published = published_synflow(model, 0.8**round, rounds=30)
+    found = find("synflow", moment("synflow", model=model, round=round, rounds=30)).masks
     assert sum(int((published[k] != found[k]).sum()) for k in found) == abs(
         masks.n_kept(published) - masks.n_kept(found)
     )
     assert abs(masks.n_kept(published) - masks.n_kept(found)) <= 3
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
-def test_synflow_by_a_sparsity_finds_the_masks_of_the_published_loop(sparsity):
+def test_synflow_by_a_sparsity_finds_the_masks_of_the_published_loop():
     model = used(network())
-    published = published_synflow(model, 1 - sparsity)
-    found = prune(model, "synflow", sparsity=sparsity, batch=batch(1))
+    published = published_synflow(model, 1 - 0.99, rounds=100)
+    found = prune(model, "synflow", sparsity=0.99, batch=batch(1))
     differ = sum(int((published[k] != found[k]).sum()) for k in found)
     assert differ == abs(masks.n_kept(published) - masks.n_kept(found)) <= 1
 
@@ -744,11 +650,10 @@ def zero_channels_(model, kept):
             parameter.data[gone] = 0
 
 
-@pytest.mark.parametrize("name", ["filter-l1", "slimming"])
 @pytest.mark.parametrize("arch", networks.ARCHITECTURES)
-def test_removing_channels_is_masking_them(arch, name):
+def test_removing_channels_is_masking_them(arch):
     model = narrow(arch)
-    found = find(name, moment(name, model=copy.deepcopy(model), round=3)).kept_channels
+    found = find("slimming", moment("slimming", model=copy.deepcopy(model), round=3)).kept_channels
     small = structured.shrink(model, found).eval()
     zero_channels_(model, found)
     x = images(5, channels=3, size=16)
@@ -792,7 +697,7 @@ def test_structured_budgets_are_met_from_below_as_nearly_as_one_channel_allows(n
 @pytest.mark.parametrize("arch", ["resnet8", "vgg16-bn"])
 def test_structured_networks_by_macs_spend_what_the_magnitude_mask_spends(arch, name):
     """As many as it keeps, by forward passes of both; no channel that would still fit is left out."""
-    model = used(network(arch=arch))
+    model = used(network() if arch == "resnet8" else plain_vgg())
     shape, given = (1, 12, 12), moment(name, model=model, round=6)
     mask = find("omp", moment("omp", model=model, round=6)).masks
     allowed = round(masks.sparse_macs(model, shape, mask))
@@ -844,20 +749,19 @@ def test_networks_that_cannot_shrink_further_say_so():
 
 
 @pytest.mark.parametrize("arch", networks.ARCHITECTURES)
-@pytest.mark.parametrize("round", [1, 5, 10, 21])
-def test_small_dense_networks_are_the_nearest_of_all_multipliers(arch, round):
+def test_small_dense_networks_are_the_nearest_of_all_multipliers(arch):
     model = networks.build(arch, **GIVEN)
     cost, groups = networks.convolution_cost(model), networks.all_groups(model)
-    n_keep = masks.kept(cost({}), round)
-    found = fit_widths(model, n_keep)
     widest = max(groups.values())
-    tried = (
-        {g: max(1, math.floor(n * k / (8 * widest) + 0.5)) for g, n in groups.items()}
+    tried = [
+        cost({g: max(1, math.floor(n * k / (8 * widest) + 0.5)) for g, n in groups.items()})
         for k in range(1, 8 * widest + 1, max(1, widest // 128))
-    )
-    best = min(abs(cost(channels) - n_keep) for channels in tried)
-    assert abs(cost(found) - n_keep) <= best
-    assert abs(cost(found) - n_keep) < 0.1 * max(n_keep, 1000)  # of few weights, one channel more is many
+    ]
+    for round in (1, 5, 10, 21):
+        n_keep = masks.kept(cost({}), round)
+        off = abs(cost(fit_widths(model, n_keep)) - n_keep)
+        assert off <= min(abs(count - n_keep) for count in tried)
+        assert off < 0.1 * max(n_keep, 1000)  # of few weights, one channel more is many
 
 
 def test_small_dense_networks_work_and_scale_every_group():

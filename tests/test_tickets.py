@@ -15,6 +15,11 @@ from lthlib.tickets.ticket import Ticket
 from lthlib.training.recipe import Recipe
 
 
+@pytest.fixture
+def tiny(tiny):
+    return {**tiny, "train_size": 200}
+
+
 def make(tiny, method="dense", round=0, **more):
     return Ticket(method=method, round=round, **{**tiny, **more})
 

@@ -26,8 +26,8 @@ def copied(model: nn.Module) -> nn.Module:
         raise UserError(f"The network {type(model).__name__} cannot be copied ({_line(error)}).") from error
 
 
-def check_rows(logits: object, n: int) -> Tensor:
-    """Return a network's output for n images in float32; `UserError` unless it is one finite row of logits an image."""
+def check_shape(logits: object, n: int) -> None:
+    """Raise `UserError` unless a network's output for n images is one row of logits an image."""
     if not isinstance(logits, Tensor):
         raise UserError(
             f"The network returns a {type(logits).__name__}; it must return one tensor of logits (images, classes): "
@@ -38,6 +38,11 @@ def check_rows(logits: object, n: int) -> Tensor:
             f"The network returns the shape {tuple(logits.shape)} for {n} images; it must return one row of logits "
             "an image."
         )
+
+
+def check_rows(logits: object, n: int) -> Tensor:
+    """Return a network's output for n images in float32; `UserError` unless it is one finite row of logits an image."""
+    check_shape(logits, n)
     if not logits.isfinite().all():
         raise UserError(
             "The network returns logits that are not finite (NaN or infinity): no number can be made of it."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lthlib.core import machine
 from lthlib.core.errors import UserError
-from lthlib.networks.checks import copied
+from lthlib.networks.checks import check_shape, copied
 from lthlib.pruning import masks as masking
 from lthlib.pruning.masks import Masks
 from lthlib.pruning.registry import METHODS, SOURCES, Found, Method, Moment
@@ -122,7 +122,7 @@ def _run(
     net = copied(net).requires_grad_(True)
     if not {p.dtype for p in net.parameters()} <= {torch.float32, torch.float64}:
         net.float()
-    net.register_forward_hook(_check_logits)
+    net.register_forward_hook(lambda _, inputs, output: check_shape(output, len(inputs[0])))
     masks = masking.dense(net, prunable)
     n = sum(mask.numel() for mask in masks.values())
     weight = next(iter(masking.weights_of(net, masks).values()))
@@ -164,12 +164,3 @@ def _needs_training(entry: Method) -> str:
     if entry.source not in SOURCES:
         return f"starts from the masks of {METHODS[entry.source].title}"
     return "removes nothing" if entry.family == "dense" else ""
-
-
-def _check_logits(module: nn.Module, inputs: tuple, output: object) -> None:
-    if not torch.is_tensor(output) or output.dim() != 2 or len(output) != len(inputs[0]):
-        got = f"shape {tuple(output.shape)}" if torch.is_tensor(output) else f"a {type(output).__name__}"
-        raise UserError(
-            f"{type(module).__name__} answers with {got}; a method needs one row of logits an image, (N, classes): "
-            "wrap the network so that it returns these alone."
-        )

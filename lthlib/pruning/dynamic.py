@@ -78,58 +78,45 @@ def place_(weight: nn.Parameter, mask: Tensor, new: Tensor, optimizer: Optimizer
 class RigL:
     """The `Dynamics` of RigL; nothing in it is random."""
 
-    alpha: float
-    delta_t: int
-    end: int
-    regrow_dropped: bool
-    skip_step: bool
-
-    def update(self, step: int, model: nn.Module, masks: Masks, optimizer: Optimizer) -> bool:
-        """Move weights if it is time to."""
-        if step == 0 or step % self.delta_t or step >= self.end:
-            return False
-        alpha = drop_fraction(step, self.end, self.alpha)
-        for name, weight in masking.weights_of(model, masks).items():
-            n_move = int(alpha * int(masks[name].sum()))
-            masks[name], new = move(
-                masks[name], weight.detach().abs(), weight.grad.abs(), n_move, regrow_dropped=self.regrow_dropped
-            )
-            place_(weight, masks[name], new, optimizer)
-        return self.skip_step
-
-
-@dataclass(frozen=True)
-class Evolution:
-    """The `Dynamics` of SET; what grows at a step depends on seed and step alone: runs can be resumed."""
-
-    fraction: float
-    delta_t: int
-    end: int
+    options: Mapping[str, object]
+    total_steps: int
+    n_keep: int
     seed: int
 
     def update(self, step: int, model: nn.Module, masks: Masks, optimizer: Optimizer) -> bool:
-        """Move weights if it is time to; never skips the optimizer's step."""
-        if step == 0 or step % self.delta_t or step >= self.end:
+        """Move weights if it is time to."""
+        end = int(self.options["end_fraction"] * self.total_steps)
+        if step == 0 or step % self.options["delta_t"] or step >= end:
             return False
+        weights = masking.weights_of(model, masks)
+        fraction, growth = self._fraction(step, end), self._growth(step, weights)
+        regrow_dropped = self.options.get("regrow_dropped", False)
+        for name, weight in weights.items():
+            n_move = int(fraction * int(masks[name].sum()))
+            masks[name], new = move(
+                masks[name], weight.detach().abs(), growth[name], n_move, regrow_dropped=regrow_dropped
+            )
+            place_(weight, masks[name], new, optimizer)
+        return self.options.get("skip_step", False)
+
+    def _fraction(self, step: int, end: int) -> float:
+        return drop_fraction(step, end, self.options["alpha"])
+
+    def _growth(self, step: int, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        return {name: weight.grad.abs() for name, weight in weights.items()}
+
+
+class Evolution(RigL):
+    """The `Dynamics` of SET; what grows at a step depends on seed and step alone: runs can be resumed."""
+
+    def _fraction(self, step: int, end: int) -> float:
+        return self.options["fraction"]
+
+    def _growth(self, step: int, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         # One seed for the pair: torch's generator looks at the low 32 bits of a seed alone.
         seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
-        for name, weight in masking.weights_of(model, masks).items():
-            growth = torch.rand(weight.shape, generator=generator).to(weight.device)
-            n_move = int(self.fraction * int(masks[name].sum()))
-            masks[name], new = move(masks[name], weight.detach().abs(), growth, n_move, regrow_dropped=False)
-            place_(weight, masks[name], new, optimizer)
-        return False
-
-
-def _rigl(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> RigL:
-    end = max(1, int(options["end_fraction"] * total_steps))
-    return RigL(options["alpha"], options["delta_t"], end, options["regrow_dropped"], options["skip_step"])
-
-
-def _set(options: Mapping[str, object], total_steps: int, n_keep: int, seed: int) -> Evolution:
-    end = int(options["end_fraction"] * total_steps)
-    return Evolution(options["fraction"], options["delta_t"], end, seed)
+        return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in weights.items()}
 
 
 def sparse_start(moment: Moment) -> Found:
@@ -150,7 +137,7 @@ def sparse_start(moment: Moment) -> Found:
     title="RigL",
     source="init",
     start="init",
-    during=_rigl,
+    during=RigL,
     options={
         "alpha": Option(0.3, above=0, most=1),
         "delta_t": Option(100, least=1),
@@ -177,7 +164,7 @@ def rigl(moment: Moment) -> Found:
     title="SET",
     source="init",
     start="init",
-    during=_set,
+    during=Evolution,
     options={
         "fraction": Option(0.3, above=0, most=1),
         "delta_t": Option(100, least=1),

@@ -78,15 +78,11 @@ def check_sparsity(sparsity: object) -> None:
         )
 
 
-def rounds_of(sparsities: Iterable[float]) -> list[int]:
-    """Return the round nearest to each sparsity, a fraction in [0, 1) within half a percentage point of the ladder.
+def round_of(sparsity: float) -> int:
+    """Return the round nearest to a sparsity, a fraction in [0, 1) within half a percentage point of the ladder.
 
     `UserError` for a value outside [0, 1) or off the ladder, with the nearest values allowed.
     """
-    return [_round_of(s) for s in sparsities]
-
-
-def _round_of(sparsity: float) -> int:
     check_sparsity(sparsity)
     low = math.floor(math.log1p(-sparsity) / math.log(1 - RATE))
     nearest = min((low, low + 1), key=lambda n: abs(sparsity_of(n) - sparsity))

@@ -27,8 +27,6 @@ from lthlib.pruning.structured import shrink
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.loop import State, mix, train
 
-Progress = Callable[[Ticket, int], None]
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -49,16 +47,10 @@ class Trained:
     version: str
 
 
-def obtain(ticket: Ticket, store: Store, progress: Progress | None = None) -> Trained:
-    """Load a ticket, training it (and first what it stands on) where the store does not hold it.
-
-    Args:
-        ticket: Which.
-        store: Where tickets are kept.
-        progress: Called with the ticket in training and its epochs done.
-    """
+def obtain(ticket: Ticket, store: Store) -> Trained:
+    """Load a ticket, training it (and first what it stands on) where the store does not hold it."""
     images = data.load(ticket.data, store, ticket.train_size)
-    folder = _folder(ticket, images, store, progress)
+    folder = _folder(ticket, images, store)
     info = json.loads((folder / "ticket.json").read_text())
     model = new_model(ticket, images, channels=info["channels"])
     model.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
@@ -72,9 +64,9 @@ def facts(ticket: Ticket, store: Store) -> Mapping:
     return json.loads((folder / "ticket.json").read_text())
 
 
-def _folder(ticket: Ticket, images: data.DataSet, store: Store, progress: Progress | None = None) -> Path:
+def _folder(ticket: Ticket, images: data.DataSet, store: Store) -> Path:
     """Return a ticket's folder, whole and verified."""
-    make = lambda empty: _make(ticket, images, store, empty, progress)
+    make = lambda empty: _make(ticket, images, store, empty)
     return store.get(f"tickets/{ticket.id}", version_of(ticket, images), make)
 
 
@@ -86,10 +78,8 @@ def version_of(ticket: Ticket, images: data.DataSet) -> str:
     return digest(parts + ([version_of(ticket.source, images)] if ticket.source is not None else []))
 
 
-def new_model(
-    ticket: Ticket, images: data.DataSet, *, seed: int | None = None, channels: Mapping[str, int] | None = None
-) -> nn.Module:
-    """Build the ticket's network with the initial weights of its seed (or of another)."""
+def new_model(ticket: Ticket, images: data.DataSet, *, channels: Mapping[str, int] | None = None) -> nn.Module:
+    """Build the ticket's network with the initial weights of its seed."""
     return networks.build(
         ticket.arch,
         in_channels=images.channels,
@@ -98,7 +88,7 @@ def new_model(
         mean=images.mean,
         std=images.std,
         channels=channels,
-        seed=ticket.seed if seed is None else seed,
+        seed=ticket.seed,
     )
 
 
@@ -123,12 +113,16 @@ def training_batch(images: data.Images, seed: int) -> Callable[..., tuple[torch.
     return batch
 
 
-def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, progress: Progress | None) -> None:
-    source = obtain(ticket.source, store, progress) if ticket.source is not None else None
+def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path) -> None:
+    source = obtain(ticket.source, store) if ticket.source is not None else None
+    parent = new_model(ticket, images)
+    n_keep = masks.kept(sum(weight.numel() for weight in masks.prunable(parent).values()), ticket.round)
     began = time.perf_counter()
-    found = _masks(ticket, source, images)
+    found = _masks(ticket, source, images, n_keep)
     mask_seconds = time.perf_counter() - began
     model, start = _start(ticket, found, images, store)
+    during = METHODS[ticket.method].during
+    steps = ticket.recipe.epochs * ticket.recipe.steps_per_epoch(len(images.train))
     began = time.perf_counter()
     end, history = train(
         model,
@@ -137,10 +131,10 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
         seed=ticket.seed,
         state=start,
         masks=found.masks,
-        dynamics=_dynamics(ticket, images),
-        progress=None if progress is None else lambda epoch: progress(ticket, epoch),
+        dynamics=None if during is None else during(ticket.settings, steps, n_keep, ticket.seed),
     )
-    _check_count(ticket, found, images)
+    if found.masks is not None and masks.n_kept(found.masks) != n_keep:
+        raise ValueError(f"{ticket.method} ended with {masks.n_kept(found.masks)} weights, not {n_keep}")
     cost = {
         "trainings": (ticket.epochs - start.epoch) / ticket.recipe.epochs,
         "mask_seconds": mask_seconds,
@@ -148,9 +142,8 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
     }
     if source is not None:
         cost["trainings"] += source.info["cost"]["trainings"]
-    weights = {name: value.contiguous() for name, value in end.model.items()}
-    checkpoint = safetensors.torch.save(weights)
-    cost |= {"bytes": len(checkpoint), "bytes_compressed": len(masks.pack(weights, found.masks or {}))}
+    checkpoint = safetensors.torch.save(end.model)
+    cost |= {"bytes": len(checkpoint), "bytes_compressed": len(masks.pack(end.model, found.masks or {}))}
     (folder / "weights.safetensors").write_bytes(checkpoint)
     if found.masks is not None:
         masks.save(found.masks, folder / "masks.safetensors")
@@ -158,7 +151,7 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
         "id": ticket.id,
         "ticket": asdict(ticket),
         "channels": dict(model.spec.channels) if model.spec.channels else None,
-        **_counts(ticket, model, found.masks, images),
+        **_counts(model, parent, found.masks, images),
         "cost": cost,
         "history": history,
         "provenance": machine.provenance(ticket.recipe.precision),
@@ -166,23 +159,22 @@ def _make(ticket: Ticket, images: data.DataSet, store: Store, folder: Path, prog
     (folder / "ticket.json").write_text(json.dumps(info, indent=1))
 
 
-def _masks(ticket: Ticket, source: Trained | None, images: data.DataSet) -> Found:
+def _masks(ticket: Ticket, source: Trained | None, images: data.DataSet, n_keep: int) -> Found:
     """Let the method choose, on a private copy of the weights at the moment it asks for."""
     if ticket.round == 0:
         return Found()
-    method = METHODS[ticket.method]
     model = new_model(ticket, images) if source is None else source.model
     moment = Moment(
         model=model,
         masks=source.masks if source is not None and source.masks is not None else masks.dense(model),
-        n_keep=masks.kept(_n_prunable(ticket, images), ticket.round),
+        n_keep=n_keep,
         round=ticket.round,
         seed=ticket.seed,
         batch=training_batch(images.train, ticket.seed),
-        options={**method.options, **dict(ticket.options)},
+        options=ticket.settings,
     )
     with machine.one_thread():  # sums in parts would make the mask depend on how many threads there are
-        found = method.run(moment)
+        found = METHODS[ticket.method].run(moment)
     if empty := [name for name, mask in (found.masks or {}).items() if not mask.any()]:
         say(
             f"note: {ticket.id} has no weight left in {', '.join(empty)} (layer collapse): it is trained all the "
@@ -191,33 +183,11 @@ def _masks(ticket: Ticket, source: Trained | None, images: data.DataSet) -> Foun
     return found
 
 
-def _n_prunable(ticket: Ticket, images: data.DataSet) -> int:
-    """Return the number of prunable weights of the network as it is built, before any channel is removed."""
-    return sum(weight.numel() for weight in masks.prunable(new_model(ticket, images)).values())
-
-
-def _dynamics(ticket: Ticket, images: data.DataSet) -> object | None:
-    """Return what moves connections in training, for a method that does."""
-    method = METHODS[ticket.method]
-    if method.during is None:
-        return None
-    steps = ticket.recipe.epochs * ticket.recipe.steps_per_epoch(len(images.train))
-    n_keep = masks.kept(_n_prunable(ticket, images), ticket.round)
-    return method.during({**method.options, **dict(ticket.options)}, steps, n_keep, ticket.seed)
-
-
-def _check_count(ticket: Ticket, found: Found, images: data.DataSet) -> None:
-    """Raise ValueError where masks that moved in training do not end with as many weights as were asked for."""
-    wanted = masks.kept(_n_prunable(ticket, images), ticket.round)
-    if found.masks is not None and masks.n_kept(found.masks) != wanted:
-        raise ValueError(f"{ticket.method} ended with {masks.n_kept(found.masks)} weights, not {wanted}")
-
-
 def _start(ticket: Ticket, found: Found, images: data.DataSet, store: Store) -> tuple[nn.Module, State]:
     """Return the network and the state from which its training sets out: initial, re-drawn or rewound."""
     start = METHODS[ticket.method].start
-    seed = mix(ticket.seed, 1) % 2**31 if start == "reinit" else ticket.seed
-    model = new_model(ticket, images, seed=seed, channels=found.channels)
+    drawn = replace(ticket, seed=mix(ticket.seed, 1) % 2**31) if start == "reinit" else ticket
+    model = new_model(drawn, images, channels=found.channels)
     state = State.of(model)
     if start == "rewind" and ticket.rewind_epoch > 0:
         state = _rewind_point(ticket, images, store)
@@ -248,21 +218,16 @@ def _rewind_point(ticket: Ticket, images: data.DataSet, store: Store) -> State:
 
     def make(folder: Path) -> None:
         state, _ = train(new_model(dense, images), images.train, dense.recipe, seed=dense.seed, until=epoch)
-        parts = {"model": state.model, "momentum": state.momentum}
-        tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
-        (folder / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
+        for part in ("model", "momentum"):
+            (folder / f"{part}.safetensors").write_bytes(safetensors.torch.save(getattr(state, part)))
 
     folder = store.get(f"rewind-points/{dense.id}-e{epoch}", version_of(dense, images), make)
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "momentum": {}}
-    for key, value in safetensors.torch.load_file(folder / "state.safetensors").items():
-        part, _, name = key.partition("/")
-        parts[part][name] = value
-    return State(parts["model"], parts["momentum"], epoch)
+    parts = (safetensors.torch.load_file(folder / f"{part}.safetensors") for part in ("model", "momentum"))
+    return State(*parts, epoch)
 
 
-def _counts(ticket: Ticket, model: nn.Module, found: Masks | None, images: data.DataSet) -> dict[str, object]:
+def _counts(model: nn.Module, parent: nn.Module, found: Masks | None, images: data.DataSet) -> dict[str, object]:
     """Count weights and multiply-accumulates, of the network and of its dense parent."""
-    parent = new_model(ticket, images)
     full = {name: weight.numel() for name, weight in masks.prunable(parent).items()}
     left = {
         name: weight.numel() if found is None else int(found[name].count_nonzero())

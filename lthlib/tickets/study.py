@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from lthlib.core.errors import UserError, check_plain, choose, shown
 from lthlib.pruning import METHODS
-from lthlib.pruning.masks import rounds_of
+from lthlib.pruning.masks import round_of
 from lthlib.tickets.ticket import Ticket
 from lthlib.training.recipe import Recipe, recipe_from
 
@@ -70,7 +70,7 @@ def study_from(settings: Mapping[str, object]) -> Study:
     methods = given.pop("method", given.pop("methods", "all"))
     if "sparsities" in given:
         values = given.pop("sparsities")
-        given["rounds"] = found = rounds_of(values) if _is_list(values, int, float) else [0]
+        given["rounds"] = found = [*map(round_of, values)] if _is_list(values, int, float) else [0]
         if found != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= LAST_ROUND:
             raise UserError(
                 f"sparsities is {shown(values)}; it must be a list of fractions from 0.2 on, ascending, none twice, "

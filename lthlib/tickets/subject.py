@@ -6,7 +6,6 @@ only them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from lthlib import data
 from lthlib.core import machine
 from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store
-from lthlib.core.versions import code_version
+from lthlib.core.versions import code_version, digest
 from lthlib.data.corrupted import corrupted_parts, corrupted_version, sample, write_array
 from lthlib.data.corruptions import SEVERITIES
 from lthlib.networks.predict import for_inference, predict
@@ -156,10 +155,8 @@ class Subject:
             shape = (len(names) * len(SEVERITIES), len(labels), len(self.data.classes))
             write_array(folder / "logits.npy", np.float32, shape, parts())
 
-        digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:6]
-        versions = " ".join(self.input_version(f"corrupted:{name}") for name in names)
-        version = hashlib.sha256(versions.encode()).hexdigest()[:12]
-        folder = self._kept(f"corrupted-{len(names)}-{digest}-{n}", version, make)
+        version = digest(self.input_version(f"corrupted:{name}") for name in names)
+        folder = self._kept(f"corrupted-{len(names)}-{digest(names)[:6]}-{n}", version, make)
         for row, (name, severity) in enumerate((name, severity) for name in names for severity in SEVERITIES):
             # mapped anew each time: what has been read counts as memory as long as it is mapped
             kept = np.load(folder / "logits.npy", "r").reshape(-1, len(labels), len(self.data.classes))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from lthlib import data, networks
 from lthlib.core.errors import UserError, choose
@@ -72,6 +71,11 @@ class Ticket:
         return masks.sparsity_of(self.round)
 
     @property
+    def settings(self) -> dict[str, object]:
+        """The method's options by name, complete."""
+        return {**METHODS[self.method].options, **dict(self.options)}
+
+    @property
     def dense(self) -> Ticket:
         """The dense parent: same data, network, seed and recipe."""
         return self._relative("dense", 0)
@@ -84,9 +88,8 @@ class Ticket:
         if kind == "init":
             return None
         if kind == "dense" or (kind == "previous" and self.round == 1):
-            options = {**method.options, **dict(self.options)}
-            settings = {name: options[name] for name in method.source_recipe}
-            return replace(self.dense, recipe=replace(self.recipe, **settings))
+            recipe = {name: self.settings[name] for name in method.source_recipe}
+            return replace(self.dense, recipe=replace(self.recipe, **recipe))
         return self._relative(self.method, self.round - 1) if kind == "previous" else self._relative(kind, self.round)
 
     @property
@@ -107,9 +110,7 @@ class Ticket:
         return self.rewind_epoch if METHODS[self.method].start == "rewind" else 0
 
     def _relative(self, method: str, round: int) -> Ticket:
-        options = self.options if method == self.method else ()
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "round", "options")}
-        return Ticket(method=method, round=round, options=options, **rest)
+        return replace(self, method=method, round=round, options=self.options if method == self.method else ())
 
     def describe(self) -> dict[str, object]:
         """Return the fields that make the identity: those off their default and of consequence."""
@@ -127,7 +128,3 @@ class Ticket:
         digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
         name = self.data.replace("@", "+").lower()
         return f"{name}-{self.arch}-{self.method}-r{self.round:02d}-s{self.seed}-{digest}"
-
-
-TICKET_ID = re.compile(r".+-r\d+-s\d+-[0-9a-f]{12}")
-"""What every `Ticket.id` looks like."""

@@ -8,7 +8,7 @@ depend only on the seed and the epoch, so a run rewound to epoch k sees from the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,6 @@ def train(
     until: int | None = None,
     masks: Masks | None = None,
     dynamics: Dynamics | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[State, list[dict[str, float]]]:
     """Train a network in place.
 
@@ -78,7 +77,6 @@ def train(
         masks: Weights to keep. The others and their momentum are set to zero, and their gradients before each step, so
             that they stay exactly zero.
         dynamics: A method's hook that changes masks on the way.
-        progress: Called with the number of epochs done, after each.
 
     Returns:
         The state at the end, and for each epoch {"epoch", "loss", "accuracy"} over its training batches.
@@ -135,8 +133,6 @@ def train(
             )
         n = stream.steps
         history.append({"epoch": epoch, "loss": total.item() / n, "accuracy": correct.item() / (n * recipe.batch_size)})
-        if progress is not None:
-            progress(epoch + 1)
     return State.of(model, optimizer, recipe.epochs if until is None else until), history
 
 
