@@ -20,13 +20,15 @@ import nbformat
 from nbformat import NotebookNode
 
 import lthlib
-from lthlib.book.plan import BUILD, GENERATED
+from lthlib.book.plan import BUILD, GENERATED, template_made_from
 from lthlib.book.runner import execute, made_from
 from lthlib.core.forks import in_forks
-from lthlib.core.store import ROOT, write_atomically
+from lthlib.core.store import ROOT, sha256, write_atomically
 from lthlib.core.versions import code_version, digest, modules_of
 
 FOLDER, MADE = ROOT / "notebooks" / "labs", GENERATED / "labs"
+EXAMPLE = ROOT / "book" / "own-example"
+"""Two networks compared, as `benchmarks/own_example.py` recorded them: the report on them is a page of the book."""
 NEEDED = ("matplotlib", "numpy", "opencv-python-headless", "pandas", "pillow", "safetensors", "scikit-image")
 NEEDED += ("scikit-learn", "scipy", "torch", "tqdm")
 """The dependencies in ``pyproject.toml`` that the labs, and what they import of the library, use."""
@@ -42,6 +44,7 @@ metric, and the library that they use. They load nothing from the network, train
 
 Python 3.11 to 3.13. Open a notebook here, beside the folder lthlib. Guess, change the line marked `# change this`, run.
 """
+_REPORT, SHOWN = "notebooks/own.ipynb", GENERATED / f"{EXAMPLE.name}.ipynb"
 _TOUCHED = re.compile(r"lthlib\.(\w+)|from lthlib import ([\w, ]+)")
 
 
@@ -69,7 +72,10 @@ def make_labs(workers: int) -> dict[str, str]:
     todo = [name for name in labs() if made_from(MADE / f"{name}.ipynb") != lab_made_from(name)]
     if todo:
         import torch._dynamo  # noqa: F401  # what the first optimizer loads, for seconds: the forks have it at once
-    lost = in_forks({name: functools.partial(_run, name) for name in todo}, BUILD / "logs" / "labs", workers)
+    tasks = {name: functools.partial(_run, name) for name in todo}
+    if made_from(SHOWN) != example_made_from():
+        tasks[EXAMPLE.name] = _run_example
+    lost = in_forks(tasks, BUILD / "logs" / "labs", workers)
     for name in labs():
         if name in lost:
             text = (
@@ -87,6 +93,16 @@ def _run(name: str) -> None:
 
     torch.set_num_threads(1)
     execute(FOLDER / f"{name}.ipynb", MADE / f"{name}.ipynb", {}, of=lab_made_from(name))
+
+
+@functools.cache
+def example_made_from() -> str:
+    """Return the fingerprint of the report on the example: what it tells of, its text, and the code behind it."""
+    return digest([template_made_from(_REPORT), *(sha256(path) for path in sorted(EXAMPLE.iterdir()))])
+
+
+def _run_example() -> None:
+    execute(ROOT / _REPORT, SHOWN, {"found": str(EXAMPLE)}, title="Such a report", of=example_made_from())
 
 
 def fragment(lab: NotebookNode, name: str) -> str:

@@ -224,11 +224,11 @@ def page_made_from(page: PagePlan, jobs_made_from: Mapping[Job, str]) -> str:
         results = [(ROOT / RESULTS / page.grid / MANIFEST).read_text()]
     latency = LATENCY.read_text() if page.topic == ON_METHODS and LATENCY.exists() else ""
     settings = json.dumps([page.parameters, page.title], sort_keys=True)
-    return digest([settings, _template(page.template), vocabulary(), latency, *results])
+    return digest([settings, template_made_from(page.template), vocabulary(), latency, *results])
 
 
 @functools.cache
-def _template(name: str) -> str:
+def template_made_from(name: str) -> str:
     """Return a template's text and the version of the code that it imports."""
     text = (ROOT / name).read_text()
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
