@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsons
 import shlex
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from lthlib import data, networks
 from lthlib.book.grid import Grid, grid_from, read_yaml
 from lthlib.core.errors import UserError, shown
 from lthlib.core.store import Store, write_atomically
-from lthlib.networks.checkpoints import Normalised, builder, load_network
+from lthlib.networks.checkpoints import builder, load_network
+from lthlib.networks.layers import Normalize
 from lthlib.own.compare import SIZES, Comparison, compare
 from lthlib.own.words import as_json, status, summary
 from lthlib.results.collect import COLUMNS
@@ -124,7 +126,9 @@ def compare_files(
 
 def _normalised(path: Path, make: Callable | None, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     network = load_network(path, make)
-    return network if not any(mean) and set(std) == {1.0} else Normalised(network, mean, std)
+    if not any(mean) and set(std) == {1.0}:
+        return network
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=network))
 
 
 def normalisation(given: str, images: data.DataSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
