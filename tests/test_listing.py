@@ -172,13 +172,13 @@ def other_names(root):
         (far_position, r"00000002\.JPEG the class 3, .*; positions among 3 classes begin at 0 and end at 2"),
         (no_class, r"Line 2 of .*val\.txt is 'ILSVRC2012_val_00000002'"),
         (no_text, r"val\.txt is not a text file"),
-        (short_truth, "val_00000004.JPEG has no line in .*ground_truth.txt, which lists .*1 to .*3"),
+        (short_truth, r"devkit_t12 does not list val/.*val_00000004\.JPEG \(3 images of 6\)"),
         (odd_truth, "Line 2 of .* is '4', which is no class number"),
-        (no_synsets, r"meta\.mat is missing or damaged"),
-        (cut_synsets, r"meta\.mat is missing or damaged"),
+        (no_synsets, r"devkit_t12 is damaged or lacks .*meta\.mat"),
+        (cut_synsets, r"devkit_t12 is damaged or lacks .*meta\.mat"),
         (cut_archive, r"tar\.gz is damaged"),
         (other_archive, r"tar\.gz is damaged or lacks .*ground_truth"),
-        (other_names, r"cat\.JPEG has no line"),
+        (other_names, r"devkit_t12 does not list val/cat\.JPEG"),
     ],
 )
 def test_a_missing_or_damaged_list_is_named(imagenet, tmp_path, harm, words):

@@ -15,8 +15,9 @@ from torch.nn.utils import prune
 import lthlib
 from lthlib import data, own
 from lthlib.core.errors import UserError
-from lthlib.networks.checkpoints import Normalised, builder, load_network
+from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.inputs import as_input
+from lthlib.networks.layers import Normalize
 from lthlib.networks.weights import used_weights
 from lthlib.own.words import as_json, conclusion, status
 
@@ -214,8 +215,8 @@ def test_networks_of_other_libraries_are_made_for_the_images(monkeypatch):
 def test_normalisation_stands_before_the_network():
     x = torch.rand(2, 3, 8, 8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    found = Normalised(nn.Flatten(), mean.tolist(), std.tolist())(x)
-    torch.testing.assert_close(found, ((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).flatten(1))
+    found = Normalize(mean.tolist(), std.tolist())(x)
+    torch.testing.assert_close(found, (x - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
 
 def test_the_chapter_s_loops_prune_to_ninety_per_cent(dense, images):

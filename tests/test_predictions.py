@@ -224,15 +224,15 @@ def cifar_c(tmp_path, monkeypatch):
 
 def test_published_files_are_used_where_they_lie(cifar_c, empty_store, monkeypatch):
     like, images, folder = cifar_c
-    assert corrupted.corruption_source(like, "fog") == "official"
-    assert corrupted.corruption_source(like, "snow") == "generated"
+    assert corrupted.official_folder(like, "fog") == folder
+    assert corrupted.official_folder(like, "snow") is None
     assert np.array_equal(together(like, "fog", 4, empty_store), images[:, sample(like.test.labels, 4)])
     before = corrupted.corrupted_version(like, "fog")
     np.save(folder / "fog.npy", images[::-1].reshape(-1, 32, 32, 3))
     assert corrupted.corrupted_version(like, "fog") != before
     assert np.array_equal(together(like, "fog", 4, empty_store), images[::-1, sample(like.test.labels, 4)])
     monkeypatch.setenv("LTHLIB_DATA", str(folder / "nowhere"))
-    assert corrupted.corruption_source(like, "fog") == "generated"
+    assert corrupted.official_folder(like, "fog") is None
     made = corrupt(like.test.pixels.numpy(), "fog", 5)
     assert np.array_equal(together(like, "fog", 9, empty_store)[4], made)
 

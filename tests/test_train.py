@@ -164,7 +164,7 @@ def test_augmented_images_are_shifted_mirrored_originals():
     drawn = set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        drawn.add(tuple(stream._augmented(torch.tensor([0]), generator)[0].flatten().tolist()))
+        drawn.add(tuple(stream._augmented(pixels[:1], generator)[0].flatten().tolist()))
     assert drawn == candidates
 
 

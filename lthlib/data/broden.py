@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lthlib.core.errors import UserError
 from lthlib.data.concepts import ConceptSet, Rows
-from lthlib.data.files import Files, decode_image, open_image
-from lthlib.data.listing import lines_of
+from lthlib.data.files import Files, decode_image
 
 CACHE_BYTES = 2**28
 """Decoded planes of a Broden folder are kept up to this size: null floors read them many times."""
@@ -46,7 +44,7 @@ def read_broden(path: str | Path) -> ConceptSet:
     }
     primary = _primary_categories(broden, categories)
     numbers = sorted(primary.keys() & names.keys())
-    lookup = np.full(max(names, default=0) + 1, -1, np.int64)
+    lookup = np.full(max(2**16, *names, 0) + 1, -1, np.int64)  # a mask's pixel is below 2^16
     lookup[[0, *names]] = 0
     lookup[numbers] = 1 + np.arange(len(numbers))
     rows = _index_rows(broden, categories, lookup)
@@ -76,19 +74,17 @@ class _Broden:
             raise UserError(f"{path} holds no index.csv; give the folder in Broden's layout itself.")
 
     def table(self, name: str, *columns: str) -> list[dict[str, str]]:
-        content = self.files.maybe(self.top + name)
-        if content is None:
+        if not self.files.has(self.top + name):
             raise UserError(f"{self.path} lacks {name}, a table of Broden's layout.")
-        reader = csv.DictReader(io.StringIO("\n".join(lines_of(content, f"{self.path}/{name}"))))
-        rows = list(reader)
+        reader = csv.DictReader(self.files.lines(self.top + name))
         for column in columns:
             if column not in (reader.fieldnames or ()):
                 raise UserError(f"{self.path}/{name} has no column {column!r}; Broden's layout needs it.")
-        return rows
+        return list(reader)
 
     def picture(self, name: str) -> Image.Image:
         """Open a picture under ``images/`` without decoding it."""
-        return open_image(self.files.read(f"{self.top}images/{name}"), f"{self.path}/images/{name}")
+        return self.files.open_image(f"{self.top}images/{name}")
 
     def pixels(self, name: str) -> np.ndarray:
         """Return a picture in colour, as it lies on its masks."""
@@ -112,8 +108,7 @@ def _primary_categories(broden: _Broden, categories: Sequence[str]) -> dict[int,
     return {number: category for number, (_, category) in best.items()}
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     line: int
     image: str
     image_shape: tuple[int, int]
@@ -130,16 +125,15 @@ def _index_rows(broden: _Broden, categories: Sequence[str], lookup: np.ndarray) 
         entries = tuple(int(cell) if cell.isdigit() else cell for cell in cells)
         if any(entries):
             rows.append(_Row(line, row["image"], (ih, iw), (sh, sw), entries))
+            _check_row(broden, rows[-1], rows[0], lookup)
     if not rows:
         raise UserError(f"No row of {broden.path}/index.csv has a label in: {', '.join(categories)}.")
-    for row in rows:
-        _check_row(broden, row, rows[0], lookup)
     return rows
 
 
 def _check_row(broden: _Broden, row: _Row, first: _Row, lookup: np.ndarray) -> None:
     where = f"index.csv, line {row.line}"
-    if (row.image_shape, row.mask_shape) != (first.image_shape, first.mask_shape):
+    if row[2:4] != first[2:4]:
         raise UserError(
             f"{where} ({row.image}): sizes {row.image_shape} and {row.mask_shape} differ from those of line "
             f"{first.line}, {first.image_shape} and {first.mask_shape}; a set has one size of each."
@@ -173,9 +167,6 @@ def _mask(broden: _Broden, row: _Row, name: str, lookup: np.ndarray) -> np.ndarr
     except Exception as error:  # Pillow raises what damaged bytes lead it to
         raise UserError(f"{where} is not a readable image ({error}). Fetch it again.") from error
     numbers = pixels[..., 0] + 256 * pixels[..., 1]
-    inside = numbers < len(lookup)
-    indices = lookup[np.where(inside, numbers, 0)]
-    wrong = numbers[~inside | (indices < 0)]
-    if len(wrong):
-        raise UserError(f"{where} holds label {wrong[0]}, which is not in label.csv.")
-    return indices
+    if (lookup[numbers] < 0).any():
+        raise UserError(f"{where} holds label {numbers[lookup[numbers] < 0][0]}, which is not in label.csv.")
+    return lookup[numbers]

@@ -69,18 +69,14 @@ def _cifar(kind: str, root: Path) -> tuple[dict, list[str]]:
 def _through_torchvision(kind: str, root: Path, **which: object):
     from torchvision import datasets
 
-    maker = getattr(datasets, kind)
     try:
-        return maker(root, download=False, **which)
-    except RuntimeError:
-        try:
-            return maker(root, download=True, **which)
-        except Exception as error:
-            raise UserError(
-                f"{kind} is not in {root.resolve()}, or not with the published checksums, and could not be downloaded "
-                f"({error}). Connect to the network once, or put torchvision's files of {kind} there "
-                f"({PUBLISHED[kind]}), or name another folder with LTHLIB_DATA."
-            ) from error
+        return getattr(datasets, kind)(root, download=True, **which)  # what is there with its checksums stays
+    except Exception as error:
+        raise UserError(
+            f"{kind} is not in {root.resolve()}, or not with the published checksums, and could not be downloaded "
+            f"({error}). Connect to the network once, or put torchvision's files of {kind} there "
+            f"({PUBLISHED[kind]}), or name another folder with LTHLIB_DATA."
+        ) from error
 
 
 @ood_set("gaussian")

@@ -1,6 +1,7 @@
-"""Test images under the corruptions of `lthlib.data.corruptions`: the published files, or made here once and kept.
+"""Test images under the corruptions of `lthlib.data.corruptions`: made here once and kept, or the published files.
 
-Where the published files lie in the data folder (``CIFAR-10-C``, ``CIFAR-100-C``, ``ImageNet-C``), these are read.
+Where the published files lie in the data folder (``CIFAR-10-C``, ``CIFAR-100-C``, ``ImageNet-C``), these are read: as
+``name.npy``, uint8 (5 N, H, W, C) with severity 1 first, beside ``labels.npy``, or ``name/severity/class/*.JPEG``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from lthlib.core.errors import UserError, choose
 from lthlib.core.store import Store
 from lthlib.core.versions import code_version
 from lthlib.data.corruptions import CORRUPTIONS, SEVERITIES, common, corrupt
-from lthlib.data.corruptions.published import has_official, official
+from lthlib.data.files import Files, ImageFiles
+from lthlib.data.images import OnDemand
+from lthlib.data.sets import store_name
 
 PIECE = 250  # corrupted images made or read at a time
 KEPT_UP_TO = 2**28  # bytes of one corruption's images; more are made again for each ticket, batch by batch
@@ -46,12 +49,8 @@ def official_folder(like: data.DataSet, name: str) -> Path | None:
     """Return the folder in the data folder that holds the published files of a corruption of a data set, if any."""
     folder, size = OFFICIAL.get(like.name.split("@")[0], ("", 0))
     root = data.data_folder() / folder
-    return root if folder and like.size == size and has_official(root, name) else None
-
-
-def corruption_source(like: data.DataSet, name: str) -> str:
-    """Return ``"official"`` or ``"generated"``: where a data set's images under a corruption come from."""
-    return "generated" if official_folder(like, name) is None else "official"
+    is_there = (root / f"{name}.npy").is_file() or (root / name).is_dir()
+    return root if folder and like.size == size and is_there else None
 
 
 def corrupted_parts(
@@ -84,7 +83,7 @@ def corrupted_parts(
         made = _batches(like, name, SEVERITIES, positions)
         write_array(folder / "pixels.npy", np.uint8, shape, ((severity - 1, pixels) for severity, pixels in made))
 
-    key = f"corrupted/{like.name.replace('@', '+').lower()}-{len(positions)}/{name}"
+    key = f"corrupted/{store_name(like.name)}-{len(positions)}/{name}"
     folder = store.get(key, f"{like.digest}-{corrupted_version(like, name)}", make)
     pixels = np.load(folder / "pixels.npy", mmap_mode="c")[severities[0] - 1 : severities[-1]]
     yield severities[0], len(positions), torch.from_numpy(pixels.reshape(-1, *shape[2:]))
@@ -131,3 +130,45 @@ def _batches(
         for severity in severities:
             yield severity, corrupt(batch.numpy(), name, severity, start=start)
         start += len(batch)
+
+
+def official(folder: Path, name: str, severity: int, like: data.DataSet) -> OnDemand:
+    """Return the published test images of a data set under a corruption, in its order, read when they are asked for.
+
+    Raises:
+        UserError: For a file that is missing or damaged, and for files of other images.
+    """
+    is_array = (folder / f"{name}.npy").is_file()
+    found = (_in_arrays if is_array else _in_folders)(folder, name, severity, like)
+    if found is None or found.shape != tuple(like.test.pixels.shape):
+        raise UserError(
+            f"{folder} does not belong to {like.name}: number, labels or size of the images of {name} differ from the "
+            f"{len(like.test):,} of the test set. Fetch the published files again, or move the folder away to generate."
+        )
+    return found
+
+
+def _in_arrays(folder: Path, name: str, severity: int, like: data.DataSet) -> OnDemand | None:
+    arrays = []
+    for path in (folder / f"{name}.npy", folder / "labels.npy"):
+        try:
+            arrays.append(np.lib.format.open_memmap(path, mode="r"))
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is not a readable .npy file ({error}). Fetch it again.") from error
+    images, labels = arrays
+    every = np.tile(like.test.labels.numpy(), len(SEVERITIES))
+    if images.dtype != np.uint8 or images.shape[:1] != every.shape or not np.array_equal(labels, every):
+        return None
+    first = (severity - 1) * len(like.test)
+    return OnDemand(lambda at: np.array(images[at]), first + np.arange(len(like.test)), images.shape[1:])
+
+
+def _in_folders(folder: Path, name: str, severity: int, like: data.DataSet) -> OnDemand | None:
+    root = folder / name / str(severity)
+    if not root.is_dir():
+        raise UserError(f"{root} is missing. ImageNet-C lies there as class folders of JPEG files.")
+    files, label_of = Files(root), {wnid: label for label, wnid in enumerate(like.classes)}
+    listed = sorted((label_of.get(file.split("/")[0], -1), file) for file in files.images)
+    if [label for label, _ in listed] != like.test.labels.tolist():
+        return None
+    return ImageFiles(files, [file for _, file in listed], "", "RGB")

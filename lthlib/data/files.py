@@ -41,7 +41,7 @@ def data_folder() -> Path:
 def in_data_folder(base: str) -> Path | None:
     """Return the folder or zip of a name in the data folder, or None."""
     candidates = (data_folder() / f"{base}{suffix}" for suffix in ("", ".zip", ".ZIP"))
-    return next((path for path in candidates if path.is_dir() or path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def names_in_data_folder() -> list[str]:
@@ -59,11 +59,9 @@ class Files:
         self.path = path
 
     @functools.cached_property
-    def _listed(self) -> tuple[dict[str, str], set[str]]:
-        """({file: its state}, folders)."""
-        if self.path.is_dir():
-            return _walk(self.path)
-        return dict.fromkeys(_archive(self.path)[1], ""), _archive(self.path)[2]
+    def _listed(self) -> tuple[dict[str, object], set[str]]:
+        """({file: what is known of it}, folders)."""
+        return _walk(self.path) if self.path.is_dir() else _archive(self.path)[1:]
 
     @functools.cached_property
     def images(self) -> list[str]:
@@ -107,9 +105,28 @@ class Files:
             raise UserError(f"{where} cannot be read ({error}). Replace or remove it.") from error
         raise UserError(f"{where} has {size:,} bytes; files of up to {LARGEST:,} are read. Replace or remove it.")
 
-    def maybe(self, name: str) -> bytes | None:
-        """Return the content of a file, or None where there is none of that name."""
-        return self.read(name) if self.has(name) else None
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a text file, whatever they end in."""
+        try:
+            return self.read(name).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}/{name} is not a text file in UTF-8 ({error}). Save or fetch it again."
+            ) from error
+
+    def open_image(self, name: str) -> Image.Image:
+        """Open an image without decoding its pixels."""
+        content, where = self.read(name), f"{self.path}/{name}"
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            frames = getattr(image, "n_frames", 1)
+        except Exception as error:  # Pillow raises what damaged bytes lead it to
+            raise UserError(f"{where} is not a readable image ({error}). Replace or remove it.") from error
+        if frames > 1 and image.format != "MPO":  # these are photographs with a preview or depth map behind them
+            raise UserError(f"{where} is an animation of {frames} images: replace it by one of them.")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise UserError(f"{where} has {image.width} x {image.height} pixels, too many to read: make it smaller.")
+        return image
 
 
 def _suffix(name: str) -> str:
@@ -179,20 +196,6 @@ def _open_archive(path: Path, time: int, process: int) -> tuple[zipfile.ZipFile,
     return archive, files, folders
 
 
-def open_image(content: bytes, where: str) -> Image.Image:
-    """Open an image without decoding its pixels."""
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # Pillow raises what damaged bytes lead it to
-        raise UserError(f"{where} is not a readable image ({error}). Replace or remove it.") from error
-    if frames > 1 and image.format != "MPO":  # these are photographs with a preview or depth map behind them
-        raise UserError(f"{where} is an animation of {frames} images: replace it by one of them.")
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"{where} has {image.width} x {image.height} pixels, too many to read: make it smaller.")
-    return image
-
-
 def decode_image(image: Image.Image, mode: str, where: str, *, upright: bool = True) -> Image.Image:
     """Decode an image's pixels, grey (mode ``"L"``) or in colour (``"RGB"``).
 
@@ -219,8 +222,8 @@ class ColourFoundError(UserError):
     """An image has colour where those looked at first had none."""
 
 
-class ImageFiles:
-    """Image files of a folder or zip, which it reads as uint8 arrays of one shape.
+class ImageFiles(OnDemand):
+    """Image files of a folder or zip, uint8 of one shape, decoded in as many threads as PyTorch has.
 
     Args:
         files: The folder or zip.
@@ -234,44 +237,27 @@ class ImageFiles:
         self.base, _, size = name.partition("@")
         self.size = int(size or 0)
         few = names[:: -(-len(names) // LOOKED_AT)]
-        self.mode = mode or ("L" if all(self._open(file).mode in GREY for file in few) else "RGB")
-        self.shape = self._image(names[0]).shape
+        self.mode = mode or ("L" if all(files.open_image(file).mode in GREY for file in few) else "RGB")
+        super().__init__(self._decode, np.arange(len(names)), self._image(names[0]).shape)
 
-    @property
-    def n_bytes(self) -> int:
-        """Of all images together, decoded."""
-        return len(self.names) * int(np.prod(self.shape))
-
-    def on_demand(self) -> OnDemand:
-        """Return the images, unread."""
-        return OnDemand(self, np.arange(len(self.names)), self.shape)
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Decode the images at some positions, in as many threads as PyTorch has."""
-        pixels = np.empty((len(positions), *self.shape), np.uint8)
+    def _decode(self, positions: np.ndarray) -> np.ndarray:
+        pixels = np.empty((len(positions), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            names = (self.names[position] for position in positions)
-            for row, image in zip(pixels, pool.map(self._alike, names), strict=True):
+            names = [self.names[position] for position in positions]
+            for row, name, image in zip(pixels, names, pool.map(self._image, names), strict=True):
+                if image.shape != row.shape:
+                    raise UserError(
+                        f"{self.files.path}/{name} is {image.shape[1]} x {image.shape[0]} pixels, {self.names[0]} is "
+                        f"{row.shape[1]} x {row.shape[0]}. All must be alike and square{self._hint(len(row))}."
+                    )
                 row[:] = image
         return pixels
-
-    def _alike(self, file: str) -> np.ndarray:
-        image = self._image(file)
-        if image.shape != self.shape:
-            raise UserError(
-                f"{self.files.path}/{file} is {image.shape[1]} x {image.shape[0]} pixels, {self.names[0]} is "
-                f"{self.shape[1]} x {self.shape[0]}. All must be alike and square{self._hint(min(self.shape[:2]))}."
-            )
-        return image
 
     def _hint(self, size: int) -> str:
         return f": ask for {self.base}@{size} to have them scaled and cropped" if self.base else ""
 
-    def _open(self, file: str) -> Image.Image:
-        return open_image(self.files.read(file), f"{self.files.path}/{file}")
-
     def _image(self, file: str) -> np.ndarray:
-        where, size, image = f"{self.files.path}/{file}", self.size, self._open(file)
+        where, size, image = f"{self.files.path}/{file}", self.size, self.files.open_image(file)
         if self.mode == "L" and image.mode not in GREY:
             raise ColourFoundError(f"{where} has colour, {self.names[0]} has none: make all grey, or all RGB.")
         image = decode_image(image, self.mode, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,7 @@ from lthlib.core.errors import UserError
 from lthlib.core.store import say
 from lthlib.data.files import SUFFIXES, ColourFoundError, Files, ImageFiles
 from lthlib.data.images import OnDemand, stratified
-from lthlib.data.listing import lines_of, listed_classes
+from lthlib.data.listing import listed_classes
 
 HELD_UP_TO = 2**30  # bytes of pixels; larger sets are read on demand
 ORDER = "classes.txt"
@@ -67,33 +68,27 @@ def load_folder(name: str, path: Path) -> tuple[dict[str, tuple[np.ndarray | OnD
     """
     files = Files(path)
     labelled, classes = _labelled(files)
-    say_what_is_left_out(files, {file for items in labelled.values() for file, _ in items})
-    names = {part: [file for file, _ in items] for part, items in labelled.items()}
+    say_what_is_left_out(files, {file for items in labelled.values() for file in items})
     try:
-        pixels = _pixels({part: ImageFiles(files, listed, name) for part, listed in names.items()})
+        pixels = _pixels({part: ImageFiles(files, [*items], name) for part, items in labelled.items()})
     except ColourFoundError:
-        pixels = _pixels({part: ImageFiles(files, listed, name, "RGB") for part, listed in names.items()})
-    return {part: (pixels[part], np.array([label for _, label in items])) for part, items in labelled.items()}, classes
+        pixels = _pixels({part: ImageFiles(files, [*items], name, "RGB") for part, items in labelled.items()})
+    return {part: (pixels[part], np.array([*items.values()])) for part, items in labelled.items()}, classes
 
 
-def _pixels(readers: dict[str, ImageFiles]) -> dict[str, np.ndarray | OnDemand]:
-    if len({reader.mode for reader in readers.values()}) > 1:
+def _pixels(parts: dict[str, ImageFiles]) -> dict[str, np.ndarray | OnDemand]:
+    """Decode the parts that can be held in memory."""
+    if len({images.mode for images in parts.values()}) > 1:
         raise ColourFoundError("one part has colour, another has none")
-    return {
-        part: _decoded(reader) if reader.n_bytes <= HELD_UP_TO else reader.on_demand()
-        for part, reader in readers.items()
-    }
-
-
-def _decoded(reader: ImageFiles) -> np.ndarray:
-    """Decode all files to one uint8 array (N, H, W, C)."""
-    pixels = np.empty((len(reader.names), *reader.shape), np.uint8)
-    with tqdm(total=len(pixels), desc=f"reading {reader.base}", unit="image", delay=2, leave=False) as bar:
-        for start in range(0, len(pixels), 256):
-            part = np.arange(start, min(start + 256, len(pixels)))
-            pixels[part] = reader(part)
-            bar.update(len(part))
-    return pixels
+    found: dict[str, np.ndarray | OnDemand] = dict(parts)
+    for part, images in parts.items():
+        if math.prod(images.shape) <= HELD_UP_TO:
+            found[part] = np.empty(images.shape, np.uint8)
+            with tqdm(total=len(images), desc=f"reading {images.base}", unit="image", delay=2, leave=False) as bar:
+                for start, batch in zip(range(0, len(images), 256), images.split(256), strict=True):
+                    found[part][start : start + 256] = batch
+                    bar.update(len(batch))
+    return found
 
 
 def say_what_is_left_out(files: Files, used: set[str]) -> None:
@@ -108,42 +103,40 @@ def say_what_is_left_out(files: Files, used: set[str]) -> None:
         )
 
 
-def _labelled(files: Files) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
-    """Return {"train": [(file, label)], "test": ...} and the class names."""
+def _labelled(files: Files) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return {"train": {file: label}, "test": ...}, each in the order of the labels, and the class names."""
     top, parts = find_parts(files)
-    classes = _given_order(files, top)
-    if not parts:
-        groups = _by_class(files, top, classes)
-        _check_not_parts(files, top, groups)
-        pairs = [(file, label) for label, group in enumerate(groups.values()) for file in group]
-        labels = np.array([label for _, label in pairs])
-        try:
-            first, rest = stratified(labels, round(0.8 * len(pairs)), seed=0)
-        except UserError:
-            rest = np.arange(0)
-        if few := set(range(len(groups))) - set(labels[rest]):
-            smallest = min(((len(groups[c]), c) for i, c in enumerate(groups) if i in few))
-            raise UserError(
-                f"{files.path}/{top} cannot be split into images to train and to test with all of its {len(groups)} "
-                f"classes on both sides: {smallest[1]} has {smallest[0]}. Add images, or make folders train and test."
-            )
-        return {"train": [pairs[i] for i in first], "test": [pairs[i] for i in rest]}, list(groups)
-    found = {}
-    for part in (part for part in PARTS if part in parts):
-        folder = f"{top}{parts[part]}/"
-        is_flat = not any(name.startswith(folder) for name in files.folders)
-        groups = (_by_list if is_flat else _by_class)(files, folder, classes)
-        classes = list(groups)
-        found[part] = [(file, label) for label, group in enumerate(groups.values()) for file in group]
-    return found, classes
+    classes, found = _given_order(files, top), {}
+    for part, folder in [(part, f"{top}{parts[part]}/") for part in PARTS if part in parts] or [("all", top)]:
+        is_flat = parts and not any(name.startswith(folder) for name in files.folders)
+        class_of = (_by_list if is_flat else _by_folder)(files, folder, classes)
+        classes = sorted(set(class_of.values())) if classes is None else classes
+        label = {name: i for i, name in enumerate(classes)}
+        items = sorted((label[group], file) for file, group in class_of.items())
+        found[part] = {file: number for number, file in items}
+    if parts:
+        return found, classes
+    _check_not_parts(files, top, class_of)
+    pairs, labels = [*found["all"].items()], np.array([*found["all"].values()])
+    try:
+        first, rest = stratified(labels, round(0.8 * len(pairs)), seed=0)
+    except UserError:
+        rest = np.arange(0)
+    if len(np.unique(labels[rest])) < len(classes):
+        counts = np.bincount(labels)
+        raise UserError(
+            f"{files.path}/{top} cannot be split into images to train and to test with all of its {len(classes)} "
+            f"classes on both sides: {classes[counts.argmin()]} has {counts.min()}. Add images, or make folders train "
+            "and test."
+        )
+    return {"train": dict(pairs[i] for i in first), "test": dict(pairs[i] for i in rest)}, classes
 
 
 def _given_order(files: Files, top: str) -> list[str] | None:
     """Return the class names in the order that ``classes.txt`` gives, or None where there is no such file."""
-    content = files.maybe(top + ORDER)
-    if content is None:
+    if not files.has(top + ORDER):
         return None
-    names = [line.strip() for line in lines_of(content, f"{files.path}/{top}{ORDER}") if line.strip()]
+    names = [line.strip() for line in files.lines(top + ORDER) if line.strip()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
@@ -152,52 +145,43 @@ def _given_order(files: Files, top: str) -> list[str] | None:
     return names
 
 
-def _by_list(files: Files, folder: str, classes: list[str] | None) -> dict[str, list[str]]:
-    """Return {class: files} of a part whose images lie together, in the order that class folders would have."""
-    names = [name for name in files.images if name.startswith(folder)]
-    found = listed_classes(files.maybe, folder.rstrip("/"), names, classes, str(files.path))
-    groups = {group: [] for group in (sorted(set(found.values())) if classes is None else classes)}
-    for name in names:
-        groups[found[name]].append(name)
-    return groups
+def _by_list(files: Files, folder: str, classes: Sequence[str] | None) -> dict[str, str]:
+    """Return {file: class} of a part whose images lie together."""
+    return listed_classes(files, folder.rstrip("/"), [n for n in files.images if n.startswith(folder)], classes)
 
 
-def _by_class(files: Files, folder: str, classes: Sequence[str] | None) -> dict[str, list[str]]:
-    """Return {class: files} of the class folders in a folder, in the order of the classes or of their names."""
-    inside = (name[len(folder) :] for name in files.folders if name.startswith(folder))
-    groups: dict[str, list[str]] = {name: [] for name in sorted(inside) if "/" not in name}
-    for name in files.images:
-        group, below, _ = name[len(folder) :].partition("/")
-        if name.startswith(folder) and below:
-            groups[group].append(name)
+def _by_folder(files: Files, folder: str, classes: Sequence[str] | None) -> dict[str, str]:
+    """Return {file: class} of the images in the class folders in a folder."""
+    below = {name: name[len(folder) :].partition("/") for name in files.images if name.startswith(folder)}
+    found = {name: group for name, (group, slash, _) in below.items() if slash}
+    inside = [name[len(folder) :] for name in files.folders if name.startswith(folder)]
+    groups = sorted(name for name in inside if "/" not in name)
     where = f"{files.path}/{folder}"
-    for group, found in groups.items():
-        if not found:
-            raise UserError(f"The class folder {where}{group} has no images: fill it or remove it.")
+    if empty := set(groups) - set(found.values()):
+        raise UserError(f"The class folder {where}{min(empty)} has no images: fill it or remove it.")
     if len(groups) < 2:
         raise UserError(
             f"{where} has {len(groups)} class folder{'s' * (len(groups) != 1)}; a data set needs two at least, "
             f"one folder of images a class."
         )
-    if classes is None:
-        return groups
-    if odd := sorted(set(groups) ^ set(classes)):
+    if classes is not None and (odd := sorted(set(groups) ^ set(classes))):
         raise UserError(
             f"{where} does not have the same classes as the training part or {ORDER}; see {', '.join(odd[:5])}."
         )
-    return {group: groups[group] for group in classes}
+    return found
 
 
-def _check_not_parts(files: Files, top: str, groups: dict[str, list[str]]) -> None:
+def _check_not_parts(files: Files, top: str, class_of: dict[str, str]) -> None:
     """Refuse folders that hold the same folders: they may be parts under other names, of the same classes."""
-    inside: dict[str, list[str]] = {}
-    for group, names in groups.items():
-        below = {name[len(f"{top}{group}/") :].partition("/") for name in names}
-        for folder in {folder for folder, slash, _ in below if slash}:
-            inside.setdefault(folder, []).append(group)
-    shared = sorted(folder for folder, around in inside.items() if len(around) > 1)
+    around: dict[str, set[str]] = {}
+    for name, group in class_of.items():
+        folder, slash, _ = name[len(f"{top}{group}/") :].partition("/")
+        if slash:
+            around.setdefault(folder, set()).add(group)
+    shared = sorted(folder for folder, groups in around.items() if len(groups) > 1)
     if len(shared) > 1:
         raise UserError(
-            f"{' and '.join(inside[shared[0]][:2])} in {files.path}/{top} both hold folders {', '.join(shared[:3])}: "
-            "parts are called train, validation and test; where these are classes, put them into a folder train."
+            f"{' and '.join(sorted(around[shared[0]])[:2])} in {files.path}/{top} both hold folders "
+            f"{', '.join(shared[:3])}: parts are called train, validation and test; where these are classes, put them "
+            "into a folder train."
         )

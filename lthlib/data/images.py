@@ -78,8 +78,12 @@ class Images:
 
     def subset(self, index: torch.Tensor) -> Images:
         """Return the images at the given positions."""
-        on_demand = isinstance(self.pixels, OnDemand)
-        return Images(self.pixels.at(index) if on_demand else self.pixels[index], self.labels[index])
+        return Images(taken(self.pixels, index), self.labels[index])
+
+
+def taken(pixels: Pixels, index: torch.Tensor) -> Pixels:
+    """Return the images at the given positions; those that are read on demand stay unread."""
+    return pixels.at(index) if isinstance(pixels, OnDemand) else pixels[index]
 
 
 def stratified(labels: np.ndarray, n_first: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

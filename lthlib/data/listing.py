@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 
 from lthlib.core.errors import UserError, suggest
+from lthlib.data.files import Files
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, SYNSETS = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 KAGGLE = "LOC_val_solution.csv"
 MEANINGS = ("# names", "# positions")
 
-Read = Callable[[str], bytes | None]
+Entries = list[tuple[int, str, str]]
+"""Lines of a list: number, image, class, as they are written."""
 
 
-def listed_classes(
-    read: Read, part: str, files: Sequence[str], classes: Sequence[str] | None, where: str
-) -> dict[str, str]:
+def listed_classes(files: Files, part: str, images: Sequence[str], classes: Sequence[str] | None) -> dict[str, str]:
     """Return the class of each image of a part (``val``, ``test``) that has no class folders.
 
     The first of these that lies beside the part's folder decides:
@@ -34,85 +33,69 @@ def listed_classes(
       there is the number in its name, so that images may be missing.
 
     Args:
-        read: Returns the content of a file, or None where there is none of that name.
+        files: What holds the images and the list.
         part: The part's folder, with folders before its name.
-        files: The images, with folders before the name.
+        images: The images, with folders before the name.
         classes: Those of the training images, in the order of the labels; None where there are none.
-        where: What holds the files, for messages.
     """
     top = part[: -len(PurePosixPath(part).name)]
-    for path in (f"{part}.txt", top + KAGGLE):
-        content = read(path)
-        if content is not None:
-            lines, path = lines_of(content, f"{where}/{path}"), f"{where}/{path}"
-            found = dict(_entries(lines, files, path, first_word=path.endswith(KAGGLE)))
-            if path.endswith(".txt"):
-                found = _as_names(found, classes or (), lines[:1], path)
-            return _of_each(files, found, classes, path)
-    truth = _devkit(read, top, TRUTH, where)
-    if truth is None:
-        raise UserError(
-            f"{where}/{part} has images but no class folders. Put the list of their classes beside it: "
-            f"{PurePosixPath(part).name}.txt (a line for each image: file name and class), {KAGGLE}, or "
-            f"{DEVKIT}.tar.gz; or sort the images into folders named after the classes."
-        )
-    path = f"{where}/{top}{DEVKIT}"
-    found = _from_devkit(lines_of(truth, TRUTH), _devkit(read, top, SYNSETS, where), files, path)
-    return _of_each(files, found, classes, path)
+    meant: dict[str, set[str]] = {}
+    for image in images:
+        place = PurePosixPath(image)
+        for name in {image, place.name, place.stem, f"{place.parent.name}/{place.name}", f"./{place.name}"}:
+            meant.setdefault(name, set()).add(image)
+    written, kaggle = f"{part}.txt", top + KAGGLE
+    path, lines = next(((path, files.lines(path)) for path in (written, kaggle) if files.has(path)), (None, []))
+    path, entries = (path, _entries(lines, meant, f"{files.path}/{path}")) if path else _devkit(files, top, part)
+    where, found = f"{files.path}/{path}", {}
+    for number, name, word in entries:
+        word = word.split()[0] if path == kaggle else word
+        if len(meant.get(name, ())) > 1:
+            raise UserError(
+                f"Line {number} of {where} may mean {' and '.join(sorted(meant[name]))}: write the whole name."
+            )
+        for image in meant.get(name, ()):
+            if found.setdefault(image, word) != word:
+                raise UserError(f"{where} lists {image} twice, as {found[image]!r} and in line {number} as {word!r}.")
+    if path == written:
+        found = _as_names(found, classes or (), lines[:1], where)
+    if missing := [image for image in images if image not in found]:
+        raise UserError(f"{where} does not list {missing[0]} ({len(missing):,} images of {len(images):,}).")
+    for image, word in found.items() if classes is not None else ():
+        if word not in classes:
+            raise UserError(
+                f"{where} says that {image} is of class {word!r}, of which there are no training images."
+                f"{suggest(word, classes)}"
+            )
+    return found
 
 
-def lines_of(content: bytes, path: str) -> list[str]:
-    """Return the lines of a text file, whatever they end in."""
-    try:
-        return content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8 ({error}). Save or fetch it again.") from error
-
-
-def _entries(lines: Sequence[str], files: Sequence[str], path: str, first_word: bool) -> Iterator[tuple[str, str]]:
-    """Yield (file, class as it is written) of each line ``file class`` or ``file,class`` about one of the files."""
-    known: dict[str, set[str]] = {}
-    for file in files:
-        place = PurePosixPath(file)
-        for name in {file, place.name, place.stem, f"{place.parent.name}/{place.name}", f"./{place.name}"}:
-            known.setdefault(name, set()).add(file)
-    seen: dict[str, str] = {}
+def _entries(lines: Sequence[str], known: Collection[str], path: str) -> Entries:
+    """Split each line into file name and class, at a comma, a tab or blanks; either may be quoted or have blanks."""
+    found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        name, word = _split(line, known)
-        if not word:
+        delimiter = next((mark for mark in ",\t" if mark in line), " ")
+        words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+        if delimiter == " ":
+            end = max((end for end in range(1, len(words)) if " ".join(words[:end]) in known), default=1)
+            words = [" ".join(words[:end]), " ".join(words[end:])]
+        if len(words) < 2 or not words[1]:
             raise UserError(f"Line {number} of {path} is {line[:80]!r}; a file name and its class are needed.")
-        word = word.split()[0] if first_word else word
-        meant = known.get(name, ())
-        if len(meant) > 1:
-            raise UserError(f"Line {number} of {path} may mean {' and '.join(sorted(meant))}: write the whole name.")
-        for file in meant:
-            if seen.setdefault(file, word) != word:
-                raise UserError(f"{path} lists {file} twice, as {seen[file]!r} and in line {number} as {word!r}.")
-            yield file, word
-
-
-def _split(line: str, known: dict[str, set[str]]) -> tuple[str, str]:
-    """Split a line into file name and class, at a comma, a tab or blanks; either may be quoted or have blanks in it."""
-    delimiter = next((mark for mark in ",\t" if mark in line), " ")
-    words = [word.strip() for word in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
-    if delimiter != " ":
-        return words[0], words[1]
-    ends = [end for end in range(1, len(words)) if " ".join(words[:end]) in known]
-    end = ends[-1] if ends else 1
-    return " ".join(words[:end]), " ".join(words[end:])
+        found.append((number, words[0], words[1]))
+    return found
 
 
 def _as_names(found: dict[str, str], classes: Sequence[str], first: Sequence[str], path: str) -> dict[str, str]:
     """Read the classes of a list as names, or as positions among the classes."""
-    if not classes:
-        return found
     words, said = set(found.values()), first[0].strip().lower() if first else ""
     are_names, are_numbers = words <= set(classes), all(word.isdecimal() for word in words)
-    positions = {word: int(word) for word in words} if are_numbers else {}
-    fit = are_numbers and max(positions.values(), default=0) < len(classes)
-    if said == MEANINGS[0] or not are_numbers or (are_names and not fit):
+    if not classes or not words or said == MEANINGS[0] or not are_numbers:
+        return found
+    positions = {word: int(word) for word in words}
+    fit = max(positions.values()) < len(classes)
+    if are_names and not fit and said != MEANINGS[1]:
         return found
     if are_names and said != MEANINGS[1] and any(classes[position] != word for word, position in positions.items()):
         raise UserError(
@@ -120,68 +103,44 @@ def _as_names(found: dict[str, str], classes: Sequence[str], first: Sequence[str
             f"it with a line {MEANINGS[0]!r} or {MEANINGS[1]!r}."
         )
     if not fit or 0 not in positions.values():
-        file, word = max(found.items(), key=lambda item: positions[item[1]])
+        image, word = max(found.items(), key=lambda item: positions[item[1]])
         raise UserError(
-            f"{path} gives {file} the class {word}, and the least class is {min(positions.values())}; positions among "
+            f"{path} gives {image} the class {word}, and the least class is {min(positions.values())}; positions among "
             f"{len(classes)} classes begin at 0 and end at {len(classes) - 1}."
         )
-    return {file: classes[positions[word]] for file, word in found.items()}
+    return {image: classes[positions[word]] for image, word in found.items()}
 
 
-def _devkit(read: Read, top: str, name: str, where: str) -> bytes | None:
-    """Return a file of the development kit, packed or unpacked."""
-    content = read(f"{top}{DEVKIT}/{name}")
-    packed = None if content is not None else read(f"{top}{DEVKIT}.tar.gz")
-    if packed is None:
-        return content
-    try:
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            return archive.extractfile(f"{DEVKIT}/{name}").read()
-    except (tarfile.TarError, OSError, EOFError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{where}/{top}{DEVKIT}.tar.gz is damaged or lacks {DEVKIT}/{name} ({error}). Fetch it again."
-        ) from error
-
-
-def _from_devkit(lines: Sequence[str], synsets: bytes | None, files: Sequence[str], where: str) -> dict[str, str]:
-    """Look up each image's line by the number in its name, and the WordNet name of the class number in that line."""
-    names, found = _wordnet_names(synsets, where), {}
-    for file in files:
-        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(file).stem)
-        if number is None or not 1 <= int(number[1]) <= len(lines):
-            raise UserError(
-                f"{file} has no line in {where}/{TRUTH}, which lists ILSVRC2012_val_00000001 to "
-                f"ILSVRC2012_val_{len(lines):08d}."
-            )
-        word = lines[int(number[1]) - 1].strip()
-        if word not in names:
-            raise UserError(
-                f"Line {int(number[1])} of {where}/{TRUTH} is {word[:80]!r}, which is no class number of {SYNSETS}."
-            )
-        found[file] = names[word]
-    return found
-
-
-def _wordnet_names(synsets: bytes | None, where: str) -> dict[str, str]:
-    """Return {class number as text: WordNet name} from ``meta.mat``."""
+def _devkit(files: Files, top: str, part: str) -> tuple[str, Entries]:
+    """Return where ImageNet's development kit lies, packed or unpacked, and its lines with WordNet's names."""
     from scipy.io import loadmat
 
+    folder = top + DEVKIT
+    path = folder if files.has(f"{folder}/{TRUTH}") else f"{folder}.tar.gz"
+    if path != folder and not files.has(path):
+        raise UserError(
+            f"{files.path}/{part} has images but no class folders. Put the list of their classes beside it: "
+            f"{PurePosixPath(part).name}.txt (a line for each image: file name and class), {KAGGLE}, or "
+            f"{DEVKIT}.tar.gz; or sort the images into folders named after the classes."
+        )
     try:
+        if path == folder:
+            truth, synsets = (files.read(f"{folder}/{name}") for name in (TRUTH, SYNSETS))
+        else:
+            with tarfile.open(fileobj=io.BytesIO(files.read(path))) as archive:
+                truth, synsets = (archive.extractfile(f"{DEVKIT}/{name}").read() for name in (TRUTH, SYNSETS))
         table = loadmat(io.BytesIO(synsets), squeeze_me=True)["synsets"]
         pairs = zip(table["ILSVRC2012_ID"].ravel(), table["WNID"].ravel(), strict=True)
-        return {str(int(number)): str(name) for number, name in pairs}
-    except Exception as error:  # scipy raises what the damaged bytes lead it to
-        raise UserError(f"{where}/{SYNSETS} is missing or damaged ({error}). Fetch it again.") from error
-
-
-def _of_each(files: Sequence[str], found: dict[str, str], classes: Sequence[str] | None, path: str) -> dict[str, str]:
-    missing = [file for file in files if file not in found]
-    if missing:
-        raise UserError(f"{path} does not list {missing[0]} ({len(missing):,} images of {len(files):,}).")
-    for file in files if classes is not None else ():
-        if found[file] not in classes:
+        names = {str(int(number)): str(name) for number, name in pairs}
+        lines = [line.strip() for line in truth.decode().splitlines()]
+    except Exception as error:  # tarfile and scipy raise what damaged bytes lead them to
+        raise UserError(
+            f"{files.path}/{path} is damaged or lacks {TRUTH} or {SYNSETS} ({error}). Fetch it again."
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if line not in names:
             raise UserError(
-                f"{path} says that {file} is of class {found[file]!r}, of which there are no training images."
-                f"{suggest(found[file], classes)}"
+                f"Line {number} of {TRUTH} in {files.path}/{path} is {line[:80]!r}, which is no class number of "
+                f"{SYNSETS}."
             )
-    return found
+    return path, [(number, f"ILSVRC2012_val_{number:08d}", names[line]) for number, line in enumerate(lines, start=1)]

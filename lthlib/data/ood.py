@@ -14,7 +14,7 @@ from lthlib.core.store import Store
 from lthlib.core.versions import code_version
 from lthlib.data import folders
 from lthlib.data.files import Files, ImageFiles, in_data_folder, names_in_data_folder
-from lthlib.data.images import Images, OnDemand, Pixels
+from lthlib.data.images import OnDemand, Pixels, taken
 from lthlib.data.sets import DATASETS, DataSet, check_name, decoded, kept_part, store_name
 
 OOD: Registry[Callable[[DataSet, int], Iterable[np.ndarray]]] = Registry("out-of-distribution set")
@@ -50,7 +50,6 @@ def ood_images(name: str, like: DataSet, n: int, store: Store) -> Pixels:
         n: How many; a set that has fewer gives all it has.
         store: Where they are kept.
     """
-    check_ood(name)
 
     def make(folder: Path) -> None:
         images = OOD[name](like, n) if name in OOD else _fitted(name, like, n, store)
@@ -103,17 +102,15 @@ def fit(image: Image.Image, like: DataSet, box: tuple[int, int, int, int] | None
 def _fitted(name: str, like: DataSet, n: int, store: Store) -> Iterator[np.ndarray]:
     """Yield n images of another set, spread over all of it (many sets are sorted by class), fitted to a data set."""
     if name in DATASETS:
-        part = kept_part(name, decoded(name, store), "test")
+        pixels = kept_part(name, decoded(name, store), "test").pixels
     else:
         files, inside, _ = _files_of(name)
         folders.say_what_is_left_out(files, {*files.images})
-        part = Images(ImageFiles(files, inside, name, "RGB").on_demand(), torch.zeros(len(inside)))
-    n = min(n, len(part))
-    for batch in part.subset(torch.arange(n) * len(part) // n).pixels.split(64):
+        pixels = ImageFiles(files, inside, name, "RGB")
+    n = min(n, len(pixels))
+    for batch in taken(pixels, torch.arange(n) * len(pixels) // n).split(64):
         for image in batch.numpy():
-            same = image.shape == (like.size, like.size, like.channels)
-            plain = image.squeeze(-1) if image.shape[-1] == 1 else image
-            yield image if same else fit(Image.fromarray(plain), like)
+            yield fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), like)
 
 
 def _files_of(name: str) -> tuple[Files, list[str], str]:

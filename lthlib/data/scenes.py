@@ -41,11 +41,10 @@ _DRAWS = 16
 def scenes(size: int = 32, channels: int = 3, n: int = 1000, seed: int = 0) -> ConceptSet:
     """Generate textured shapes on textured grounds, labelled to the pixel at image resolution.
 
-    Each scene is a ground and one or two shapes in front of it, the second over the first; each of these has
-    two colours, arranged by a texture, or one plain colour (a quarter of them); a shape has colours that its
-    ground lacks, a place, a size (radius 0.2 to 0.35 of the side) and a turn of up to 18 degrees. Brightness
-    varies by up to 12 grey levels per scene, and "noise" picks its two colours pixel by pixel. The labels say
-    for every pixel:
+    Each scene is a ground and one or two shapes in front of it, the second over the first; each of these has two
+    colours, arranged by a texture, or one plain colour (a quarter of them); a shape has colours that its ground lacks,
+    a place, a size (radius 0.2 to 0.35 of the side) and a turn of up to 18 degrees. Brightness varies by up to 12 grey
+    levels per scene, and "noise" picks its two colours pixel by pixel. The labels say for every pixel:
 
     * colour: the named colour it was painted with (grey levels if ``channels`` is 1);
     * texture: the texture of its ground or shape (plain areas have none);
@@ -98,10 +97,9 @@ class _Canvas:
 
     def planes(self) -> np.ndarray:
         """Label planes (n, 4, size, size)."""
-        groups = (self.colour, self.colours), (self.texture, len(TEXTURES)), (self.shape, len(SHAPES))
-        first = np.cumsum([1, *(count for _, count in groups)])
-        maps = (self.colour, self.texture, self.shape, self.part)
-        return np.stack([np.where(m >= 0, m + f, 0) for m, f in zip(maps, first, strict=True)], 1).astype(np.int16)
+        first = np.cumsum([1, self.colours, len(TEXTURES), len(SHAPES)])[:, None, None]
+        maps = np.stack([self.colour, self.texture, self.shape, self.part], axis=1)
+        return np.where(maps >= 0, maps + first, 0).astype(np.int16)
 
     def paint(self, draw: np.ndarray, where: np.ndarray, noise: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """Cover ``where`` (n, size, size) with two colours in a texture, a quarter plain; return the colours.
@@ -128,11 +126,8 @@ class _Canvas:
         rows, columns = y % period < half, x % period < half
         dots = (y % period - half + 0.5) ** 2 + (x % period - half + 0.5) ** 2 < (0.35 * period) ** 2
         slanted = (x + y) % period < half, (x - y) % period < half
-        options = (rows, columns, *slanted, rows ^ columns, dots, noise, np.ones_like(rows))
-        pattern = np.empty(noise.shape, bool)
-        for k, option in enumerate(options):
-            pattern[texture == k] = option[texture == k]
-        return pattern
+        options = np.stack([rows, columns, *slanted, rows ^ columns, dots, noise, np.ones_like(rows)])
+        return options[texture, np.arange(len(texture))]
 
     def add_shape(self, draw: np.ndarray, noise: np.ndarray, taken: np.ndarray, shown: np.ndarray) -> None:
         """Draw one shape in the scenes that ``shown`` (n,) selects."""
@@ -180,10 +175,7 @@ def _inside(kind: np.ndarray, u: np.ndarray, v: np.ndarray, distance: np.ndarray
         "cross": (np.minimum(au, av) < 0.35) & (np.maximum(au, av) < 1),
         "diamond": au + av < 1,
     }
-    inside = np.empty(u.shape, bool)
-    for k, name in enumerate(SHAPES):
-        inside[kind == k] = options[name][kind == k]
-    return inside
+    return np.stack([options[name] for name in SHAPES])[kind, np.arange(len(kind))]
 
 
 def _near_corner(kind: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def decoded(name: str, store: Store) -> Path:
         digest = hashlib.sha256()
         for part, (pixels, labels) in parts.items():
             if isinstance(pixels, OnDemand):
-                (folder / f"{part}-files.json").write_text(json.dumps([pixels.read.mode, pixels.read.names]))
+                (folder / f"{part}-files.json").write_text(json.dumps([pixels.mode, pixels.names]))
                 digest.update(f"{name} {stamp} {code_version(ImageFiles)}".encode())
             else:
                 pixels = np.ascontiguousarray(pixels, np.uint8)
@@ -209,7 +209,7 @@ def decoded(name: str, store: Store) -> Path:
             labels = np.asarray(labels, np.int64)
             np.save(folder / f"{part}-labels.npy", labels)
             digest.update(labels.data)
-        mean, std = _moments(_sampled(parts.get("train", parts["test"])[0]))
+        mean, std = _moments(parts.get("train", parts["test"])[0])
         info = {"classes": classes, "parts": list(parts), "mean": mean, "std": std, "digest": digest.hexdigest()[:16]}
         (folder / "info.json").write_text(json.dumps(info))
 
@@ -224,25 +224,20 @@ def kept_part(name: str, folder: Path, part: str) -> Images:
     if not listing.exists():
         return Images(torch.from_numpy(np.load(folder / f"{part}-pixels.npy")), labels)
     mode, names = json.loads(listing.read_text())
-    return Images(ImageFiles(Files(source(name).path), names, name, mode).on_demand(), labels)
+    return Images(ImageFiles(Files(source(name).path), names, name, mode), labels)
 
 
-def _sampled(pixels: np.ndarray | OnDemand) -> Iterator[np.ndarray]:
-    """Yield all images, or where they are read on demand `MOMENTS_FROM` of them, evenly spread."""
-    if not isinstance(pixels, OnDemand):
-        yield pixels
-        return
+def _moments(pixels: np.ndarray | OnDemand) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by channel, in [0, 1], from exact integer histograms.
+
+    Of images that are read on demand `MOMENTS_FROM` count, evenly spread.
+    """
     n = min(MOMENTS_FROM, len(pixels))
-    for batch in pixels.at(torch.arange(n) * len(pixels) // n).split(256):
-        yield batch.numpy()
-
-
-def _moments(batches: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by channel, in [0, 1], from exact integer histograms."""
-    values = np.arange(256) / 255
-    counts = sum(
-        np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(part.shape[3])]) for part in batches
-    )
+    every = pixels.at(torch.arange(n) * len(pixels) // n) if isinstance(pixels, OnDemand) else torch.as_tensor(pixels)
+    counts, values = np.zeros((pixels.shape[3], 256), int), np.arange(256) / 255
+    for batch in every.split(256):
+        for c, count in enumerate(counts):
+            count += np.bincount(batch[..., c].numpy().ravel(), minlength=256)
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ values
     return mean.tolist(), np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-8)).tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from lthlib.core.errors import UserError, suggest
 from lthlib.core.store import say
-from lthlib.networks.layers import Normalize
+from lthlib.networks.checks import first_line
 from lthlib.networks.registry import ARCHITECTURES, build
-from lthlib.networks.whole import load_whole
+from lthlib.networks.whole import installed, load_whole
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 """Keys under which training scripts put the weights beside an optimizer's state and an epoch."""
@@ -57,19 +58,18 @@ def _reason(path: Path, error: Exception) -> str:
         found = [word for word in str(error).split() if "GLOBAL" in str(error) and "." in word.strip(".")][:1]
     if found:
         return f"beside tensors it holds {', '.join(sorted(found)[:3])}, which to read would run code of the file"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _state_in(content: object, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what a file holds."""
-    found = True
-    while found:
-        found = isinstance(content, Mapping) and [
-            key for keys in (WRAPPINGS, AVERAGES) for key in keys if isinstance(content.get(key), Mapping)
-        ]
-        if found and len(found) > 1:
+    while isinstance(content, Mapping):
+        found = [key for key in (*WRAPPINGS, *AVERAGES) if isinstance(content.get(key), Mapping)]
+        if not found:
+            break
+        if len(found) > 1:
             say(f"note: {path} holds {' and '.join(found)}; {found[0]} is taken")
-        content = content[found[0]] if found else content
+        content = content[found[0]]
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no state dict. {HOW}")
     if odd := next((name for name in content if not isinstance(name, str)), None):
@@ -84,18 +84,6 @@ def _dense(value: Tensor, where: str) -> Tensor:
     if value.is_floating_point() and not value.isfinite().all():
         raise UserError(f"{where} holds numbers that are not finite.")
     return value
-
-
-class Normalised(nn.Module):
-    """A network behind the normalisation that it expects: [0, 1] pixels in, logits out."""
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.normalize, self.network = Normalize(mean, std), network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits of images (N, C, H, W)."""
-        return self.network(self.normalize(x))
 
 
 def builder(network: str, channels: int, size: int, n_classes: int) -> Callable[[], nn.Module]:
@@ -119,15 +107,10 @@ def builder(network: str, channels: int, size: int, n_classes: int) -> Callable[
         return partial(build, name, in_channels=channels, num_classes=n_classes, image_size=size, **plain)
     if module in ("", "torchvision") and name in models.list_models():
         return partial(models.get_model, name, weights=None, num_classes=n_classes)
-    if module in ("", "timm"):
-        try:
-            timm = importlib.import_module("timm")
-        except ImportError:
-            if module:
-                raise UserError(f"For {network!r}, install timm: pip install timm.") from None
-        else:
-            if timm.is_model(name):
-                return partial(timm.create_model, name, pretrained=False, num_classes=n_classes, in_chans=channels)
+    if module == "timm" or (not module and importlib.util.find_spec("timm")):
+        timm = installed("timm", f"make {network!r}")
+        if timm.is_model(name):
+            return partial(timm.create_model, name, pretrained=False, num_classes=n_classes, in_chans=channels)
     if module in ("", "torchvision", "timm"):
         known = [*ARCHITECTURES, *models.list_models()]
         raise UserError(
@@ -173,9 +156,9 @@ def load_network(path: Path | str, make: Callable[[], nn.Module] | None = None) 
     unknown = [name for name in weights if name not in wanted and not name.endswith(COUNTERS)]
     if lacking or unknown:
         raise UserError(
-            f"{path} does not fit the network: {_few('lacks', lacking)}{'; ' if lacking and unknown else ''}"
-            f"{_few('has unknown', unknown)}.{suggest(unknown[0], lacking) if unknown and lacking else ''} Is the "
-            "architecture the right one? With --network module:function you can name your own."
+            f"{path} does not fit the network: {'; '.join(_few('lacks', lacking) + _few('has unknown', unknown))}."
+            f"{suggest(unknown[0], lacking) if unknown else ''} Is the architecture the right one? With --network "
+            "module:function you can name your own."
         )
     for name, value in weights.items():
         if name in wanted and value.shape != wanted[name].shape:
@@ -207,18 +190,13 @@ def _bare(name: str) -> str:
 
 def _joined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Multiply the pairs ``weight_orig``, ``weight_mask`` of `torch.nn.utils.prune`."""
-    found = {}
-    for name, value in weights.items():
-        plain = name.removesuffix("_orig")
-        if plain != name and f"{plain}_mask" in weights:
-            found[plain] = value * weights[f"{plain}_mask"]
-        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in weights):
-            found[name] = value
-    return found
+    pruned = [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]
+    pruned = [name for name in pruned if f"{name}_orig" in weights]
+    parts = {f"{name}{end}" for name in pruned for end in ("_orig", "_mask")}
+    plain = {name: value for name, value in weights.items() if name not in parts}
+    return plain | {name: weights[f"{name}_orig"] * weights[f"{name}_mask"] for name in pruned}
 
 
-def _few(what: str, names: list[str], limit: int = 3) -> str:
-    return (
-        f"it {what} {', '.join(names[:limit])}{f' and {len(names) - limit} more' if len(names) > limit else ''}"
-        * bool(names)
-    )
+def _few(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"it {what} {', '.join(names[:3])}{more}"] if names else []

@@ -23,7 +23,7 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in held})
     except Exception as error:  # a foreign network may hold anything: files, locks, graphs
-        raise UserError(f"The network {type(model).__name__} cannot be copied ({_line(error)}).") from error
+        raise UserError(f"The network {type(model).__name__} cannot be copied ({first_line(error)}).") from error
 
 
 def check_shape(logits: object, n: int) -> None:
@@ -57,7 +57,8 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
         logits = model(images)
     except Exception as error:  # a foreign forward() may raise anything
         raise UserError(
-            f"The network cannot take images of {tuple(images.shape[1:])} (channels, height, width): {_line(error)}"
+            f"The network cannot take images of {tuple(images.shape[1:])} (channels, height, width): "
+            f"{first_line(error)}"
         ) from error
     return check_rows(logits, len(images))
 
@@ -128,7 +129,8 @@ def _batches(images: Tensor) -> list[Tensor]:
     return [torch.cat(part).contiguous(memory_format=layout) for part in parts]
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

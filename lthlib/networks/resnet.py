@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,49 +10,36 @@ from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
 from lthlib.networks.layers import Layers
-from lthlib.networks.registry import ARCHITECTURES, architecture
+from lthlib.networks.registry import architecture
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016)."""
 
-    expansion = 1
+    expansion, kernels, inner = 1, (3, 3), ("inner",)
 
     def __init__(self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str):
         super().__init__()
-        inner = layers.group(f"{name}.inner", width)
-        self.conv1, self.bn1 = layers.conv(inputs, inner, 3, stride), layers.norm(inner)
-        self.conv2, self.bn2 = layers.conv(inner, stream), layers.norm(stream)
+        groups = [inputs, *(layers.group(f"{name}.{inner}", width) for inner in self.inner), stream]
+        for i, kernel in enumerate(self.kernels):
+            strides = stride if i == self.kernels.index(3) else 1  # the first 3x3 one has it
+            self.add_module(f"conv{i + 1}", layers.conv(groups[i], groups[i + 1], kernel, strides))
+            self.add_module(f"bn{i + 1}", layers.norm(groups[i + 1]))
         self.relu = nn.ReLU()
         self.downsample = _shortcut(layers, inputs, stream, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a stream (N, C, H, W) to the next one."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn1(self.conv1(x))
+        for i in range(2, len(self.kernels) + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(self.relu(y)))
         return self.relu(y + self.downsample(x))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(BasicBlock):
     """1x1, 3x3 (with the stride) and 1x1 convolutions around a shortcut, as in torchvision."""
 
-    expansion = 4
-
-    def __init__(self, layers: Layers, name: str, inputs: str, stream: str, width: int, stride: int, shortcut: str):
-        super().__init__()
-        first, second = layers.group(f"{name}.inner1", width), layers.group(f"{name}.inner2", width)
-        self.conv1, self.bn1 = layers.conv(inputs, first, 1), layers.norm(first)
-        self.conv2, self.bn2 = layers.conv(first, second, 3, stride), layers.norm(second)
-        self.conv3, self.bn3 = layers.conv(second, stream, 1), layers.norm(stream)
-        self.relu = nn.ReLU()
-        self.downsample = _shortcut(layers, inputs, stream, stride, shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map a stream (N, C, H, W) to the next one."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + self.downsample(x))
+    expansion, kernels, inner = 4, (1, 3, 1), ("inner1", "inner2")
 
 
 class PadShortcut(nn.Module):
@@ -121,31 +108,21 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-CIFAR_WIDTHS = (16, 32, 64)
+def _register_for_cifar(suffix: str, words: str, widths: tuple[int, ...]) -> None:
+    @architecture(f"resnet8{suffix}", title=f"ResNet-8{words}", reference="he2016deep")
+    def _resnet8(layers: Layers, image_size: int) -> nn.Module:
+        return ResNet(layers, BasicBlock, (1, 1, 1), widths, stem=(3, 2))
+
+    title = f"ResNet-20s (CIFAR, option-A shortcuts){words}"
+
+    @architecture(f"resnet20s{suffix}", title=title, reference="he2016deep")
+    def _resnet20s(layers: Layers, image_size: int) -> nn.Module:
+        return ResNet(layers, BasicBlock, (3, 3, 3), widths, shortcut="pad")
 
 
-@architecture("resnet8", title="ResNet-8", reference="he2016deep")
-def _resnet8(layers: Layers, image_size: int, widths: tuple[int, ...] = CIFAR_WIDTHS) -> nn.Module:
-    return ResNet(layers, BasicBlock, (1, 1, 1), widths, stem=(3, 2))
-
-
-@architecture("resnet20s", title="ResNet-20s (CIFAR, option-A shortcuts)", reference="he2016deep")
-def _resnet20s(layers: Layers, image_size: int, widths: tuple[int, ...] = CIFAR_WIDTHS) -> nn.Module:
-    return ResNet(layers, BasicBlock, (3, 3, 3), widths, shortcut="pad")
-
-
-def _register_at_width(name: str, build: Callable, factor: float) -> None:
-    """Register an architecture under ``<name>-x<factor>``, with as many times the channels."""
-    title = f"{ARCHITECTURES[name].title}, {factor:g} times as wide"
-
-    @architecture(f"{name}-x{factor:g}", title=title, reference="he2016deep")
-    def _at_width(layers: Layers, image_size: int) -> nn.Module:
-        return build(layers, image_size, tuple(int(factor * width) for width in CIFAR_WIDTHS))
-
-
-for _factor in (0.5, 2):
-    _register_at_width("resnet8", _resnet8, _factor)
-    _register_at_width("resnet20s", _resnet20s, _factor)
+_register_for_cifar("", "", (16, 32, 64))
+_register_for_cifar("-x0.5", ", 0.5 times as wide", (8, 16, 32))
+_register_for_cifar("-x2", ", 2 times as wide", (32, 64, 128))
 
 
 def _stem(image_size: int) -> dict:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lthlib.core.errors import UserError
+from lthlib.networks.checks import first_line
 from lthlib.networks.weights import Used
 
 
@@ -99,7 +100,7 @@ def load_whole(path: Path) -> nn.Module | None:
     except UserError:
         raise
     except Exception as error:  # each reader raises errors of its own
-        raise UserError(f"{path} cannot be read as a network ({str(error).strip().splitlines()[0]}).") from error
+        raise UserError(f"{path} cannot be read as a network ({first_line(error)}).") from error
     return None
 
 
@@ -111,7 +112,7 @@ def _exported(path: Path) -> Exported:
 
 
 def _onnx(path: Path) -> Sealed:
-    runtime = _installed("onnxruntime", path)
+    runtime = installed("onnxruntime", f"read {path}")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     first, weights = session.get_inputs()[0], {}
     try:
@@ -128,8 +129,9 @@ def _onnx(path: Path) -> Sealed:
     return Sealed(path, "ONNX", ask, weights, size if isinstance(size, int) else None, gradients=False)
 
 
-def _installed(package: str, path: Path):
+def installed(package: str, purpose: str):
+    """Return a package that is no dependency; `UserError` where it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"To read {path}, install {package}: pip install {package}.") from None
+        raise UserError(f"To {purpose}, install {package}: pip install {package}.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsons
 import shlex
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +14,8 @@ from lthlib import data, networks
 from lthlib.book.grid import Grid, grid_from, read_yaml
 from lthlib.core.errors import UserError, shown
 from lthlib.core.store import Store, write_atomically
-from lthlib.networks.checkpoints import Normalised, builder, load_network
+from lthlib.networks.checkpoints import builder, load_network
+from lthlib.networks.layers import Normalize
 from lthlib.own.compare import SIZES, Comparison, compare
 from lthlib.own.words import as_json, status, summary
 from lthlib.results.collect import COLUMNS
@@ -103,7 +105,9 @@ def compare_files(
 
     def load(path: Path) -> nn.Module:
         model = load_network(path, build)
-        return model if not any(mean) and set(std) == {1.0} else Normalised(model, mean, std)
+        if not any(mean) and set(std) == {1.0}:
+            return model
+        return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=model))
 
     return compare(
         load(dense),

@@ -8,7 +8,7 @@ depend only on the seed and the epoch, so a run rewound to epoch k sees from the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +41,14 @@ class State:
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, epoch: int = 0) -> State:
         """Copy the state of a network and its optimizer to the CPU."""
-        momentum = {}
-        if optimizer is not None:
-            for name, parameter in model.named_parameters():
-                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is not None:
-                    momentum[name] = buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
-        weights = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in model.state_dict().items()
-        }
-        return cls(weights, momentum, epoch)
+
+        def copied(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+            there = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+            return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in there.items()}
+
+        steps = optimizer.state if optimizer is not None else {}
+        momentum = {name: steps.get(p, {}).get("momentum_buffer") for name, p in model.named_parameters()}
+        return cls(copied(model.state_dict()), copied(momentum), epoch)
 
 
 def train(
@@ -90,9 +87,8 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    start = 0
+    start, end = 0 if state is None else state.epoch, recipe.epochs if until is None else until
     if state is not None:
-        start = state.epoch
         _resume(model, optimizer, state)
     gates = _gates(model, masks)
     for parameter, gate in gates:  # the state may be that of the dense run
@@ -104,7 +100,7 @@ def train(
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_low)
     history = []
     scales = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and recipe.bn_l1 > 0]
-    for epoch in range(start, recipe.epochs if until is None else until):
+    for epoch in range(start, end):
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, (x, y) in enumerate(stream.epoch(epoch)):
             step = epoch * stream.steps + i
@@ -133,7 +129,7 @@ def train(
             )
         n = stream.steps
         history.append({"epoch": epoch, "loss": total.item() / n, "accuracy": correct.item() / (n * recipe.batch_size)})
-    return State.of(model, optimizer, recipe.epochs if until is None else until), history
+    return State.of(model, optimizer, end), history
 
 
 def _layout(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -161,47 +157,35 @@ def _gates(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Parameter, to
 
 
 class _Batches:
-    """Seeded, augmented batches from uint8 images, as [0, 1] floats in channels_last layout.
-
-    Images in memory are padded once; those read on demand batch by batch.
-    """
+    """Seeded, augmented batches from uint8 images, as [0, 1] floats in channels_last layout."""
 
     def __init__(self, images: Images, recipe: Recipe, seed: int, device: torch.device):
         self.recipe, self.seed, self.device = recipe, seed, device
         self.steps = recipe.steps_per_epoch(len(images))
-        self.size = images.pixels.shape[1]
-        self.margin = 0 if recipe.augment == "none" else max(1, self.size // 8)
         self.pixels, self.labels = images.pixels, images.labels
-        self.on_demand = isinstance(images.pixels, OnDemand)
-        if not self.on_demand:
-            self.pixels = self._padded(self.pixels)
-            if device.type == "cuda":
-                self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
-
-    def _padded(self, pixels: torch.Tensor) -> torch.Tensor:
-        return F.pad(pixels, (0, 0, *[self.margin] * 4)) if self.margin else pixels
+        if device.type == "cuda" and not isinstance(self.pixels, OnDemand):
+            self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for i in range(self.steps):
-            index = order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]
-            pixels = self._augmented(index, generator) if self.margin else self.pixels[index]
+        for index in order.split(self.recipe.batch_size)[: self.steps]:
+            pixels = self.pixels[index]
+            pixels = pixels if self.recipe.augment == "none" else self._augmented(pixels, generator)
             yield as_input(pixels.to(self.device)), self.labels[index].to(self.device)
 
-    def _augmented(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Crop (and mirror) each image at its own offset with one gather."""
-        n, span = len(index), torch.arange(self.size)
-        down, right = torch.randint(2 * self.margin + 1, (2, n, 1), generator=generator)
+    def _augmented(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pad, and crop (and mirror) each image at its own offset with one gather."""
+        n, size, device = len(pixels), pixels.shape[1], pixels.device
+        margin, span = max(1, size // 8), torch.arange(size)
+        down, right = torch.randint(2 * margin + 1, (2, n, 1), generator=generator)
         columns = span.expand(n, -1)
         if self.recipe.augment == "crop-flip":
             mirrored = torch.rand(n, 1, generator=generator) < 0.5
-            columns = torch.where(mirrored, self.size - 1 - columns, columns)
-        rows, columns = (span + down).to(index.device), (columns + right).to(index.device)
-        pixels = self.pixels
-        if self.on_demand:
-            pixels, index = self._padded(pixels[index]), torch.arange(n)
-        return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            columns = torch.where(mirrored, size - 1 - columns, columns)
+        rows, columns = (span + down).to(device), (columns + right).to(device)
+        padded = F.pad(pixels, (0, 0, *[margin] * 4))
+        return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def mix(*numbers: int) -> int:

@@ -43,23 +43,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            kind = type(field.default)
+            value, kind = getattr(self, field.name), type(field.default)
+            least = {"epochs": 1, "batch_size": 2}.get(field.name, 0)
             if kind is float and type(value) is int:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
                 raise UserError(f"Recipe {field.name} is {value!r}; it must be of type {kind.__name__}.")
-            elif kind is not str and not math.isfinite(value):
+            if kind is not str and not math.isfinite(value):
                 raise UserError(f"Recipe {field.name} is {value!r}; it must be finite.")
+            if kind is not str and value < least:
+                raise UserError(f"Recipe {field.name} is {value}; it must be at least {least}.")
         choose(self.schedule, SCHEDULES, "schedule")
         choose(self.augment, AUGMENTATIONS, "augmentation")
         choose(self.precision, PRECISIONS, "precision")
-        lowest = {"epochs": 1, "batch_size": 2} | dict.fromkeys(
-            ("lr", "momentum", "weight_decay", "bn_l1", "warmup"), 0
-        )
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UserError(f"Recipe {name} is {getattr(self, name)}; it must be at least {low}.")
 
     def steps_per_epoch(self, n_images: int) -> int:
         """Return the number of full batches in n images."""

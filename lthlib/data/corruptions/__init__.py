@@ -2,7 +2,7 @@
 
 Images are uint8 arrays of shape (N, H, W, C) with C = 1 (gray) or 3 (RGB); so are the results. `corrupt` makes one set
 or a part of one. Where the published CIFAR-10-C, CIFAR-100-C and ImageNet-C files exist, these should be used: the
-authors ask for it, since library and JPEG versions change pixels. `lthlib.data.corruptions.published` reads them.
+authors ask for it, since library and JPEG versions change pixels. `lthlib.data.corrupted` reads them.
 
 Which constants. ``"cifar"`` is the table of CIFAR-10-C (32 pixels), ``"imagenet"`` that of ImageNet-C (224 pixels).
 Lengths (blur widths, shuffle distances) are pixels and are used as they are at any size; only the elastic transform,

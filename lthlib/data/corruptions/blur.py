@@ -69,9 +69,8 @@ def _displace(x: np.ndarray, reach: int, draws: Draws) -> np.ndarray:
     for stride in (1, width):
         source[inner] += (draws.integers(2 * reach, source[inner].shape[1:]) - reach) * stride
     source, site = source.ravel(), site.ravel()
-    # A pixel later in the raster was rewritten before this one reads it: follow it to what it took. Pixels
-    # outside the inner region are their own source. Doubling the hops ends a chain of any length in a few
-    # steps.
+    # A pixel later in the raster was rewritten before this one reads it: follow it to what it took. Pixels outside the
+    # inner region are their own source. Doubling the hops ends a chain of any length in a few steps.
     late = np.where(source > site, source, site)
     while (source[late] > late).any():
         late = late[late]
@@ -92,7 +91,7 @@ def motion_blur(x: np.ndarray, c: tuple[int, float], draws: Draws) -> np.ndarray
 def motion(x: np.ndarray, c: tuple[int, float], degrees: np.ndarray) -> np.ndarray:
     """Blur as ImageMagick does: half a Gaussian on 2 radius + 1 pixels of a line, edges repeated, rounded."""
     radius, std = c
-    n = len(x)
+    n, height, width = x.shape[:3]
     weight = np.exp(-0.5 * (np.arange(2 * radius + 1) / std) ** 2)
     weight = weight[weight > 1e-6 * weight.sum()]  # the rest cannot move a result by 1e-3 of a level
     along, angle = np.arange(len(weight)), np.deg2rad(degrees.astype(np.float64))[:, None]
@@ -108,22 +107,13 @@ def motion(x: np.ndarray, c: tuple[int, float], degrees: np.ndarray) -> np.ndarr
         kernels = np.zeros((n, MOTION_PIECE, MOTION_PIECE), np.float32)
         place = (np.arange(n)[:, None], dy[:, piece] - top, dx[:, piece] - left)
         np.add.at(kernels, place, (weight / weight.sum())[piece].astype(np.float32))
-        rows, columns = (p.max(axis=1) + 1 for p in place[1:])
-        boxes = np.stack([top[:, 0] + above, left[:, 0] + before, rows, columns], axis=1)
-        _add_filtered(levels, padded, kernels, boxes)
+        used = (p.max(axis=1) + 1 for p in place[1:])  # rows and columns of each kernel
+        boxes = np.stack([top[:, 0] + above, left[:, 0] + before, *used], axis=1).tolist()
+        for level, image, kernel, (y, x, rows, columns) in zip(levels, padded, kernels, boxes, strict=True):
+            view = image[y : y + height + rows - 1, x : x + width + columns - 1]
+            blurred = cv2.filter2D(view, -1, kernel[:rows, :columns], anchor=(0, 0))
+            level += blurred.reshape(view.shape)[:height, :width]
     return levels.astype(np.uint8)
-
-
-def _add_filtered(levels: np.ndarray, padded: np.ndarray, kernels: np.ndarray, boxes: np.ndarray) -> None:
-    """Add to each image in ``levels`` its padded version correlated with its kernel.
-
-    A box is where in the padded image to begin (top, left) and how much of the kernel is used (rows, columns).
-    """
-    height, width = levels.shape[1:3]
-    for level, image, kernel, (y, x, rows, columns) in zip(levels, padded, kernels, boxes.tolist(), strict=True):
-        view = image[y : y + height + rows - 1, x : x + width + columns - 1]
-        blurred = cv2.filter2D(view, -1, kernel[:rows, :columns], anchor=(0, 0))
-        level += blurred.reshape(view.shape)[:height, :width]
 
 
 @corruption(
@@ -170,8 +160,6 @@ def gaussian(x: np.ndarray, std: float) -> np.ndarray:
     radius = int(4 * std + 0.5)
     out = x.astype(np.float32)
     if radius:
-        kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
-        kernel /= kernel.sum()
         for image in out:
-            cv2.sepFilter2D(image, -1, kernel, kernel, dst=image, borderType=cv2.BORDER_REPLICATE)
+            cv2.GaussianBlur(image, (2 * radius + 1,) * 2, std, dst=image, borderType=cv2.BORDER_REPLICATE)
     return out

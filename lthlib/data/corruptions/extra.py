@@ -17,12 +17,7 @@ MUD, WATER = (63, 42, 20), (175, 238, 238)
 @corruption("Speckle noise", "extra", cifar=(0.06, 0.1, 0.12, 0.16, 0.2), imagenet=(0.15, 0.2, 0.35, 0.45, 0.6))
 def speckle_noise(x: np.ndarray, std: float, draws: Draws) -> np.ndarray:
     """Multiply by 1 plus normal noise of standard deviation ``std``."""
-    return through_channel(x, speckle_channel, std, draws)
-
-
-def speckle_channel(std: float) -> np.ndarray:
-    """Return P[v, o] for noise whose standard deviation is ``std`` times the value itself."""
-    return normal_channel(std * np.arange(256.0))
+    return through_channel(x, draws, normal_channel, 0.0, std)
 
 
 @corruption("Gaussian blur", "extra", cifar=(0.4, 0.6, 0.7, 0.8, 1), imagenet=(1, 2, 3, 4, 6))
@@ -84,12 +79,10 @@ def _water(liquid: np.ndarray) -> np.ndarray:
     imagenet=((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
 )
 def saturate(x: np.ndarray, c: tuple[float, float], draws: Draws) -> np.ndarray:
-    """Change the saturation of HSV to ``factor * s + shift``, clipped; a gray (one-channel) image stays as
-    it is.
+    """Change the saturation of HSV to ``factor * s + shift``, clipped; a gray (one-channel) image stays as it is.
 
-    Severities 1 and 2 take colour away, 3 to 5 add some: they are not in the order of distance. Gray pixels
-    of an RGB image have the hue red by convention, and turn reddish at severities 4 and 5, as in the
-    published sets.
+    Severities 1 and 2 take colour away, 3 to 5 add some: they are not in the order of distance. Gray pixels of an RGB
+    image have the hue red by convention, and turn reddish at severities 4 and 5, as in the published sets.
     """
     if x.shape[3] == 1:
         return x

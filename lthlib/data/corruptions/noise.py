@@ -18,31 +18,30 @@ from lthlib.data.corruptions.registry import Draws, corruption, pair
 @corruption("Gaussian noise", "noise", cifar=(0.04, 0.06, 0.08, 0.09, 0.10), imagenet=(0.08, 0.12, 0.18, 0.26, 0.38))
 def gaussian_noise(x: np.ndarray, std: float, draws: Draws) -> np.ndarray:
     """Add normal noise of standard deviation ``std`` (1 = white)."""
-    return through_channel(x, gaussian_channel, std, draws)
+    return through_channel(x, draws, normal_channel, 255.0 * std, 0.0)
 
 
 @corruption("Shot noise", "noise", cifar=(500, 250, 100, 75, 50), imagenet=(60, 25, 12, 5, 3))
 def shot_noise(x: np.ndarray, photons: float, draws: Draws) -> np.ndarray:
     """Count photons: Poisson with ``photons`` per pixel at white."""
-    return through_channel(x, shot_channel, photons, draws)
+    return through_channel(x, draws, shot_channel, photons)
 
 
 @corruption("Impulse noise", "noise", cifar=(0.01, 0.02, 0.03, 0.05, 0.07), imagenet=(0.03, 0.06, 0.09, 0.17, 0.27))
 def impulse_noise(x: np.ndarray, amount: float, draws: Draws) -> np.ndarray:
     """Replace the fraction ``amount`` of the bytes, half by 0, half by 255 (each colour on its own)."""
-    return through_channel(x, impulse_channel, amount, draws)
+    return through_channel(x, draws, impulse_channel, amount)
 
 
-def gaussian_channel(std: float) -> np.ndarray:
-    """Return P[v, o], the probability that v plus normal noise, clipped and truncated to a byte, is o."""
-    return normal_channel(np.full(256, 255.0 * std))
+def normal_channel(std: float, per_level: float) -> np.ndarray:
+    """Return P[v, o], the probability that v plus normal noise, clipped and truncated to a byte, is o.
 
-
-def normal_channel(std: np.ndarray) -> np.ndarray:
-    """Return P[v, o] for normal noise of the standard deviation ``std[v]``, in grey levels."""
+    Its standard deviation is ``std + per_level * v``, in grey levels.
+    """
     from scipy.special import ndtr
 
     value = np.arange(256)
+    std = std + per_level * value
     with np.errstate(divide="ignore", invalid="ignore"):
         below = ndtr((value[None, 1:] - value[:, None]) / std[:, None])
     below[std == 0] = value[None, 1:] > value[std == 0, None]
@@ -70,13 +69,12 @@ def impulse_channel(amount: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _alias_table(channel: Callable[[float], np.ndarray], constant: float) -> np.ndarray:
-    """Return Walker's alias table of ``channel(constant)``: uint32 (65536,), entry 256 v + column.
+def _alias_table(channel: Callable[..., np.ndarray], *constants: float) -> np.ndarray:
+    """Return Walker's alias table of ``channel(*constants)``: uint32 (65536,), entry 256 v + column.
 
-    The upper 24 bits hold the probability of keeping the column, the lower 8 bits what to XOR to it
-    otherwise.
+    The upper 24 bits hold the probability of keeping the column, the lower 8 bits what to XOR to it otherwise.
     """
-    mass = channel(constant) * 256
+    mass = channel(*constants) * 256
     column = np.arange(256)
     keep, alias = np.ones((256, 256)), np.tile(column, (256, 1))
     for _ in range(256):  # give the poorest column what it lacks of 1, from the richest
@@ -91,10 +89,10 @@ def _alias_table(channel: Callable[[float], np.ndarray], constant: float) -> np.
     return (threshold << 8 | flip).ravel()
 
 
-def through_channel(x: np.ndarray, channel: Callable[[float], np.ndarray], constant: float, draws: Draws) -> np.ndarray:
-    """Return every byte v of x replaced by a draw from row v of ``channel(constant)``."""
+def through_channel(x: np.ndarray, draws: Draws, channel: Callable[..., np.ndarray], *constants: float) -> np.ndarray:
+    """Return every byte v of x replaced by a draw from row v of ``channel(*constants)``."""
     word = draws.words(x.shape[1:])
     column = word.astype(np.uint8)
-    entry = _alias_table(channel, constant).take(pair(x, column))
+    entry = _alias_table(channel, *constants).take(pair(x, column))
     column ^= entry.astype(np.uint8) * (word >= entry)
     return column

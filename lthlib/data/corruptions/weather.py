@@ -154,8 +154,7 @@ def fog(x: np.ndarray, c: tuple[float, float], draws: Draws) -> np.ndarray:
 
 
 def plasma_fractal(size: int, decay: float, draws: Draws) -> np.ndarray:
-    """Return diamond-square height maps, float32 (n, size, size) in [0, 1], periodic; ``size`` a power of
-    two.
+    """Return diamond-square height maps, float32 (n, size, size) in [0, 1], periodic; ``size`` a power of two.
 
     Each halving of the grid divides the amplitude of the uniform noise by ``decay`` squared: the published
     code multiplies the noise by its shrinking scale twice.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lthlib.core.errors import UserError, choose
 from lthlib.data import corruptions, ood_classes, source
-from lthlib.data.corrupted import corrupted_parts, corruption_names, corruption_source, sample
+from lthlib.data.corrupted import corrupted_parts, corruption_names, official_folder, sample
 from lthlib.metrics.generalization import corruption
 from lthlib.metrics.generalization.accuracy import accuracy, true_class_margin
 from lthlib.metrics.generalization.attacks import adversarial_logits, pgd
@@ -141,7 +141,7 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int) -> Found:
         found.append(
             Value("corruption_error_all", corruption.corruption_error(errors, names), n * 5 * len(names), "all")
         )
-    official = sum(corruption_source(subject.data, name) == "official" for name in names)
+    official = sum(official_folder(subject.data, name) is not None for name in names)
     return [*found, Value("official_corruptions", official, len(names))], arrays
 
 
