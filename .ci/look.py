@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -307,7 +308,15 @@ def list_pages(root: Path) -> list[Path]:
 
 
 def look(pages: list[Path], root: Path, timeout: float) -> tuple[int, int]:
-    """Inspect every page, print the faults, and return the numbers of faulty pages and of formulas."""
+    """Inspect every page, a browser a core; print the faults, return the numbers of faulty pages and of formulas."""
+    parts = [pages[i :: os.cpu_count()] for i in range(os.cpu_count() or 1)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        found = list(pool.map(look_at, parts, itertools.repeat(root), itertools.repeat(timeout)))
+    return sum(faulty for faulty, _ in found), sum(formulas for _, formulas in found)
+
+
+def look_at(pages: list[Path], root: Path, timeout: float) -> tuple[int, int]:
+    """Do the same with one browser."""
     faulty = formulas = 0
     waiting = [(page, 2) for page in reversed(pages)]
     while waiting:

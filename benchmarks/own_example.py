@@ -15,6 +15,7 @@ import lthlib
 from lthlib import data, networks
 from lthlib.book.labs import EXAMPLE
 from lthlib.core.store import Store
+from lthlib.own.words import summary
 from lthlib.pruning import masks
 from lthlib.training.loop import train
 from lthlib.training.recipe import Recipe
@@ -37,7 +38,7 @@ def main() -> None:
     assert masks.n_kept(kept) == sum(int(w.count_nonzero()) for w in masks.weights_of(pruned, kept).values())
     again = "python -m lthlib check dense.pt pruned.pt --data mnist5k --network resnet8 --report report.html"
     found = lthlib.compare(dense.eval(), {"95 % pruned": pruned.eval()}, "mnist5k", store=store, again=again)
-    print(found.judged[["metric", "dense", "mean", "region"]].to_string(index=False))
+    print(summary(found, "95 % pruned"))
     if options.record:
         EXAMPLE.mkdir(exist_ok=True)
         found.save(EXAMPLE)

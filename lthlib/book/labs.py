@@ -44,7 +44,8 @@ metric, and the library that they use. They load nothing from the network, train
 
 Python 3.11 to 3.13. Open a notebook here, beside the folder lthlib. Guess, change the line marked `# change this`, run.
 """
-_REPORT, SHOWN = "notebooks/own.ipynb", GENERATED / f"{EXAMPLE.name}.ipynb"
+SHOWN = GENERATED / f"{EXAMPLE.name}.ipynb"
+_REPORT, _TITLE = "notebooks/own.ipynb", "Such a report"
 _TOUCHED = re.compile(r"lthlib\.(\w+)|from lthlib import ([\w, ]+)")
 
 
@@ -66,6 +67,8 @@ def lab_made_from(name: str) -> str:
 def make_labs(workers: int) -> dict[str, str]:
     """Run the labs that are not current and write what the chapters include: a notice in the place of one that fails.
 
+    The report on the example is made beside them.
+
     Returns:
         Name -> why, of the labs that failed.
     """
@@ -78,14 +81,20 @@ def make_labs(workers: int) -> dict[str, str]:
     lost = in_forks(tasks, BUILD / "logs" / "labs", workers)
     for name in labs():
         if name in lost:
-            text = (
-                f"```{{warning}}\nThis lab is missing: it could not be made.\n```\n\n`````text\n{lost[name]}\n`````\n"
-            )
+            text = _missing("lab", lost[name])
         else:
             text = fragment(nbformat.read(MADE / f"{name}.ipynb", as_version=4), name)
         _write(MADE / f"{name}.md", text.encode())
     _write(MADE / "labs.zip", archive())
+    SHOWN.with_suffix(".md").unlink(missing_ok=True)
+    if EXAMPLE.name in lost:
+        SHOWN.unlink(missing_ok=True)
+        _write(SHOWN.with_suffix(".md"), f"# {_TITLE}\n\n{_missing('report', lost[EXAMPLE.name])}".encode())
     return lost
+
+
+def _missing(what: str, reason: str) -> str:
+    return f"```{{warning}}\nThis {what} is missing: it could not be made.\n```\n\n`````text\n{reason}\n`````\n"
 
 
 def _run(name: str) -> None:
@@ -102,7 +111,7 @@ def example_made_from() -> str:
 
 
 def _run_example() -> None:
-    execute(ROOT / _REPORT, SHOWN, {"found": str(EXAMPLE)}, title="Such a report", of=example_made_from())
+    execute(ROOT / _REPORT, SHOWN, {"found": str(EXAMPLE)}, title=_TITLE, of=example_made_from())
 
 
 def fragment(lab: NotebookNode, name: str) -> str:

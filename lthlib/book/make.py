@@ -18,7 +18,7 @@ from lthlib import figures
 from lthlib.book import front, plan
 from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid
-from lthlib.book.labs import lab_made_from, labs, make_labs
+from lthlib.book.labs import example_made_from, lab_made_from, labs, make_labs
 from lthlib.book.runner import execute, made_from
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks, last_line
@@ -91,7 +91,7 @@ def book_made_from(grid: Grid, made: Mapping[plan.Job, str]) -> str:
     files += [ROOT / name for name in ("_config.yml", *PAPER)]
     files += sorted((ROOT / "lthlib").rglob("*.py"))  # the reference shows docstrings, the labs' archive holds all
     pages = [plan.page_made_from(page, made) for page in plan.every_page(grid)]
-    shown = [repr(grid), plan.vocabulary(), *made.values(), *pages, *map(lab_made_from, labs())]
+    shown = [repr(grid), plan.vocabulary(), *made.values(), *pages, *map(lab_made_from, labs()), example_made_from()]
     return digest([*(f"{p} {sha256(p)}" for p in files), *shown])
 
 
