@@ -272,7 +272,7 @@ def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_goo
         assert "make report GRID=workflow/grids/tiny.yml" in stub
         assert not (html / "calibration/lth.html").exists()
         assert (html / "flatness/lth.html").exists()
-        assert "(missing)" in (html / "flatness/lth.html").read_text()  # in the contents beside every page
+        assert "(missing)" in (html / "calibration/comparison-missing.html").read_text()  # in the contents beside it
     finally:
         template.write_text(json.dumps(content))
     others = [p for p in (generated / "tiny").rglob("*.ipynb") if "calibration" not in p.parts]
@@ -285,7 +285,7 @@ def test_a_failing_page_is_named_marked_in_the_book_and_replaced_by_the_next_goo
     assert (html / "calibration/lth.html").exists()
     for folder in (generated, checkout / "_build/html"):
         assert not [p for p in folder.rglob("*") if "-missing" in p.name or ".failed" in p.name]
-    assert "(missing)" not in (html / "flatness/lth.html").read_text()
+    assert "(missing)" not in (html / "calibration/comparison.html").read_text()
 
 
 @pytest.mark.parametrize(
