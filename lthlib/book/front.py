@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,10 +17,12 @@ from lthlib.book import cost, explorer, markdown, ratios, reproducibility
 from lthlib.book.claims import claims_pages
 from lthlib.book.grid import ON_METHODS, Grid, study_name
 from lthlib.book.markdown import plain, svg
-from lthlib.book.plan import COMPARISON, GENERATED, Job, PagePlan, recorded_grids
+from lthlib.book.plan import BUILD, COMPARISON, GENERATED, Job, PagePlan, recorded_grids
 from lthlib.book.questions import questions_pages
 from lthlib.book.reference import reference_pages
 from lthlib.core import machine
+from lthlib.core.errors import UserError
+from lthlib.core.forks import in_forks
 from lthlib.core.store import ROOT, Store, write_atomically
 from lthlib.figures import methods
 from lthlib.pruning import METHODS
@@ -31,8 +34,12 @@ from lthlib.results.recorded import RATIOS, RESULTS, read_records
 from lthlib.tickets.study import Study
 
 
-def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[Job], grid_file: str) -> None:
+def write(
+    grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[Job], grid_file: str, workers: int
+) -> None:
     """Write what the book's static pages include, and a stub in the place of each missing page.
+
+    What all parts need is read once; then each is made in a fork.
 
     Args:
         grid: Whose book it is; recorded results of other grids come after it.
@@ -40,6 +47,7 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
         plans: All pages, what is missing said in them.
         undone: Jobs that are not finished: the answer is that of the others.
         grid_file: The grid file, for the stubs to name.
+        workers: How many parts are made at a time.
     """
     for page in plans:
         if page.missing:
@@ -49,23 +57,32 @@ def write(grid: Grid, store: Store, plans: Sequence[PagePlan], undone: Sequence[
     for other in recorded_grids(grid.name):
         studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
     told = [evidence for _, _, evidence in studies if not evidence.judged.empty]
-    answers = [_answer(of, study, evidence, undone if of is grid else ()) for of, study, evidence in studies]
-    pages = {
-        **explorer.files({f"{of.name}/{study_name(study)}": evidence for of, study, evidence in studies}),
-        **claims_pages(told),
-        "power.md": markdown.recorded(reproducibility.POWER, _power),
-        "limits.md": markdown.recorded(RATIOS, _limits),
-        **ratios.chapter_tables(),
-        "answer.md": "\n\n".join(answers),
-        "status.md": _status(plans),
-        "methods.md": _methods(plans, studies),
-        "cost.md": cost.chapter_table(),
-        **reproducibility.chapter_tables(),
-        **reference_pages(),
-        **questions_pages(told, plans),
-        "_toc.yml": _contents(plans, ROOT / "book" / "contents.yml"),
+    parts: dict[str, Callable[[], Mapping[str, str | bytes]]] = {
+        "claims": lambda: claims_pages(told),
+        "explorer": lambda: explorer.files({f"{of.name}/{study_name(study)}": each for of, study, each in studies}),
+        "methods": lambda: {"methods.md": _methods(plans, studies)},
+        "answer": lambda: {
+            "answer.md": "\n\n".join(_answer(*each, undone if each[0] is grid else ()) for each in studies)
+        },
+        "questions": lambda: questions_pages(told, plans),
+        "rest": lambda: {
+            "power.md": markdown.recorded(reproducibility.POWER, _power),
+            "limits.md": markdown.recorded(RATIOS, _limits),
+            **ratios.chapter_tables(),
+            "status.md": _status(plans),
+            "cost.md": cost.chapter_table(),
+            **reproducibility.chapter_tables(),
+            **reference_pages(),
+            "_toc.yml": _contents(plans, ROOT / "book" / "contents.yml"),
+        },
     }
-    for name, text in pages.items():
+    lost = in_forks({name: partial(_put, make) for name, make in parts.items()}, BUILD / "logs" / "front", workers)
+    for name, said in lost.items():
+        raise UserError(f"The front's part on {name} could not be made. {said} See {BUILD / 'logs' / 'front'}")
+
+
+def _put(make: Callable[[], Mapping[str, str | bytes]]) -> None:
+    for name, text in make().items():
         write_atomically(GENERATED / name, text if isinstance(text, bytes) else text.rstrip("\n") + "\n")
 
 
