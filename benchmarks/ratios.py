@@ -4,7 +4,8 @@
 
 Runs the programs below one after the other, each in a process of its own; each says what it measured with `tell`.
 Peers that are no dependency of the project are installed in a folder that is thrown away. `--record` writes
-book/results/ratios.json: one entry for each kind of processor, this one's replaced. Nothing else should run meanwhile.
+book/results/ratios.json, program by program: one entry for each kind of processor, what a program told before replaced.
+Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -77,22 +78,26 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="put the result into book/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "ratios.jsonl")
         where = os.pathsep.join(filter(None, (peers(Path(folder, "peers")), os.environ.get("PYTHONPATH"))))
         for name in options.only:
             print(f"\n=== {name}", flush=True)
+            found = Path(folder, f"{name}.jsonl")
             threads = "1" if name in ONE_THREAD else str(os.cpu_count())
             env = {**os.environ, "PYTHONPATH": where, "LTHLIB_RATIOS": str(found), "OMP_NUM_THREADS": threads}
             subprocess.run([sys.executable, str(HERE / f"{name}.py"), *PROGRAMS[name]], env=env, check=True)
-        lines = [json.loads(line) for line in found.read_text().splitlines()]
-    if options.record:
-        if options.only != list(PROGRAMS):
-            parser.error("--record wants all programs: leave --only away")
-        kind = {"processor": machine.processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
-        known = recorded_json(RATIOS)["machines"] if RATIOS.exists() else []
-        others = [of for of in known if {name: of[name] for name in kind} != kind]
-        here = {**kind, "provenance": machine.provenance("auto"), "lines": lines}
-        write_atomically(RATIOS, seal({"machines": [*others, here]}))
+            if options.record and found.exists():
+                record(name, [json.loads(line) for line in found.read_text().splitlines()])
+
+
+def record(program: str, lines: list[dict]) -> None:
+    """Put what one program told into the entry of this kind of processor, in the place of what it told before."""
+    kind = {"processor": machine.processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    known = recorded_json(RATIOS)["machines"] if RATIOS.exists() else []
+    others = [of for of in known if {name: of[name] for name in kind} != kind]
+    mine = [line for of in known if of not in others for line in of["lines"] if line["program"] != program]
+    mine += [{"program": program, **line} for line in lines]
+    here = {**kind, "provenance": machine.provenance("auto"), "lines": mine}
+    write_atomically(RATIOS, seal({"machines": [*others, here]}))
 
 
 if __name__ == "__main__":
