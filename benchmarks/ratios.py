@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lthlib.core import machine
-from lthlib.core.store import seal, write_atomically
+from lthlib.core.store import ROOT, seal, write_atomically
 from lthlib.results.recorded import RATIOS, recorded_json
 
 HERE = Path(__file__).resolve().parent
@@ -66,8 +67,20 @@ def _leave(line: dict) -> None:
 
 def peers(folder: Path) -> str:
     """Install the peers apart from the project, as far as they can be had; return their folder."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PEERS]
-    if subprocess.run(command, check=False).returncode:
+    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
+    command = [
+        uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--python",
+        sys.executable,
+        "--target",
+        str(folder),
+        *PEERS,
+    ]
+    if subprocess.run([*command, *PEERS], check=False).returncode:
         print("The peers could not be installed; what is compared with them is left out.", file=sys.stderr)
     return str(folder)
 
