@@ -19,12 +19,17 @@ def test_a_ratio_is_the_peers_time_over_ours_in_the_column_of_its_processor():
     table = ratios.ratios_table([machine("old", both, one), machine("new", {**both, "ours": 1.0})])
     assert "| a trace | a probe | **3.5** (7 s) | **7** (7 s) |" in table
     assert "| a mask | a loop | **0.25** (1 s) | – |" in table
+    assert "**1,200**" in ratios.ratios_table([machine("old", {**both, "theirs": 2400.0})])
     assert "old, AVX2: Recorded on 2026-01-02 at commit abc" in table
 
 
 def test_growth_is_told_from_the_fewest_to_the_most():
     table = ratios.growth_table([machine("old", {"what": "x", "by": "images", "seconds": {"10": 1.0, "40": 3.0}})])
     assert "| x | images | 10: 1 s, 40: 3 s | 3 times for 4 times as many | old, AVX2 |" in table
+
+
+def test_where_no_growth_is_recorded_the_command_is_named():
+    assert "make benchmarks" in ratios.growth_table([machine("old")])
 
 
 def test_limits_have_a_line_for_each_processor_that_was_measured():

@@ -27,7 +27,8 @@ def ratios_table(machines: Sequence[Mapping]) -> str:
     for machine in machines:
         for of in (line for line in machine["lines"] if "peer" in line):
             line = lines.setdefault((of["what"], of["peer"]), {"what": of["what"], "beside": of["peer"]})
-            line[_name(machine)] = f"**{of['theirs'] / of['ours']:.2g}** ({of['theirs']:.2g} s)"
+            ratio = of["theirs"] / of["ours"]
+            line[_name(machine)] = f"**{ratio:{',.0f' if ratio >= 100 else '.2g'}}** ({of['theirs']:.2g} s)"
     made = [f"{_name(machine)}: {origin(machine['provenance'])}" for machine in machines]
     return "\n\n".join([table(lines.values()), *made])
 
@@ -41,7 +42,7 @@ def growth_table(machines: Sequence[Mapping]) -> str:
         growth = f"{slow / fast:.2g} times for {many / few:.2g} times as many"
         told = {"what": line["what"], "number of": line["by"], "seconds": steps, "growth": growth}
         lines.append({**told, "processor": _name(machine)})
-    return table(lines)
+    return table(lines) if lines else "Nothing of this is recorded yet: `make benchmarks` does that."
 
 
 def limits(machines: Sequence[Mapping]) -> pd.DataFrame:
