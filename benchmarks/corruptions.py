@@ -85,7 +85,8 @@ def compare_speed(images: np.ndarray, names: list[str], peers: dict, repeats: in
         print_row(name, row / len(images) / len(SEVERITIES) * 1e6)
     print_row("sum of common ones", totals / len(images) * 1e6)
     for k, peer in enumerate(peers, 1):
-        tell("the fifteen corruptions at five severities, ImageNet-C's constants", peer, totals[0], totals[k])
+        what = f"{len(images)} images under {len(names)} corruptions at five severities, ImageNet-C's constants"
+        tell(what, peer, totals[0], totals[k])
     print("The sum is over the 5 severities of the common corruptions above; the ratio is to the faster peer.")
 
 

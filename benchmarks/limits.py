@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from ratios import tell, tell_limit
+from ratios import tell_limit
 from torch import nn
 from training import RECIPE, network, ours
 
@@ -82,16 +82,16 @@ def main() -> None:
     torch.set_num_threads(CORES)
     precision = machine.resolve_precision("auto")
     one = best(lambda: epoch(options.images), options.repeats)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(CORES, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        many = best(lambda: list(pool.map(epoch, [options.images] * CORES)), options.repeats)
     tell_limit(
         "ResNet-20 at 32 x 32 pixels",
         images=options.images / one,
+        beside=CORES * options.images / many,
         multiply=peak_macs(precision, options.repeats) / PASSES / sum(macs(network(), (3, 32, 32)).values()),
         memory=bandwidth(options.repeats) / PASSES / moved(network(), precision.itemsize),
     )
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(CORES, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        beside = best(lambda: list(pool.map(epoch, [options.images] * CORES)), options.repeats)
-    tell(f"{CORES} trainings at once, a thread each", f"one after the other on {CORES} threads", beside, CORES * one)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def main() -> None:
     rounds = {}
     for name in SELECTIONS:
         command = [sys.executable, __file__, "--threads", str(given.threads), "--selection", name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         print(said, end="")
         rounds[name] = float(said.split()[2])
     what = "a round of exact selection from 15 million scores"

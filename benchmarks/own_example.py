@@ -36,8 +36,9 @@ def main() -> None:
     kept = lthlib.prune(pruned, "omp", sparsity=0.95)
     train(pruned, images.train, RECIPE, seed=0, masks=kept)
     assert masks.n_kept(kept) == sum(int(w.count_nonzero()) for w in masks.weights_of(pruned, kept).values())
-    again = "python -m lthlib check dense.pt pruned.pt --data mnist5k --network resnet8 --report report.html"
-    found = lthlib.compare(dense.eval(), {"95 % pruned": pruned.eval()}, "mnist5k", store=store, again=again)
+    found = lthlib.compare(
+        dense.eval(), {"95 % pruned": pruned.eval()}, "mnist5k", store=store, again="python benchmarks/own_example.py"
+    )
     print(summary(found, "95 % pruned"))
     if options.record:
         EXAMPLE.mkdir(exist_ok=True)

@@ -29,16 +29,16 @@ HERE = Path(__file__).resolve().parent
 PEERS = ("lime==0.2.0.1", "imagecorruptions-imaug==1.1.5", "corrupt-tta==0.1.7")
 PROGRAMS = {
     "limits": (),
-    "training": ("--repeats", "3"),
+    "training": ("--repeats", "3", "--threads", "{threads}"),
     "predictions": (),
     "explanations": ("8",),
     "dissection": (),
-    "flatness": ("--starts", "2"),
+    "flatness": ("--starts", "2", "--epochs", "3", "--threads", "{threads}"),
     "corruptions": ("--images", "100", "--repeats", "1"),
-    "masks": (),
+    "masks": ("--arch", "resnet18", "--threads", "{threads}"),
     "metrics": (),
 }
-ONE_THREAD = ("corruptions", "metrics")  # as their texts say
+ONE_THREAD = ("corruptions", "dissection", "metrics")  # as their texts say
 
 
 def tell(what: str, peer: str, seconds: float, peer_seconds: float) -> None:
@@ -67,21 +67,11 @@ def _leave(line: dict) -> None:
 
 def peers(folder: Path) -> str:
     """Install the peers apart from the project, as far as they can be had; return their folder."""
-    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
-    command = [
-        uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--python",
-        sys.executable,
-        "--target",
-        str(folder),
-        *PEERS,
-    ]
-    if subprocess.run([*command, *PEERS], check=False).returncode:
-        print("The peers could not be installed; what is compared with them is left out.", file=sys.stderr)
+    uv = shutil.which("uv") or shutil.which(ROOT / ".uv" / "bin" / "uv")
+    for peer in PEERS:
+        command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", folder, peer]
+        if uv is None or subprocess.run(command, check=False).returncode:
+            print(f"{peer} could not be installed; what is compared with it is left out.", file=sys.stderr)
     return str(folder)
 
 
@@ -95,22 +85,23 @@ def main() -> None:
         for name in options.only:
             print(f"\n=== {name}", flush=True)
             found = Path(folder, f"{name}.jsonl")
-            threads = "1" if name in ONE_THREAD else str(os.cpu_count())
-            env = {**os.environ, "PYTHONPATH": where, "LTHLIB_RATIOS": str(found), "OMP_NUM_THREADS": threads}
-            subprocess.run([sys.executable, str(HERE / f"{name}.py"), *PROGRAMS[name]], env=env, check=True)
+            threads = 1 if name in ONE_THREAD else os.cpu_count()
+            env = {**os.environ, "PYTHONPATH": where, "LTHLIB_RATIOS": str(found), "OMP_NUM_THREADS": str(threads)}
+            arguments = [argument.format(threads=threads) for argument in PROGRAMS[name]]
+            subprocess.run([sys.executable, str(HERE / f"{name}.py"), *arguments], env=env, check=True)
             if options.record and found.exists():
-                record(name, [json.loads(line) for line in found.read_text().splitlines()])
+                record(name, threads, [json.loads(line) for line in found.read_text().splitlines()])
 
 
-def record(program: str, lines: list[dict]) -> None:
+def record(program: str, threads: int, lines: list[dict]) -> None:
     """Put what one program told into the entry of this kind of processor, in the place of what it told before."""
     kind = {"processor": machine.processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
     known = recorded_json(RATIOS)["machines"] if RATIOS.exists() else []
-    others = [of for of in known if {name: of[name] for name in kind} != kind]
-    mine = [line for of in known if of not in others for line in of["lines"] if line["program"] != program]
-    mine += [{"program": program, **line} for line in lines]
-    here = {**kind, "provenance": machine.provenance("auto"), "lines": mine}
-    write_atomically(RATIOS, seal({"machines": [*others, here]}))
+    here = next((of for of in known if {name: of[name] for name in kind} == kind), {**kind, "programs": {}})
+    told = {"provenance": {**machine.provenance("auto"), "threads": threads}, "lines": lines}
+    others = [of for of in known if of is not here]
+    now = {**here, "programs": {**here["programs"], program: told}}
+    write_atomically(RATIOS, seal({"machines": [*others, now]}))
 
 
 if __name__ == "__main__":

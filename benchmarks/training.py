@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from lthlib import networks
+from lthlib.core import machine
 from lthlib.data import Images
 from lthlib.pruning import masks
 from lthlib.training.loop import train
@@ -123,7 +124,8 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"{name:<34} {n / value:8.0f} images/s   {seconds['lthlib, masks'] / value:6.2f} of the first")
     loop = seconds["plain loop, torch.nn.utils.prune"]
-    for name, way in (("default precision", "lthlib, masks"), ("float32", "lthlib in float32, masks")):
+    default = str(machine.resolve_precision("auto")).removeprefix("torch.")
+    for name, way in {default: "lthlib, masks", "float32": "lthlib in float32, masks"}.items():
         tell(f"training ResNet-20 with masks, {name}", "a plain loop with torch.nn.utils.prune", seconds[way], loop)
     for precision in ("", " in float32"):
         cost = seconds[f"lthlib{precision}, masks"] / seconds[f"lthlib{precision}, no masks"] - 1

@@ -6,27 +6,12 @@ import pytest
 
 from lthlib.book.claims import claims_pages
 from lthlib.metrics import METRICS
-from lthlib.metrics.registry import describe
 from lthlib.results.claims import ALONE, CLAIMS, find_all, interpreted
 from lthlib.results.claims_parts import CANNOT, FAILS, HOLDS, UNMEASURED, Evidence, Mean, mean_of, settle, standing
 
 BY_NAME = {claim.name: claim for claim in CLAIMS}
 ROUNDS = (3, 6, 9)
 WORST = "worst_class_accuracy"
-
-
-@pytest.fixture(autouse=True)
-def worst_class(monkeypatch):
-    """The metric of the worst class, whether or not the library measures it already."""
-    if WORST not in METRICS:
-        describe(
-            WORST, "Worst class", dimension="generalization", higher_is_better=True, unit="fraction",
-            definition="-", reference="",
-        )  # fmt: skip
-        yield
-        del METRICS[WORST]
-    else:
-        yield
 
 
 def made(spec, noise=0.001, seeds=4, label="study", arch="net", dataset="d", n_classes=10):
@@ -171,6 +156,12 @@ class TestAlone:
         without = Evidence("study", study.rows[study.rows["method"] != method], 10)
         assert found(name, without) == UNMEASURED
         assert found(name, made({})) == UNMEASURED
+
+
+def test_of_rigl_both_traces_are_asked_for_and_of_grasp_what_there_is():
+    few = {TRACES[0]: {"rp": 1.0, "rigl": 2.0, "grasp": 2.0}, TRACES[1]: {"rp": 1.0, "grasp": 2.0}}
+    assert found("rigl-flatness", made(few)) == UNMEASURED
+    assert found("rigl-flatness", made(few | {TRACES[1]: {"rp": 1.0, "rigl": 2.0}})) == HOLDS
 
 
 @pytest.mark.parametrize("name", PAIRS)

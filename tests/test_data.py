@@ -272,6 +272,17 @@ def test_published_files_that_are_damaged_are_never_unpickled(folder, empty_stor
         data.load(name, empty_store)
 
 
+def test_missing_data_without_network_is_one_sentence(folder, empty_store, monkeypatch):
+    from torchvision import datasets
+
+    def offline(self):
+        raise OSError("network unreachable")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
+    with pytest.raises(UserError, match="LTHLIB_DATA"):
+        data.load("cifar10", empty_store)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "photos", "digits"])
 def test_ood_sets_are_fixed_and_of_the_right_shape(store, name):
     like = data.load("mnist5k", store)

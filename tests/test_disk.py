@@ -154,6 +154,16 @@ def test_a_full_disk(checkout, store, mounts):
     check_mended(checkout, here, before, report(checkout, store, *mounts.enter))
 
 
+def test_a_read_only_store(checkout, store, mounts):
+    here, before = mounts.seen(store), state(store)
+    mounts.inside("mount", "--bind", str(store), str(store))
+    mounts.inside("mount", "-o", "remount,ro,bind", str(store))
+    check_refusal(report(checkout, store, *mounts.enter), store, "it is read-only", ["rp", "snip"])
+    assert state(here) == before
+    mounts.inside("mount", "-o", "remount,rw,bind", str(store))
+    check_mended(checkout, here, before, report(checkout, store, *mounts.enter))
+
+
 def test_a_finished_store_need_not_be_writable(checkout, mounts):
     store = checkout / "store"
     mounts.inside("mount", "--bind", str(store), str(store))
@@ -176,13 +186,15 @@ def as_anyone():
     return ["setpriv", "--bounding-set", dropped, "--inh-caps", dropped]
 
 
-def test_no_permission_to_read(checkout, store, as_anyone):
+def test_no_permission_to_write_or_read(checkout, store, as_anyone):
     before = state(store)
     folders = [store, *(path for path in store.rglob("*") if path.is_dir())]
-    for folder in reversed(folders):
-        folder.chmod(0o000)
-    result = report(checkout, store, *as_anyone)
-    for folder in folders:
-        folder.chmod(0o755)
-    check_refusal(result, store, "permission is denied", [])
-    assert state(store) == before
+    for mode, failed in (0o000, []), (0o555, ["rp", "snip"]):
+        for folder in reversed(folders):
+            folder.chmod(mode)
+        result = report(checkout, store, *as_anyone)
+        for folder in folders:
+            folder.chmod(0o755)
+        check_refusal(result, store, "permission is denied", failed)
+        assert state(store) == before
+    check_mended(checkout, store, before, report(checkout, store, *as_anyone))

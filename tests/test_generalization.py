@@ -423,6 +423,13 @@ def test_the_pixels_of_a_network_in_half_precision_are_not_rounded():
     assert (moved - images).abs().max() <= 1 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("epsilon", [8, -1 / 255, float("nan")])
+@pytest.mark.parametrize("attack", [fgsm, pgd, lambda *of: adversarial_logits(*of[:3], [of[3]])])
+def test_an_epsilon_that_is_no_fraction_of_the_pixels_is_named(attack, epsilon):
+    with pytest.raises(UserError, match=r"epsilon is .*: write 8 / 255, not 8"):
+        attack(small_net(), *batch(), epsilon)
+
+
 def test_one_backward_pass_serves_every_epsilon():
     net, (images, labels) = small_net(), batch()
     passes = {"forward": 0, "backward": 0}

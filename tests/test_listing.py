@@ -91,6 +91,15 @@ def test_with_the_devkit_images_may_be_missing(imagenet, tmp_path):
     assert found.test.pixels[:, 0, 0, 0].tolist() == [60, 80, 120, 20, 100]
 
 
+def test_of_the_devkit_only_lines_of_images_that_are_there_are_read(imagenet, tmp_path):
+    devkit(imagenet)
+    (imagenet / "val" / f"{val(2)}.JPEG").unlink()
+    lines = (imagenet / TRUTH).read_text().splitlines()
+    (imagenet / TRUTH).write_text("\ufeff" + "\n".join([lines[0], "no number", *lines[2:], "", ""]), encoding="utf-8")
+    found = data.load("imagenet", Store(tmp_path / "store"))
+    assert found.test.pixels[:, 0, 0, 0].tolist() == [60, 80, 120, 20, 100]
+
+
 def test_another_list_is_read_anew(imagenet, tmp_path):
     names(imagenet)
     store = Store(tmp_path / "store")

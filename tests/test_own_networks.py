@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.inputs import as_input
 from lthlib.networks.layers import Normalize
 from lthlib.networks.weights import used_weights
+from lthlib.own.compare import _used
 from lthlib.own.words import as_json, conclusion, status
 
 FEW = {"calibration": {"n_test": 200, "n_corrupted": 5, "n_bootstrap": 10}}
@@ -87,6 +89,12 @@ def test_images_in_memory_give_the_numbers_of_the_same_images_by_name(dense, hal
     found.save(tmp_path)
     again = own.Comparison.read(tmp_path)
     assert again.judged.to_csv() == found.judged.to_csv()
+    (kept,) = tmp_path.glob("*.npz")
+    whole = kept.read_bytes()
+    for harm in (whole[: len(whole) // 2], whole[:200] + bytes([whole[200] ^ 255]) + whole[201:], b""):
+        kept.write_bytes(harm)
+        with pytest.raises(UserError, match="cannot be read"):
+            own.Comparison.read(tmp_path)
     found.report(tmp_path / "report.html")
     assert re.search(r"<strong>half, 50.0 % pruned: (kept|lost|not shown)", (tmp_path / "report.html").read_text())
 
@@ -135,6 +143,12 @@ def test_a_transformer_is_measured_where_that_has_a_meaning(store):
     assert "dissection needs" in found.facts["not_measured"]["interpretability"]
     method = found.arrays[found.networks["mine"]]["weight_method"]
     assert str(method) != "exact"
+
+
+def test_layers_have_the_names_that_they_have_in_the_network_itself(dense, images):
+    around = nn.Sequential(OrderedDict(normalize=Normalize([0.0], [1.0]), network=dense))
+    few = as_input(images.pixels[:2])
+    assert list(_used(around, few)) == list(_used(dense, few))
 
 
 def test_whole_networks_from_files_answer_as_the_networks_do(dense, half, images, store, tmp_path):
@@ -212,7 +226,7 @@ def test_networks_of_other_libraries_are_made_for_the_images(monkeypatch):
     assert builder("timm:vit_tiny_patch16_224", 3, 224, 7)()(torch.rand(1, 3, 224, 224)).shape == (1, 7)
 
 
-def test_normalisation_stands_before_the_network():
+def test_normalising_takes_away_the_mean_and_divides_by_the_deviation():
     x = torch.rand(2, 3, 8, 8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     found = Normalize(mean.tolist(), std.tolist())(x)

@@ -10,6 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lthlib.book import runner
 from lthlib.book.runner import execute, made_from
+from lthlib.core import forks
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
 
@@ -124,6 +125,11 @@ def test_a_full_disk_is_said_and_the_older_page_stays(page, tmp_path, monkeypatc
     monkeypatch.setattr(runner, "write_atomically", full)
     assert "No space left" in page(DRAW)
     assert (tmp_path / "page.ipynb").read_bytes() == before
+
+
+def test_a_fork_that_cannot_even_write_its_log_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "_run", lambda log, task: os._exit(1))
+    assert set(in_forks({"one": lambda: None}, tmp_path, 1)) == {"one"}
 
 
 def test_forks_run_some_at_a_time_and_keep_the_logs_of_what_failed(tmp_path):

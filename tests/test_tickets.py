@@ -78,6 +78,14 @@ def test_the_rewind_point_lies_on_the_dense_run(tiny, store):
     assert all(torch.equal(state.model[name], dense[name]) for name in dense)
 
 
+def test_a_rewind_point_without_momentum_is_read_again(tiny, store):
+    still = {**tiny, "recipe": dataclasses.replace(tiny["recipe"], momentum=0.0)}
+    images = data.load("mnist5k", store, tiny["train_size"])
+    first, again = (_rewind_point(make(still, "lth", 1), images, store) for _ in range(2))
+    assert first.momentum == again.momentum == {}
+    assert all(torch.equal(first.model[name], again.model[name]) for name in first.model)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
 def test_every_method_becomes_a_ticket(tiny, store, method):
     options = (("delta_t", 4),) if "delta_t" in METHODS[method].options else ()

@@ -168,6 +168,22 @@ def test_augmented_images_are_shifted_mirrored_originals():
     assert drawn == candidates
 
 
+def test_each_image_of_a_batch_is_cut_from_itself_at_an_offset_of_its_own():
+    pixels = torch.stack([torch.full((8, 8, 3), n, dtype=torch.uint8) for n in (50, 100, 150)])
+    pixels[:, 4, 4] = 255  # a mark that says where the image went
+    stream = _Batches(
+        data.Images(pixels, torch.arange(3)), Recipe(batch_size=3, augment="crop-flip"), 0, torch.device("cpu")
+    )
+    generator, unlike = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        cut = stream._augmented(pixels, generator)
+        for image, own in zip(cut, (50, 100, 150), strict=True):
+            assert set(image.unique().tolist()) <= {0, own, 255}
+            assert (image == own).sum() > 100
+        unlike += len({tuple((image == 255).nonzero()[0].tolist()) for image in cut}) > 1
+    assert unlike > 10
+
+
 def test_bfloat16_and_float32_learn_alike(images):
     """Same seed: the first epoch's mean loss differs by rounding, not by more."""
     losses = []

@@ -65,7 +65,7 @@ def write(
             "answer.md": "\n\n".join(_answer(*each, undone if each[0] is grid else ()) for each in studies)
         },
         "questions": lambda: questions_pages(told, plans),
-        "rest": lambda: {
+        "status, tables and contents": lambda: {
             "power.md": markdown.recorded(reproducibility.POWER, _power),
             "limits.md": markdown.recorded(RATIOS, _limits),
             **ratios.chapter_tables(),
@@ -77,8 +77,9 @@ def write(
         },
     }
     lost = in_forks({name: partial(_put, make) for name, make in parts.items()}, BUILD / "logs" / "front", workers)
-    for name, said in lost.items():
-        raise UserError(f"The front's part on {name} could not be made. {said} See {BUILD / 'logs' / 'front'}")
+    if lost:
+        told = "; ".join(f"{name}: {said.removeprefix('error: ')}" for name, said in lost.items())
+        raise UserError(f"Parts of the book's front could not be made. {told} (logs: {BUILD / 'logs' / 'front'})")
 
 
 def _put(make: Callable[[], Mapping[str, str | bytes]]) -> None:
@@ -98,10 +99,11 @@ def _power(found: Mapping) -> str:
 def _limits(found: Mapping) -> str:
     """Draw how far training is from what the processor allows, as `benchmarks/ratios.py` recorded it."""
     caption = (
-        "Images a second when a ResNet-20 is trained with masks, beside the most that the processor's rate of "
-        "multiplying and that of its memory would allow."
+        "Images a second when a ResNet-20 is trained with masks: one training on all threads, as many at once as there "
+        "are cores; and what the processor's rate of multiplying, and of moving what no cache holds, would allow."
     )
-    return _picture(figures.limit_bars(ratios.limits(found["machines"])), "limits.svg", caption)
+    table = ratios.limits(found["machines"])
+    return _picture(figures.limit_bars(table), "limits.svg", caption) if len(table) else ratios.NOT_YET
 
 
 def _stub(page: PagePlan, grid_file: str) -> str:

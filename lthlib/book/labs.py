@@ -20,7 +20,7 @@ import nbformat
 from nbformat import NotebookNode
 
 import lthlib
-from lthlib.book.plan import BUILD, GENERATED, template_made_from
+from lthlib.book.plan import BUILD, GENERATED, template_made_from, vocabulary
 from lthlib.book.runner import execute, made_from
 from lthlib.core.forks import in_forks
 from lthlib.core.store import ROOT, sha256, write_atomically
@@ -107,7 +107,8 @@ def _run(name: str) -> None:
 @functools.cache
 def example_made_from() -> str:
     """Return the fingerprint of the report on the example: what it tells of, its text, and the code behind it."""
-    return digest([template_made_from(_REPORT), *(sha256(path) for path in sorted(EXAMPLE.iterdir()))])
+    recorded = (sha256(path) for path in sorted(EXAMPLE.glob("*")))
+    return digest([template_made_from(_REPORT), vocabulary(), *recorded])
 
 
 def _run_example() -> None:

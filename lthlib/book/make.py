@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -19,7 +20,6 @@ from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import example_made_from, lab_made_from, labs, make_labs
 from lthlib.book.runner import execute, made_from
-from lthlib.core import lifeline
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks, last_line
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
@@ -116,12 +116,12 @@ def book(grid: str, workers: int = 1) -> int:
     front.write(asked, store, plans, undone, grid, workers)
     of = book_made_from(asked, made)
     logs = plan.BUILD / "logs"
-    for said in in_forks({"sphinx": functools.partial(_build, workers)}, logs, 1).values():
+    for said in in_forks({"sphinx": _build}, logs, 1).values():
         raise UserError(f"The book could not be built. {said} The whole of it: {logs / 'sphinx.log'}")
     for page in missing:
         say(f"missing: {page.title}: {page.missing}")
     for name, reason in lost.items():
-        say(f"missing: the lab on {name}: {reason}")
+        say(f"missing: {name}: {reason}")
     if undone or missing or lost:
         return 1
     plan.put_stamp(BOOK, of)
@@ -167,9 +167,9 @@ def job_log(grid: Grid, job: plan.Job) -> Path:
     return plan.BUILD / "logs" / grid.name / f"{job.name}.log"
 
 
-def _build(workers: int) -> None:
-    """Let Sphinx build as Jupyter Book sets it up; it goes on from the last build, unless that was killed."""
-    from jupyter_book.sphinx import build_sphinx
+def _build() -> None:
+    """Let Jupyter Book build; it goes on from the last build, unless that was killed."""
+    from jupyter_book.cli.main import main
 
     if BEGUN.exists():
         for folder in (HTML, DOCTREES):
@@ -177,24 +177,14 @@ def _build(workers: int) -> None:
     for folder in (HTML / "_generated", HTML / "_sources" / "_generated"):  # of another grid, or marks of missing pages
         shutil.rmtree(folder, ignore_errors=True)
     write_atomically(BEGUN, "")
-    os.register_at_fork(after_in_child=lifeline.watch)  # Sphinx reads and writes in forks
-    found = build_sphinx(
-        ROOT / "book",
-        HTML,
-        noconfig=True,
-        path_config=ROOT / "_config.yml",
-        confoverrides={
-            "external_toc_path": str(plan.GENERATED / "_toc.yml"),
-            "nitpicky": True,
-            "latex_individualpages": False,  # Jupyter Book's own, which it wants to be given
-        },
-        warningiserror=True,
-        keep_going=True,
-        jobs=workers,
-    )
-    if found:  # an exception, or a status
+    os.chdir(ROOT)
+    toc = plan.GENERATED / "_toc.yml"
+    options = ["--config", "_config.yml", "--toc", str(toc), "--path-output", ".", "-W", "-n", "--keep-going"]
+    with contextlib.suppress(SystemExit):
+        main(["build", "book", *options], standalone_mode=False)
+        BEGUN.unlink()
+    if BEGUN.exists():
         raise UserError("Sphinx found faults, see above.")
-    BEGUN.unlink()
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ def _reap(running: dict[BaseProcess, Path]) -> None:
         log = running.pop(process)
         if process.exitcode == 0:
             log.unlink()
-        elif process.exitcode < 0:
+            continue
+        log.touch()  # what has one has failed
+        if process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
             reason = " (someone killed it, or memory ran out)" if name == "SIGKILL" else ""
             with log.open("a") as file:

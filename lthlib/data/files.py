@@ -41,7 +41,7 @@ def data_folder() -> Path:
 def in_data_folder(base: str) -> Path | None:
     """Return the folder or zip of a name in the data folder, or None."""
     candidates = (data_folder() / f"{base}{suffix}" for suffix in ("", ".zip", ".ZIP"))
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if path.is_dir() or path.is_file()), None)
 
 
 def names_in_data_folder() -> list[str]:
@@ -81,8 +81,9 @@ class Files:
     @property
     def stamp(self) -> str:
         """Identifies the state of all files that are seen, by names, sizes and times, without reading them."""
-        facts = [f"{name}:{state}" for name, state in sorted(self._listed[0].items())]
-        if not self.path.is_dir():
+        if self.path.is_dir():
+            facts = [f"{name}:{state}" for name, state in sorted(self._listed[0].items())]
+        else:
             facts = [f"{self.path.stat().st_size}:{self.path.stat().st_mtime_ns}"]
         return hashlib.sha256("\n".join([self.path.name, *facts]).encode()).hexdigest()[:12]
 

@@ -46,7 +46,7 @@ def listed_classes(files: Files, part: str, images: Sequence[str], classes: Sequ
             meant.setdefault(name, set()).add(image)
     written, kaggle = f"{part}.txt", top + KAGGLE
     path, lines = next(((path, files.lines(path)) for path in (written, kaggle) if files.has(path)), (None, []))
-    path, entries = (path, _entries(lines, meant, f"{files.path}/{path}")) if path else _devkit(files, top, part)
+    path, entries = (path, _entries(lines, meant, f"{files.path}/{path}")) if path else _devkit(files, top, part, meant)
     where, found = f"{files.path}/{path}", {}
     for number, name, word in entries:
         word = word.split()[0] if path == kaggle else word
@@ -111,13 +111,14 @@ def _as_names(found: dict[str, str], classes: Sequence[str], first: Sequence[str
     return {image: classes[positions[word]] for image, word in found.items()}
 
 
-def _devkit(files: Files, top: str, part: str) -> tuple[str, Entries]:
-    """Return where ImageNet's development kit lies, packed or unpacked, and its lines with WordNet's names."""
+def _devkit(files: Files, top: str, part: str, known: Collection[str]) -> tuple[str, Entries]:
+    """Return where ImageNet's development kit lies, packed or unpacked, and the lines of images with their names."""
     from scipy.io import loadmat
 
     folder = top + DEVKIT
-    path = folder if files.has(f"{folder}/{TRUTH}") else f"{folder}.tar.gz"
-    if path != folder and not files.has(path):
+    packed, unpacked = f"{folder}.tar.gz", [files.has(f"{folder}/{name}") for name in (TRUTH, SYNSETS)]
+    path = packed if files.has(packed) and not all(unpacked) else folder
+    if path == folder and not any(unpacked):
         raise UserError(
             f"{files.path}/{part} has images but no class folders. Put the list of their classes beside it: "
             f"{PurePosixPath(part).name}.txt (a line for each image: file name and class), {KAGGLE}, or "
@@ -132,15 +133,17 @@ def _devkit(files: Files, top: str, part: str) -> tuple[str, Entries]:
         table = loadmat(io.BytesIO(synsets), squeeze_me=True)["synsets"]
         pairs = zip(table["ILSVRC2012_ID"].ravel(), table["WNID"].ravel(), strict=True)
         names = {str(int(number)): str(name) for number, name in pairs}
-        lines = [line.strip() for line in truth.decode().splitlines()]
+        lines = [line.strip() for line in truth.decode("utf-8-sig").splitlines()]
     except Exception as error:  # tarfile and scipy raise what damaged bytes lead them to
         raise UserError(
             f"{files.path}/{path} is damaged or lacks {TRUTH} or {SYNSETS} ({error}). Fetch it again."
         ) from error
-    for number, line in enumerate(lines, start=1):
+    named = [(number, f"ILSVRC2012_val_{number:08d}", line) for number, line in enumerate(lines, start=1)]
+    named = [entry for entry in named if entry[1] in known]
+    for number, _, line in named:
         if line not in names:
             raise UserError(
                 f"Line {number} of {TRUTH} in {files.path}/{path} is {line[:80]!r}, which is no class number of "
                 f"{SYNSETS}."
             )
-    return path, [(number, f"ILSVRC2012_val_{number:08d}", names[line]) for number, line in enumerate(lines, start=1)]
+    return path, [(number, name, names[line]) for number, name, line in named]

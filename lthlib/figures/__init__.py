@@ -250,16 +250,18 @@ def limit_bars(table: pd.DataFrame) -> Figure:
     """Draw what a training reaches beside its limits, a group of bars a processor.
 
     Args:
-        table: Images a second, in the columns ``images``, ``multiply`` and ``memory``; a line a processor.
+        table: Images a second, a line a processor: of one training (``images``), of several at once (``beside``), and
+            what the rates of multiplying (``multiply``) and of memory (``memory``) allow.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.9 * len(table)), layout="constrained")
-    said = {"images": "reached", "multiply": "multiplying allows", "memory": "memory allows"}
-    table[list(said)].rename(columns=said).plot.barh(ax=axis, color=["black", *shades(2)], width=0.75)
+    said = {"images": "one training", "beside": "a training a thread"}
+    said |= {"multiply": "multiplying allows", "memory": "memory allows"}
+    table[list(said)].rename(columns=said).plot.barh(ax=axis, color=["black", "grey", *shades(2)], width=0.8)
     for bars in axis.containers:
         axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
     axis.set(xlabel="images a second", ylabel="")
     axis.margins(x=0.1)
-    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 

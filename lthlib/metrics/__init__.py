@@ -9,9 +9,9 @@ import importlib
 import pkgutil
 
 from lthlib.core.errors import suggest
-from lthlib.metrics.registry import METRICS, Metric, Value, computed, describe, metric
+from lthlib.metrics.registry import METRICS, Metric, Value, computed, metric
 
-__all__ = ["METRICS", "Metric", "Value", "computed", "describe", "metric"]
+__all__ = ["METRICS", "Metric", "Value", "computed", "metric"]
 
 FUNCTIONS = {
     "arrays": "softmax",

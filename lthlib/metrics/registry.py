@@ -58,11 +58,6 @@ METRICS: Registry[Metric] = Registry("metric")
 """Every metric by its name; full once `lthlib.metrics` is imported."""
 
 
-def describe(name: str, title: str, **fields: object) -> None:
-    """Add the row of one metric to `METRICS`; the arguments are the attributes of `Metric`."""
-    METRICS[name] = Metric(name, title, **fields)
-
-
 def metric(name: str, title: str, *, unit: str = "fraction", **fields: object) -> Callable:
     """Register what it is given as a metric: the function below, or a sentence that defines what ``measure`` computes.
 
@@ -73,14 +68,15 @@ def metric(name: str, title: str, *, unit: str = "fraction", **fields: object) -
 
     def register(given: Callable | str) -> Callable | str:
         if isinstance(given, str):
-            describe(name, title, unit=unit, definition=given, **fields)
+            METRICS[name] = Metric(name, title, unit=unit, definition=given, **fields)
             return given
         first = next(iter(inspect.signature(given).parameters))
         if first not in INPUTS:
             raise ValueError(f"the first argument of the metric {name} is {first}; name it {' or '.join(INPUTS)}")
         definition = " ".join(inspect.getdoc(given).split("\n\n")[0].split())
         dimension = given.__module__.split(".")[2]
-        describe(name, title, dimension=dimension, unit=unit, definition=definition, function=given, **fields)
+        how = {"dimension": dimension, "unit": unit, "definition": definition, "function": given}
+        METRICS[name] = Metric(name, title, **how, **fields)
         return given
 
     return register

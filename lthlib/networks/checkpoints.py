@@ -107,10 +107,15 @@ def builder(network: str, channels: int, size: int, n_classes: int) -> Callable[
         return partial(build, name, in_channels=channels, num_classes=n_classes, image_size=size, **plain)
     if module in ("", "torchvision") and name in models.list_models():
         return partial(models.get_model, name, weights=None, num_classes=n_classes)
-    if module == "timm" or (not module and importlib.util.find_spec("timm")):
-        timm = installed("timm", f"make {network!r}")
-        if timm.is_model(name):
-            return partial(timm.create_model, name, pretrained=False, num_classes=n_classes, in_chans=channels)
+    if module in ("", "timm"):
+        try:
+            timm = installed("timm", f"make {network!r}")
+        except UserError:
+            if module:
+                raise
+        else:
+            if timm.is_model(name):
+                return partial(timm.create_model, name, pretrained=False, num_classes=n_classes, in_chans=channels)
     if module in ("", "torchvision", "timm"):
         known = [*ARCHITECTURES, *models.list_models()]
         raise UserError(

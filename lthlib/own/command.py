@@ -74,7 +74,7 @@ def read_config(config: Path | None, images: str | None) -> tuple[Grid, str | No
     arch = given.get("arch")
     if arch is not None and not isinstance(arch, str):
         raise UserError(f"arch in {config} is {shown(arch)}; one name is needed.")
-    content = {"rounds": [1], "seeds": [0], "dimensions": list(SIZES), **given}
+    content = {"rounds": [1], "seeds": [0], "precision": "float32", "dimensions": list(SIZES), **given}
     content |= {"data": images or given["data"], "arch": arch if arch in networks.ARCHITECTURES else "resnet8"}
     plan = grid_from(config.stem if config else "check", content)
     if len(plan.studies) > 1:

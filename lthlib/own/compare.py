@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -43,6 +46,7 @@ SIZES: dict[str, dict[str, object]] = {
 }
 """How much of each dimension is measured where a person does not say: minutes for a ResNet on small images."""
 FOREIGN = ("gaussian", "photos")  # out-of-distribution sets for images without a name
+FILE = "comparison.npz"
 SHOWN = 8  # images in the gallery of what a pruned network lost
 
 
@@ -104,22 +108,26 @@ class Comparison:
         write(self, Path(path))
 
     def save(self, folder: Path) -> None:
-        """Put it into an existing folder, from which `read` gives it back."""
+        """Put it into an existing folder, from which `read` gives it back: an archive that knows its damage."""
         content = {"rows": self.rows.to_dict("list"), "n_classes": self.n_classes, "facts": self.facts}
-        (folder / "found.json").write_text(json.dumps({**content, "thresholds": asdict(self.thresholds)}))
+        told = json.dumps({**content, "thresholds": asdict(self.thresholds)}).encode()
         arrays = {f"{ticket}/{name}": a for ticket, of in self.arrays.items() for name, a in of.items()}
-        np.savez_compressed(folder / "arrays.npz", **arrays)
+        np.savez_compressed(folder / FILE, **arrays, found=np.frombuffer(told, np.uint8))
 
     @classmethod
     def read(cls, folder: Path | str) -> Comparison:
-        """Read what `save` wrote."""
-        content = json.loads((Path(folder) / "found.json").read_text())
+        """Read what `save` wrote; UserError where it is damaged."""
+        try:
+            with np.load(Path(folder) / FILE) as file:
+                kept = dict(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{Path(folder) / FILE} cannot be read ({error}): save the comparison again.") from error
+        content = json.loads(kept.pop("found").tobytes())
         rows, limits = pd.DataFrame(content["rows"]), verdict.Thresholds(**content["thresholds"])
         arrays: dict[str, dict[str, np.ndarray]] = {ticket: {} for ticket in rows["ticket"]}
-        with np.load(Path(folder) / "arrays.npz") as file:
-            for key in file:
-                ticket, _, name = key.partition("/")
-                arrays[ticket][name] = file[key]
+        for key, array in kept.items():
+            ticket, _, name = key.partition("/")
+            arrays[ticket][name] = array
         return cls(rows, arrays, content["n_classes"], content["facts"], limits)
 
 
@@ -132,7 +140,7 @@ def compare(
     dimensions: Iterable[str] | Mapping[str, Mapping] = tuple(SIZES),
     classes: Sequence[str] | None = None,
     store: Store | None = None,
-    precision: str = "auto",
+    precision: str = "float32",
     train_size: int | None = None,
     prunable: str | None = None,
     thresholds: Mapping[str, float] | None = None,
@@ -152,7 +160,8 @@ def compare(
             taken from `SIZES`.
         classes: Their names, for images in memory.
         store: Where predictions are kept, by default ``$LTHLIB_STORE``.
-        precision: Of the forward passes for logits.
+        precision: Of the forward passes for logits and explanations; bfloat16 (``"auto"``: where the processor has it)
+            is faster, and changes the answer to one image in some hundreds.
         train_size: Number of training images that flatness may draw from, None for all.
         prunable: A name in `PRUNABLE`; by default ``"conv"``, and what else is pruned in one of the networks.
         thresholds: Of the verdict, see `lthlib.results.verdict.Thresholds`.
@@ -180,9 +189,7 @@ def compare(
         settings = {name: {**s, "ood": s["ood"] or FOREIGN} if "ood" in s else s for name, s in settings.items()}
     few = few_images(like)
     networks = {name: _examined(name, model, like, few) for name, model in {DENSE: dense, **pruned}.items()}
-    used = {
-        name: s.used if (s := sealed(network)) else used_weights(network, few) for name, network in networks.items()
-    }
+    used = {name: _used(network, few) for name, network in networks.items()}
     prunable = prunable or _pruned_kind(used)
     sparsities = {name: sparsity(found, used[DENSE], prunable) for name, found in used.items()}
     for name, value in sparsities.items():
@@ -269,6 +276,13 @@ def _examined(name: str, model: nn.Module, images: data.DataSet, few: Tensor) ->
     return network
 
 
+def _used(network: nn.Module, few: Tensor) -> Used:
+    """Return the weights of a network by their names in itself, without those of what is around it."""
+    closed = sealed(network)
+    found = used_weights(network, few) if closed is None else closed.used
+    return {re.sub(r"^(network\.)+", "", name): of for name, of in found.items()}
+
+
 def _pruned_kind(used: Mapping[str, Used]) -> str:
     """Return the kinds of weights of which some network lacks more than the dense one; convolutions if none does."""
     dense = used[DENSE]
@@ -332,12 +346,13 @@ def _measure(
                 found.append((subject.ticket, sparsities[name], [*values, *also]))
                 arrays[subject.ticket.id].update(kept)
                 bar.update()
-            parts.append(table_of(found, dimension))
         except (UserError, RuntimeError) as error:  # PyTorch's: an operation without the derivative that is needed
             said = str(error).strip().splitlines()[0]
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             lacking[dimension] = f"It cannot be measured for {name}: {kind}{said}"
             say(f"note: {dimension} is left out. {lacking[dimension]}")
+        else:
+            parts.append(table_of(found, dimension))
     bar.close()
     return parts, arrays, lacking
 

@@ -48,7 +48,7 @@ class OwnSubject(Subject):
         network: nn.Module,
         parent: nn.Module | None,
         store: Store,
-        precision: str = "auto",
+        precision: str = "float32",
         images: data.DataSet | None = None,
     ):
         super().__init__(label, store, precision)

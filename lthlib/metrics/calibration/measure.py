@@ -83,6 +83,6 @@ def _under_corruption(subject: Subject, names: Sequence[str], n: int, n_bins: in
 def _recalibrated(logits: np.ndarray, labels: np.ndarray, n_bins: int) -> dict[str, float]:
     """Fit the temperature on one half of the images and scale the other half by it, both ways round."""
     other = np.array([temperature_scaling(logits[half::2], labels[half::2]) for half in (1, 0)])
-    scaled = logits / other[np.arange(len(labels)) % 2, None]
+    scaled = logits / other.astype(logits.dtype)[np.arange(len(labels)) % 2, None]
     after = computed(VOTING, scaled, labels, n_bins=n_bins)
     return {f"{name}_recalibrated": value for name, value in after.items()} | {"temperature": other.mean()}

@@ -128,16 +128,18 @@ def hessian_trace(
     reasons = curved_parts(frozen, weights=True)
     if method == "auto" and frozen.classes > max_classes:
         reasons.append(f"{frozen.classes} classes, more than max_classes={max_classes}")
+    cause = None
     if not reasons:
         try:
             return _exact_trace(frozen)
         except RuntimeError as error:
+            cause = error
             reasons = [f"torch.func cannot follow its forward pass ({str(error).strip().splitlines()[0]})"]
     if method == "exact":
         raise UserError(
             f"The exact weight-Hessian trace does not hold for this network: {'; '.join(reasons)}. Leave method at "
             "'auto': the trace is then estimated, with a standard error."
-        )
+        ) from cause
     return _estimated_trace(frozen, probes, seed, "; ".join(reasons))
 
 

@@ -37,6 +37,7 @@ def weight_noise_tolerance(
     images: Tensor,
     labels: Tensor,
     masks: Mapping[str, Tensor] | None = None,
+    *,
     pairs: int = 8,
     seed: int = 0,
     loss: Loss = F.cross_entropy,
@@ -66,7 +67,7 @@ def weight_noise_tolerance(
 
 
 def input_noise_tolerance(
-    model: nn.Module, images: Tensor, labels: Tensor, pairs: int = 4, seed: int = 0, loss: Loss = F.cross_entropy
+    model: nn.Module, images: Tensor, labels: Tensor, *, pairs: int = 4, seed: int = 0, loss: Loss = F.cross_entropy
 ) -> NoiseTolerance:
     """Find the largest σ, up to 2, with E[loss(clamp(x + σ ε, 0, 1))] ≤ 1.1 loss(x) (higher is flatter).
 

@@ -71,13 +71,14 @@ def pgd(
     largest change of a pixel (the paper's is 8 / 255), ``step_size`` by default epsilon / 4 (2 / 255, as Madry et al.
     on CIFAR-10). Without ``seed`` the start is the image itself.
     """
+    _check_epsilons([epsilon])
     step_size = epsilon / 4 if step_size is None else step_size
     if steps < 1 or step_size < 0 or (step_size == 0 and epsilon > 0):
         raise UserError(f"PGD needs steps >= 1 and step_size > 0; got steps={steps}, step_size={step_size}.")
     start, parts = torch.zeros(images.shape), []
     if seed is not None:  # drawn for all images at once so that chunks change nothing
         start = epsilon * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) - 1)
-    for still, x, y, first in _batches(model, images, labels, [epsilon], start):
+    for still, x, y, first in _batches(model, images, labels, start):
         adversarial = (x + first.to(x)).clamp(0, 1)
         for _ in range(steps):
             moved = adversarial + step_size * _sign(still, adversarial, y)
@@ -94,8 +95,9 @@ def adversarial_logits(
     One backward pass serves all epsilons, since the gradient at the image does not depend on them. Arguments and errors
     are those of `pgd`; float64 for a network in float64, else float32.
     """
+    _check_epsilons(epsilons)
     parts = []
-    for still, x, y in _batches(model, images, labels, epsilons):
+    for still, x, y in _batches(model, images, labels):
         sign = _sign(still, x, y)
         with torch.no_grad():
             logits = [still((x + e * sign).clamp(0, 1).to(_weight(still).dtype)) for e in epsilons]
@@ -103,17 +105,18 @@ def adversarial_logits(
     return torch.cat(parts, dim=1).numpy()
 
 
-def _batches(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilons: Sequence[float], *more: Tensor
-) -> Iterator[tuple]:
+def _check_epsilons(epsilons: Sequence[float]) -> None:
+    for epsilon in epsilons:
+        if not 0 <= epsilon <= 1:
+            raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
+
+
+def _batches(model: nn.Module, images: Tensor, labels: Tensor, *more: Tensor) -> Iterator[tuple]:
     """A still copy of the model with chunks of images in [0, 1], their labels and what else belongs to the images.
 
     On the model's device, the images in its precision but at least float32: a pixel in half precision would be rounded
     by as much as an attack moves it.
     """
-    for epsilon in epsilons:
-        if not 0 <= epsilon <= 1:
-            raise UserError(f"epsilon is {epsilon!r}; it is in units of [0, 1] pixels: write 8 / 255, not 8.")
     if images.ndim != 4 or len(images) == 0:
         raise UserError(f"The images have the shape {tuple(images.shape)}; (N >= 1, C, H, W) is needed.")
     labels, like = torch.as_tensor(labels), _weight(model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 from scipy import sparse
@@ -97,7 +97,7 @@ class Census:
 def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) -> Census:
     """Count the pixels of a concept set by signature, over the set and over each unit's active pixels; as `tally`."""
     book: dict[tuple[int, ...], int] = {}
-    pixels, units = [], sparse.csr_array((len(limits), 0))
+    pixels, units = [], [sparse.csr_array((len(limits), 0))]
     for start, up, actives in by_block(acts, limits, concepts):
         found = []
         for i, active in enumerate(actives, start):
@@ -107,13 +107,21 @@ def census(acts: np.ndarray | Stream, limits: np.ndarray, concepts: ConceptSet) 
             a, p = np.nonzero(both)
             found.append(np.column_stack([unit[a], signature[p], both[a, p]]))
         unit, signature, count = np.concatenate(found).T
-        units.resize(len(limits), len(book))  # each block may bring new signatures
-        units += sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=units.shape).tocsr()
+        shape = len(limits), len(book)
+        units.append(sparse.coo_array((count.astype(np.float64), (unit, signature)), shape=shape).tocsr())
+        while len(units) > 1 and units[-2].nnz <= 2 * units[-1].nnz:  # few additions of large ones
+            units.append(_plus(units.pop(), units.pop()))
     signature, count = np.concatenate(pixels).T
     rows = np.array([n - 1 for key in book for n in key], int)
     columns = np.repeat(list(book.values()), [len(key) for key in book])
     members = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(concepts.labels), len(book))).tocsr()
-    return Census(members, np.bincount(signature, count, len(book)).astype(np.int64), units)
+    return Census(members, np.bincount(signature, count, len(book)).astype(np.int64), reduce(_plus, reversed(units)))
+
+
+def _plus(newer: sparse.csr_array, older: sparse.csr_array) -> sparse.csr_array:
+    """Add counts by signature; those made later know more signatures."""
+    older.resize(newer.shape)
+    return newer + older
 
 
 def _signatures(planes: np.ndarray, book: dict[tuple[int, ...], int]) -> np.ndarray:
