@@ -4,7 +4,9 @@ import gzip
 import json
 
 import numpy as np
+import pandas as pd
 
+from lthlib.book import make
 from lthlib.core.store import MANIFEST, ROOT, sha256
 from lthlib.metrics import Value
 from lthlib.results.evaluate import Evaluation
@@ -71,3 +73,29 @@ def test_every_record_of_the_repository_can_be_read_whole():
 class _Named:
     def __init__(self, id):
         self.id = id
+
+
+def test_a_grid_recorded_in_pieces_keeps_what_another_machine_has_computed(tmp_path, monkeypatch):
+    """Each piece on a machine of its own: the second has neither the tickets nor the evaluations of the first."""
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    grid = tmp_path / "pieces.yml"
+    text = (
+        "{data: mnist5k, arch: resnet8, methods: [rp, omp], rounds: [5], seeds: SEEDS, train_size: 200, "
+        "recipe: {epochs: 1, batch_size: 50, warmup: 0}, dimensions: {calibration: {n_test: 100, n_corrupted: 10}}}"
+    )
+    recorded = {}
+    for piece in ("[0]", "[0, 1]"):
+        monkeypatch.setenv("LTHLIB_STORE", str(tmp_path / f"store-{piece}"))
+        grid.write_text(text.replace("SEEDS", piece))
+        make.record(str(grid))
+        recorded[piece] = {
+            ticket: (r.entry["values"], r.entry["provenance"])
+            for (ticket, _), r in read_records(tmp_path / RESULTS).items()
+        }
+    assert len(recorded["[0]"]) == 3
+    assert len(recorded["[0, 1]"]) == 6
+    assert recorded["[0]"].items() <= recorded["[0, 1]"].items()
+    trained = {p.name.split("-s")[1][0] for p in (tmp_path / "store-[0, 1]" / "tickets").iterdir()}
+    assert trained == {"1"}
+    shared = pd.read_csv(tmp_path / RESULTS / "pieces" / "overlaps.csv")
+    assert len(shared) == shared["first"].nunique() == 2

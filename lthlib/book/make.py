@@ -26,8 +26,8 @@ from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomical
 from lthlib.core.versions import code_version, digest, modules_of
 from lthlib.results import overlaps
 from lthlib.results.collect import COLUMNS, rows_of, ticket_table
-from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, question
-from lthlib.results.recorded import RESULTS, check_records, recorded_json, write_records
+from lthlib.results.evaluate import DIMENSIONS, Evaluation, evaluate, evaluation_key, question
+from lthlib.results.recorded import RESULTS, check_records, read_records, recorded_json, write_records
 
 HTML, DOCTREES = plan.BUILD / "html", plan.BUILD / ".doctrees"
 BEGUN = plan.BUILD / "book-begun"  # there while Sphinx builds: what a killed build left is not built upon
@@ -221,24 +221,40 @@ def _costs(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
 
 
 def record(grid: str) -> None:
-    """Put a grid's results into ``book/results/<grid>``, computing what is missing."""
+    """Put a grid's results into ``book/results/<grid>``, computing what is missing.
+
+    What was recorded there before, and is not in the store, stays: a study may be run in pieces, on several machines.
+    """
     asked, store = read_grid(grid), Store()
+    folder = ROOT / RESULTS / asked.name
+    known = functools.cache(lambda: {key: r for key, r in read_records(ROOT / RESULTS).items() if r.folder == folder})
+    every = [ticket for study in asked.studies for ticket in study.tickets()]
     found = {}
     for dimension, parameters in asked.dimensions.items():
-        name = question(dimension, DIMENSIONS[dimension].parameters(parameters), asked.precision)
-        every = [ticket for study in asked.studies for ticket in study.tickets()]
-        found[dimension] = [
-            (name, evaluate(ticket, dimension, store, parameters, asked.precision))
-            for ticket in tqdm(every, desc=dimension)
-        ]
-    shared = pd.concat([overlaps.compare(study, store) for study in asked.studies])
-    folder = ROOT / RESULTS / asked.name
+        settings, found[dimension] = DIMENSIONS[dimension].parameters(parameters), []
+        name = question(dimension, settings, asked.precision)
+        for ticket in tqdm(every, desc=dimension):
+            here = store.path(evaluation_key(ticket, dimension, settings, asked.precision)).exists()
+            before = None if here else known().get((ticket.id, name))
+            of = before.evaluation(ticket) if before else evaluate(ticket, dimension, store, settings, asked.precision)
+            found[dimension].append((name, of))
+    shared = _overlaps(asked, store, folder)
     new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
     for left in (new, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    write_records(new, found, {overlaps.FILE: shared[list(overlaps.COLUMNS)]})
+    write_records(new, found, {overlaps.FILE: shared})
     if folder.exists():
         os.replace(folder, old)  # at no time is there a part of a record
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
+
+
+def _overlaps(grid: Grid, store: Store, folder: Path) -> pd.DataFrame:
+    """Return the overlaps of all pairs whose masks the store has, and what was recorded in a folder of other pairs."""
+    here = {t.id for study in grid.studies for t in study.tickets() if store.path(f"tickets/{t.id}").exists()}
+    found = [overlaps.compare(study, store, among=here) for study in grid.studies]
+    if (folder / overlaps.FILE).exists():
+        before = pd.read_csv(folder / overlaps.FILE)
+        found.append(before[~(before["first"].isin(here) & before["second"].isin(here))])
+    return pd.concat(found, ignore_index=True)[list(overlaps.COLUMNS)]

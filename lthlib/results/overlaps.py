@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def compare(
     *,
     rounds: Sequence[int] | None = None,
     about: str | None = None,
+    among: Collection[str] | None = None,
     recorded: Path | str | None = None,
     compute_missing: bool = True,
 ) -> pd.DataFrame:
@@ -44,6 +45,7 @@ def compare(
         study, store: Whose tickets, and where they are kept; they are trained where they are missing.
         rounds: Which of the study's rounds; all of them if None.
         about: Compare this method with the others only.
+        among: Ids of the tickets to compare; all of the study's if None.
         recorded: Folder of recorded results (``book/results``), read before any mask is.
         compute_missing: Whether to look at masks where nothing is recorded; else that is an error.
 
@@ -56,6 +58,8 @@ def compare(
     for round, seed in itertools.product(rounds or study.rounds, study.seeds):
         masks_of = cache(lambda ticket: obtain(ticket, store).masks)
         for a, b in pairs(study, round, seed, about):
+            if among is not None and not {a.id, b.id} <= {*among}:
+                continue
             found = known.get((a.id, b.id)) or known.get((b.id, a.id))
             if found is None and not compute_missing:
                 raise UserError(
