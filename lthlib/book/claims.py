@@ -35,12 +35,13 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
 
 
 def _table(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding]]) -> str:
-    """Return the table claims x studies with its legend, as Markdown."""
+    """Return the table claims x studies, these by numbers, and what the numbers and marks stand for, as Markdown."""
     lines = []
     for claim in CLAIMS:
-        marks = {plain(e.label): MARKS[found[claim.name][e.label].outcome] for e in studies}
+        marks = {str(n): MARKS[found[claim.name][e.label].outcome] for n, e in enumerate(studies, 1)}
         lines.append({"claim": f"[{claim.title}](#claim-{claim.name})", **marks})
-    return f"{markdown.table(lines, ':-:')}\n\n{LEGEND}."
+    names = "\n".join(f"{n}. {plain(e.label)}" for n, e in enumerate(studies, 1))
+    return f"{markdown.table(lines, ':-:')}\n\n{LEGEND}. The studies:\n\n{names}"
 
 
 def _section(claim: Claim, found: Mapping[str, Finding], picture: str) -> str:

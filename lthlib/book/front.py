@@ -62,7 +62,11 @@ def write(
         "explorer": lambda: explorer.files({f"{of.name}/{study_name(study)}": each for of, study, each in studies}),
         "methods": lambda: {"methods.md": _methods(plans, studies)},
         "answer": lambda: {
-            "answer.md": "\n\n".join(_answer(*each, undone if each[0] is grid else ()) for each in studies)
+            "answer.md": "\n\n".join(
+                _answer(*each, undone if each[0] is grid else ())
+                for each in studies
+                if each[0] is grid or each[0].dimensions.keys() == DIMENSIONS.keys()  # who wins *everything*
+            )
         },
         "questions": lambda: questions_pages(told, plans),
         "status, tables and contents": lambda: {

@@ -263,4 +263,5 @@ def few_pay(e: Evidence) -> Finding:
         return Finding(UNMEASURED)
     extra = e.cells(worst) - e.cells("test_accuracy")  # how far the worst class lies below all
     means = parts.mean_of(extra, ["dense"], [0]), parts.mean_of(extra, methods, parts.standing(extra, methods))
-    return parts.all_of(parts.difference(worst, ["dense", parts.listed(methods)], *means))
+    title = "Accuracy of the worst class less that of all ↑"
+    return parts.all_of(parts.difference(worst, ["dense", parts.listed(methods)], *means, title=title))
