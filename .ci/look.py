@@ -1,11 +1,13 @@
 """Open every page of the built book in headless Chromium and fail on what a reader would trip over.
 
-Usage: python .ci/look.py _build/html [--shots DIR] [--timeout SECONDS]
+Usage: python .ci/look.py _build/html [--shots DIR] [--axe axe.min.js] [--timeout SECONDS]
 
 A page fails when it logs an error, asks for anything that is not a local file, leaves a formula undrawn,
 shows a broken image, links to a file that is not there, or is wider than a narrow screen. With ``--shots``,
-the first page of every folder is drawn light, dark and narrow. Chromium is driven through its DevTools pipe
-(JSON messages, each ended by a zero byte), so that only the standard library is needed.
+the first page of every folder is drawn light, dark and narrow. With ``--axe``, the script of axe-core
+(`npm pack axe-core`), a page also fails where its article breaks a rule of WCAG 2.2 A or AA, in light or in
+dark. Chromium is driven through its DevTools pipe (JSON messages, each ended by a zero byte), so that only the
+standard library is needed.
 """
 
 from __future__ import annotations
@@ -79,6 +81,16 @@ WIDTH = """
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
     .filter(e => !e.closest('.cell_output, pre, table, mjx-container, .pst-scrollable-table-container'))
     .slice(0, 2).map(e => e.tagName.toLowerCase() + '.' + e.className)})
+"""
+
+# Runs after axe-core's own script; resolves to the rules that an article breaks, each with its first example.
+AXE = """
+(async () => {
+  document.documentElement.dataset.theme = '%s';
+  const tags = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'];
+  const found = await axe.run('article', {runOnly: tags, resultTypes: ['violations'], iframes: false});
+  return {broken: found.violations.map(v => `${v.id} (${v.nodes.length}): ${v.nodes[0].html.slice(0, 120)}`)};
+})()
 """
 
 
@@ -272,11 +284,15 @@ def faults(shown: dict) -> Iterator[str]:
             yield f"link to a missing file: {target}"
 
 
-def inspect(browser: Browser, page: Path) -> tuple[list[str], dict]:
-    """Open a page and return its faults, and what it shows."""
+def inspect(browser: Browser, page: Path, axe: str = "") -> tuple[list[str], dict]:
+    """Open a page and return its faults, and what it shows; ``axe`` is the script of axe-core, or nothing."""
     session = browser.open(page)
     shown = browser.evaluate(session, INSPECT)
     found = [*complaints(browser.events(session)), *faults(shown)]
+    if axe:
+        browser.evaluate(session, f"{axe}\n({{}})")
+    for theme in ("light", "dark") if axe else ():
+        found += [f"{theme}: {broken}" for broken in browser.evaluate(session, AXE % theme)["broken"]]
     browser.resize(session, NARROW)
     width = browser.evaluate(session, WIDTH)
     if width["page"] > width["screen"] + 1:
@@ -307,15 +323,15 @@ def list_pages(root: Path) -> list[Path]:
     return sorted(pages, key=lambda page: (page != front, page))
 
 
-def look(pages: list[Path], root: Path, timeout: float) -> tuple[int, int]:
+def look(pages: list[Path], root: Path, timeout: float, axe: str) -> tuple[int, int]:
     """Inspect every page, a browser a core; print the faults, return the numbers of faulty pages and of formulas."""
     parts = [pages[i :: os.cpu_count()] for i in range(os.cpu_count() or 1)]
     with ThreadPoolExecutor(len(parts)) as pool:
-        found = list(pool.map(look_at, parts, itertools.repeat(root), itertools.repeat(timeout)))
+        found = list(pool.map(look_at, parts, *map(itertools.repeat, (root, timeout, axe))))
     return sum(faulty for faulty, _ in found), sum(formulas for _, formulas in found)
 
 
-def look_at(pages: list[Path], root: Path, timeout: float) -> tuple[int, int]:
+def look_at(pages: list[Path], root: Path, timeout: float, axe: str) -> tuple[int, int]:
     """Do the same with one browser."""
     faulty = formulas = 0
     waiting = [(page, 2) for page in reversed(pages)]
@@ -324,7 +340,7 @@ def look_at(pages: list[Path], root: Path, timeout: float) -> tuple[int, int]:
             while waiting:
                 page, tries = waiting.pop()
                 try:
-                    found, shown = inspect(browser, page)
+                    found, shown = inspect(browser, page, axe)
                 except (BrowserError, OSError) as error:
                     if tries > 1:  # once more in a fresh Chromium: the machine may be busy
                         waiting.append((page, tries - 1))
@@ -357,11 +373,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="the built book, for instance _build/html")
     parser.add_argument("--shots", type=Path, help="a folder for pictures of some pages")
+    parser.add_argument("--axe", type=Path, help="the file axe.min.js of axe-core: check accessibility, too")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds one step may take")
     args = parser.parse_args()
     root = args.root.resolve()
     pages = list_pages(root)
-    faulty, formulas = look(pages, root, args.timeout)
+    faulty, formulas = look(pages, root, args.timeout, args.axe.read_text() if args.axe else "")
     if args.shots:
         print(f"{shoot(pages, root, args.shots, args.timeout)} pictures in {args.shots}")
     print(f"looked at {len(pages)} pages with {formulas} formulas: {faulty} faulty")

@@ -1,5 +1,7 @@
 """The rules of what was claimed, on made-up studies whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -176,6 +178,11 @@ class TestPairs:
         assert found(name, *pair) == found(name, *pair[::-1]) == HOLDS
         # Guessing is harder with a hundred classes, so that reversing the fractions reverses the order of the shares.
         assert found(name, *self.pair(name, PAIRS[name][::-1])) == FAILS
+
+    def test_studies_of_different_grids_are_not_compared(self, name):
+        first, last = self.pair(name, PAIRS[name])
+        assert found(name, first, replace(last, grid="another")) == UNMEASURED
+        assert found(name, *(replace(e, grid="another") for e in (first, last))) == HOLDS
 
     def test_noise_one_seed_and_one_study(self, name):
         assert found(name, *self.pair(name, PAIRS[name], noise=NOISE.get(name, 0.5), seeds=2)) == CANNOT

@@ -157,6 +157,7 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
         every[0].provenance["n_classes"] if every else 2,
         replicates,
         verdict.thresholds_from(grid.thresholds),
+        grid.name,
     )
 
 

@@ -24,6 +24,8 @@ def find_all(claim: Claim, studies: Sequence[Evidence]) -> dict[str, Finding]:
 
 
 def _comparable(over: str, one: Evidence, other: Evidence) -> bool:
+    if one.grid != other.grid:  # which may differ in recipe and number of training images, too
+        return False
     alike = set(one.rows["dataset"]) == set(other.rows["dataset"])
     if over == WIDTHS:
         return alike and one.arch[0] == other.arch[0]

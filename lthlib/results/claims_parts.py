@@ -41,6 +41,7 @@ class Evidence:
         n_classes: Number of classes.
         replicates: By ticket, arrays as `lthlib.results.verdict.judge` takes them.
         thresholds: Of the verdict.
+        grid: The name of the grid it is part of: within one, studies differ in what the grid varies alone.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Evidence:
     n_classes: int
     replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
+    grid: str = ""
 
     @cached_property
     def judged(self) -> pd.DataFrame:
