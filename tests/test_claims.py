@@ -271,5 +271,16 @@ def test_the_chapter_names_every_claim_and_study_once():
     for claim in CLAIMS:
         assert files["claims.md"].count(f"(claim-{claim.name})=") == 1
         assert (f"claim-{claim.name}.svg" in files) == (f"_generated/claim-{claim.name}.svg" in files["claims.md"])
+    assert "**Study 1, one: ✓ holds.**" in files["claims.md"]
+    assert "**Studies 1 and 2: – not measured.** The rule needs metrics of all four" in files["claims.md"]
     assert files["claim-accuracy.svg"].lstrip().startswith(b"<?xml")
     assert "claim-few-pay.svg" not in files
+
+
+def test_studies_that_were_judged_together_are_told_together():
+    pair = [made(spec, label=str(i), arch=f"net-x{i}") for i, spec in enumerate(PAIRS["width-corruption"], 1)]
+    said = claims_pages([*pair, made({}, label="alone", dataset="other")])["claims.md"]
+    section = said.partition("(claim-width-corruption)=")[2].partition("(claim-width-ood)=")[0]
+    assert section.count("holds.**") == section.count("**Studies 1 and 2: ✓ holds.**") == 1
+    assert "dense of net-x2" in section
+    assert "**Study 3, alone: – not measured.**" in section

@@ -22,6 +22,7 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
         studies: In the order of the table; each with a label of its own.
     """
     found = {claim.name: find_all(claim, studies) for claim in CLAIMS}
+    numbers = {e.label: n for n, e in enumerate(studies, 1)}
     files: dict[str, str | bytes] = {"claims-table.md": _table(studies, found)}
     parts = []
     for claim in CLAIMS:
@@ -30,7 +31,7 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
         picture = claim_figure(claim, {e.label: e.judged for e in measured})
         if picture is not None:
             files[name] = markdown.svg(picture)
-        parts.append(_section(claim, found[claim.name], name if picture is not None else ""))
+        parts.append(_section(claim, found[claim.name], numbers, name if picture is not None else ""))
     return {"claims.md": "\n\n".join(parts), **files}
 
 
@@ -44,20 +45,33 @@ def _table(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding
     return f"{markdown.table(lines, ':-:')}\n\n{LEGEND}. The studies:\n\n{names}"
 
 
-def _section(claim: Claim, found: Mapping[str, Finding], picture: str) -> str:
+def _section(claim: Claim, found: Mapping[str, Finding], numbers: Mapping[str, int], picture: str) -> str:
     parts = [f"(claim-{claim.name})=\n## {claim.title}", f"**Claim.** {claim.statement} Source: {claim.source}."]
     parts.append(f"**Rule.** {claim.rule}")
-    unmeasured = [label for label, finding in found.items() if finding.outcome == UNMEASURED]
+    alike: list[tuple[Finding, dict[str, int]]] = []  # studies that were judged together share what was found
     for label, finding in found.items():
-        if finding.outcome != UNMEASURED:
-            numbers = "\n".join(f"- {MARKS[part.outcome]} {part.said}" for part in finding.parts)
-            head = f"**{plain(label)}: {MARKS[finding.outcome]} {finding.outcome}.** {interpreted(claim, finding)}"
-            parts.append(f"{head}\n\n{numbers}")
-    if unmeasured:
-        names = "; ".join(map(plain, unmeasured))
-        parts.append(f"**{names}: {MARKS[UNMEASURED]} {UNMEASURED}.** The rule needs {claim.needs}.")
+        finding = finding if finding.outcome != UNMEASURED else Finding(UNMEASURED)
+        mine = next((of for known, of in alike if known == finding), None)
+        if mine is None:
+            alike.append((finding, mine := {}))
+        mine[label] = numbers[label]
+    for finding, of in sorted(alike, key=lambda pair: pair[0].outcome == UNMEASURED):
+        head = f"**{_named(of)}: {MARKS[finding.outcome]} {finding.outcome}.**"
+        if finding.outcome == UNMEASURED:
+            parts.append(f"{head} The rule needs {claim.needs}.")
+        else:
+            told = "\n".join(f"- {MARKS[part.outcome]} {part.said}" for part in finding.parts)
+            parts.append(f"{head} {interpreted(claim, finding)}\n\n{told}")
     if picture:
         drawn = "; ".join(METRICS[name].title for name in claim.figure if name in METRICS)
         caption = f"Against sparsity: {drawn}. Several shifts are averaged ([](#how-to-read))."
         parts.append(markdown.picture(picture, caption))
     return "\n\n".join(parts)
+
+
+def _named(studies: Mapping[str, int]) -> str:
+    """Return a study's number and name, or the numbers of several."""
+    if len(studies) == 1:
+        return "; ".join(f"Study {n}, {plain(label)}" for label, n in studies.items())
+    *first, last = map(str, studies.values())
+    return f"Studies {', '.join(first)} and {last}"

@@ -171,7 +171,8 @@ def _between(
     shared = [name for name in first.sparse(metric) if name in last.sparse(metric)]
     rounds = sorted(set.intersection(*(set(parts.standing(e.cells(metric), shared)) for e in (first, last))))
     methods, pair = methods or shared, (last, first)
-    names = [f"{parts.listed(methods)} ({e.label})" for e in pair]
+    what = "dataset" if set(first.rows["arch"]) == set(last.rows["arch"]) else "arch"
+    names = [f"{parts.listed(methods)} of {e.rows[what].iloc[0]}" for e in pair]
     return parts.difference(metric, names, *(of(e, metric, methods, rounds) for e in pair), **how)
 
 
