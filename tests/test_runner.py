@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import nbformat
 import papermill
@@ -149,3 +150,18 @@ def test_forks_run_some_at_a_time_and_keep_the_logs_of_what_failed(tmp_path):
     assert len(list(tmp_path.glob("*.began"))) == 4
     assert sorted(p.name for p in tmp_path.glob("*.log")) == ["1.log", "2.log"]
     assert (tmp_path / "1.log").read_text() == "task 1\nerror: one is wrong\n"
+
+
+def test_no_more_run_at_once_than_there_are_workers(tmp_path):
+    """A process closes its files a moment before it is gone; here the moment is long."""
+
+    def task():
+        began = time.monotonic()
+        os.closerange(3, 200)  # the end of the pipe by which its end is seen among them
+        time.sleep(0.2)
+        (tmp_path / f"{os.getpid()}.txt").write_text(f"{began} {time.monotonic()}")
+
+    assert in_forks({str(n): task for n in range(6)}, tmp_path / "logs", 2) == {}
+    spans = [tuple(map(float, path.read_text().split())) for path in tmp_path.glob("*.txt")]
+    assert len(spans) == 6
+    assert max(sum(begin <= t < end for begin, end in spans) for t, _ in spans) <= 2

@@ -41,8 +41,9 @@ def in_forks(tasks: Mapping[str, Task], logs: Path, workers: int) -> dict[str, s
 
 
 def _reap(running: dict[BaseProcess, Path]) -> None:
-    wait([process.sentinel for process in running])
-    for process in [process for process in running if process.exitcode is not None]:
+    ended = wait([process.sentinel for process in running])
+    for process in [process for process in running if process.sentinel in ended]:
+        process.join()  # what it held open is closed a moment before it is gone
         log = running.pop(process)
         if process.exitcode == 0:
             log.unlink()
