@@ -265,7 +265,8 @@ def test_the_chapter_names_every_claim_and_study_once():
     files = claims_pages(studies)
     head = files["claims-table.md"].splitlines()
     assert head[0] == "| claim | 1 | 2 |"
-    assert head[-2:] == ["1. one", "2. t&#124;w&#42;o"]
+    rows = [line.split(" | ")[:2] for line in files["studies.md"].splitlines()[2:]]
+    assert rows == [["| 1", "one"], ["| 2", "t&#124;w&#42;o"]]
     assert [line.count("|") for line in head[: len(CLAIMS) + 2]] == [4] * (len(CLAIMS) + 2)
     assert "| ✓ | ✗ |" in head[2]
     for claim in CLAIMS:
@@ -284,3 +285,22 @@ def test_studies_that_were_judged_together_are_told_together():
     assert section.count("holds.**") == section.count("**Studies 1 and 2: ✓ holds.**") == 1
     assert "dense of net-x2" in section
     assert "**Study 3, alone: – not measured.**" in section
+
+
+def test_studies_that_disagree_are_named_with_the_side_on_which_they_are_miscalibrated():
+    sure = each(("ece", "sce", "nll"), dense=0.3, rp=0.1, snip=0.1, grasp=0.1, synflow=0.1, lth=0.2, omp=0.2)
+    unsure = {name: {m: 0.4 - value for m, value in of.items()} for name, of in sure.items()}
+    studies = [
+        made(sure | {"temperature": {"dense": 1.5}}, label="a"),
+        made(unsure | {"temperature": {"dense": 0.7}}, label="b"),
+    ]
+    files = claims_pages([replace(studies[0], passes=12_000), studies[1]])
+    assert [line.split(" | ")[2] for line in files["studies.md"].splitlines()[2:]] == ["12,000", "–"]
+    assert "too sure (T = 1.50)" in files["studies.md"]
+    assert "too unsure (T = 0.70)" in files["studies.md"]
+    (line,) = [line for line in files["disagreements.md"].splitlines() if "claim-calibrated" in line]
+    assert line.endswith(
+        "holds in 1 (dense accuracy 90 %); fails in 2 (dense accuracy 90 %). Where it holds the dense network is too "
+        "sure of its answers, where it fails too unsure."
+    )
+    assert claims_pages(studies[:1])["disagreements.md"].startswith("No claim")

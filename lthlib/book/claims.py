@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lthlib.book import markdown
 from lthlib.book.markdown import plain
+from lthlib.book.studies import disagreements, studies_table
 from lthlib.figures.claims import claim_figure
 from lthlib.metrics import METRICS
 from lthlib.results.claims import CLAIMS, Claim, Finding, find_all, interpreted
@@ -16,14 +17,18 @@ LEGEND = ", ".join(f"{mark} {outcome}" for outcome, mark in MARKS.items())
 
 
 def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
-    """Return the files that the chapter includes, by name: ``claims-table.md``, ``claims.md`` and pictures (SVG).
+    """Return the files that chapters include, by name: tables, ``claims.md`` and pictures (SVG).
 
     Args:
         studies: In the order of the table; each with a label of its own.
     """
     found = {claim.name: find_all(claim, studies) for claim in CLAIMS}
     numbers = {e.label: n for n, e in enumerate(studies, 1)}
-    files: dict[str, str | bytes] = {"claims-table.md": _table(studies, found)}
+    files: dict[str, str | bytes] = {
+        "claims-table.md": _table(studies, found),
+        "studies.md": studies_table(studies),
+        "disagreements.md": disagreements(studies, found),
+    }
     parts = []
     for claim in CLAIMS:
         name = f"claim-{claim.name}.svg"
@@ -36,13 +41,12 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
 
 
 def _table(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding]]) -> str:
-    """Return the table claims x studies, these by numbers, and what the numbers and marks stand for, as Markdown."""
+    """Return the table claims x studies, these by their numbers in `studies_table`, as Markdown."""
     lines = []
     for claim in CLAIMS:
         marks = {str(n): MARKS[found[claim.name][e.label].outcome] for n, e in enumerate(studies, 1)}
         lines.append({"claim": f"[{claim.title}](#claim-{claim.name})", **marks})
-    names = "\n".join(f"{n}. {plain(e.label)}" for n, e in enumerate(studies, 1))
-    return f"{markdown.table(lines, ':-:')}\n\n{LEGEND}. The studies:\n\n{names}"
+    return f"{markdown.table(lines, ':-:')}\n\n{LEGEND}."
 
 
 def _section(claim: Claim, found: Mapping[str, Finding], numbers: Mapping[str, int], picture: str) -> str:

@@ -20,6 +20,7 @@ from lthlib.book.markdown import plain, svg
 from lthlib.book.plan import BUILD, COMPARISON, GENERATED, Job, PagePlan, recorded_grids
 from lthlib.book.questions import questions_pages
 from lthlib.book.reference import reference_pages
+from lthlib.book.studies import passes
 from lthlib.core import machine
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks
@@ -56,18 +57,13 @@ def write(
     studies = [(grid, study, _evidence(grid, study, measured(grid, study, store, undone))) for study in grid.studies]
     for other in recorded_grids(grid.name):
         studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
+    studies.sort(key=lambda of: -of[2].passes)  # those that have learned most come first
     told = [evidence for _, _, evidence in studies if not evidence.judged.empty]
     parts: dict[str, Callable[[], Mapping[str, str | bytes]]] = {
         "claims": lambda: claims_pages(told),
         "explorer": lambda: explorer.files({f"{of.name}/{study_name(study)}": each for of, study, each in studies}),
         "methods": lambda: {"methods.md": _methods(plans, studies)},
-        "answer": lambda: {
-            "answer.md": "\n\n".join(
-                _answer(*each, undone if each[0] is grid else ())
-                for each in studies
-                if each[0] is grid or each[0].dimensions.keys() == DIMENSIONS.keys()  # who wins *everything*
-            )
-        },
+        "answer": lambda: {"answer.md": _answers(grid, studies, undone)},
         "questions": lambda: questions_pages(told, plans),
         "status, tables and contents": lambda: {
             "power.md": markdown.recorded(reproducibility.POWER, _power),
@@ -158,12 +154,24 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
         replicates,
         verdict.thresholds_from(grid.thresholds),
         grid.name,
+        passes(study),
     )
+
+
+def _answers(grid: Grid, studies: Sequence[tuple[Grid, Study, Evidence]], undone: Sequence[Job]) -> str:
+    """Return the answers of the studies that ask for everything, the first and the run's own open, others folded."""
+    asked = [of for of in studies if of[0] is grid or of[0].dimensions.keys() == DIMENSIONS.keys()]
+    parts = []
+    for of in asked:
+        title, answer = plain(of[2].label), _answer(*of, undone if of[0] is grid else ())
+        is_open = of is asked[0] or of[0] is grid
+        parts.append(f"## {title}\n\n{answer}" if is_open else f"`````{{dropdown}} {title}\n{answer}\n`````")
+    return "\n\n".join(parts)
 
 
 def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job]) -> str:
     """Return the answer of one study as Markdown; its pictures are written beside it."""
-    parts = [f"## {plain(grid.title)}"]
+    parts = []
     if undone:
         names = ", ".join(job.name for job in undone)
         parts.append(f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```")

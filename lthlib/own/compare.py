@@ -160,8 +160,8 @@ def compare(
             taken from `SIZES`.
         classes: Their names, for images in memory.
         store: Where predictions are kept, by default ``$LTHLIB_STORE``.
-        precision: Of the forward passes for logits and explanations; bfloat16 (``"auto"``: where the processor has it)
-            is faster, and changes the answer to one image in some hundreds.
+        precision: Of the forward passes for logits and explanations; bfloat16 (``"auto"``: where that is faster)
+            changes the answer to one image in some hundreds.
         train_size: Number of training images that flatness may draw from, None for all.
         prunable: A name in `PRUNABLE`; by default ``"conv"``, and what else is pruned in one of the networks.
         thresholds: Of the verdict, see `lthlib.results.verdict.Thresholds`.

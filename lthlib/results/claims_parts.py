@@ -42,6 +42,7 @@ class Evidence:
         replicates: By ticket, arrays as `lthlib.results.verdict.judge` takes them.
         thresholds: Of the verdict.
         grid: The name of the grid it is part of: within one, studies differ in what the grid varies alone.
+        passes: How many images one training sees; 0 where that is not known.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Evidence:
     replicates: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, repr=False)
     thresholds: verdict.Thresholds = field(default_factory=verdict.Thresholds)
     grid: str = ""
+    passes: int = 0
 
     @cached_property
     def judged(self) -> pd.DataFrame:

@@ -27,7 +27,7 @@ class Recipe:
         schedule: ``"cosine"`` to zero, ``"steps"`` (x 0.1 at 1/2 and 3/4 of the run), or ``"constant"``.
         warmup: Epochs over which the learning rate rises linearly from zero.
         augment: ``"none"``, ``"crop"`` (pad by 1/8, crop at random), ``"crop-flip"`` (and mirror half of them).
-        precision: ``"auto"`` (bfloat16 autocast where the processor has it), ``"bfloat16"`` or ``"float32"``.
+        precision: ``"auto"`` (bfloat16 autocast where that is faster), ``"bfloat16"`` or ``"float32"``.
     """
 
     epochs: int = 10

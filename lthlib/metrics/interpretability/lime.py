@@ -125,8 +125,8 @@ def fidelity_stability(
         segments: One (H, W) array of superpixel numbers for each image; None for those of `segment` by ``method``.
             They do not depend on the network: make them once where many networks are compared.
         n_masks, n_perturb, seed: Rows, and other reference rows, for each image, and the seed of both.
-        precision: ``"float32"`` or ``"bfloat16"``, which is faster where the processor multiplies it, and moves a score
-            by much less than another seed of the masks does.
+        precision: ``"float32"`` or ``"bfloat16"``, which is faster on some processors, and moves a score by
+            much less than another seed of the masks does.
 
     Returns:
         A row an image, the columns as `explain` returns them; it refuses the same.

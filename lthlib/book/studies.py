@@ -1,0 +1,88 @@
+"""The studies that a book rests on: what each was trained on, how well it learned, and where they disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lthlib.book import markdown
+from lthlib.book.cost import sizes
+from lthlib.book.markdown import plain
+from lthlib.core.errors import UserError
+from lthlib.metrics import METRICS
+from lthlib.results import verdict
+from lthlib.results.claims import CLAIMS, Claim, Finding
+from lthlib.results.claims_parts import FAILS, HOLDS, Evidence
+from lthlib.tickets.study import Study
+
+
+def passes(study: Study) -> int:
+    """Return how many images one training of a study sees, those seen again counted again; 0 where it is not known."""
+    try:
+        n = study.train_size or sizes(study).n
+    except UserError:  # recorded elsewhere, on images that are not here
+        return 0
+    return n * study.recipe.epochs
+
+
+def studies_table(studies: Sequence[Evidence]) -> str:
+    """Return what the studies differ in, by their numbers in the table of claims, as Markdown.
+
+    A *temperature* above 1 is what would calibrate a network that is too sure of itself.
+    """
+    return markdown.table(_line(n, e) for n, e in enumerate(studies, 1))
+
+
+def _line(number: int, e: Evidence) -> dict[str, str]:
+    outcomes = verdict.lth_pass(e.judged)["outcome"].value_counts()
+    lost = outcomes.get(verdict.LOST, 0) + outcomes.get(verdict.COLLAPSED, 0)
+    temperature = _dense(e, "temperature")
+    return {
+        "no.": str(number),
+        "study": plain(e.label),
+        "images seen in training": f"{e.passes:,}" if e.passes else "–",
+        "seeds": str(e.rows["seed"].nunique()),
+        "dense accuracy": f"{100 * _dense(e, 'test_accuracy'):.1f} %",
+        "the dense network is": "–" if math.isnan(temperature) else f"{_side(temperature)} (T = {temperature:.2f})",
+        "sparse networks": str(outcomes.sum()),
+        "keep everything": str(outcomes.get(verdict.KEPT, 0)),
+        "lose something": str(lost),
+    }
+
+
+def _dense(e: Evidence, metric: str) -> float:
+    """Return the dense mean over seeds; NaN where it was not measured."""
+    rows = e.rows[(e.rows["method"] == "dense") & (e.rows["metric"] == metric) & (e.rows["shift"] == "none")]
+    return float(rows["value"].mean())
+
+
+def _side(temperature: float) -> str:
+    return "too sure" if temperature > 1 else "too unsure"
+
+
+def disagreements(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding]]) -> str:
+    """Return a line for each claim that holds in one study and fails in another, as Markdown."""
+    lines = [_disagreement(claim, studies, found[claim.name]) for claim in CLAIMS]
+    return "\n".join(filter(None, lines)) or "No claim holds in one study and fails in another."
+
+
+def _disagreement(claim: Claim, studies: Sequence[Evidence], found: Mapping[str, Finding]) -> str:
+    holds, fails = (
+        {n: e for n, e in enumerate(studies, 1) if found[e.label].outcome == outcome} for outcome in (HOLDS, FAILS)
+    )
+    if not (holds and fails):
+        return ""
+    line = f"- [{claim.title}](#claim-{claim.name}): holds in {_told(holds)}; fails in {_told(fails)}."
+    sides = [{_side(_dense(e, "temperature")) for e in of.values()} for of in (holds, fails)]
+    is_calibration = any(METRICS[name].dimension == "calibration" for name in claim.figure if name in METRICS)
+    if is_calibration and len(sides[0]) == len(sides[1]) == 1 and sides[0] != sides[1]:
+        here, there = (side.pop() for side in sides)
+        line += f" Where it holds the dense network is {here} of its answers, where it fails {there}."
+    return line
+
+
+def _told(studies: Mapping[int, Evidence]) -> str:
+    values = [f"{100 * _dense(e, 'test_accuracy'):.0f}" for e in studies.values()]
+    low, high = min(values, key=float), max(values, key=float)
+    accuracy = f"{low} %" if low == high else f"{low} to {high} %"
+    return f"{', '.join(map(str, studies))} (dense accuracy {accuracy})"
