@@ -304,3 +304,18 @@ def test_studies_that_disagree_are_named_with_the_side_on_which_they_are_miscali
         "sure of its answers, where it fails too unsure."
     )
     assert claims_pages(studies[:1])["disagreements.md"].startswith("No claim")
+
+
+def test_rankings_name_the_best_first_and_say_whether_a_metric_sorts_as_accuracy_does():
+    accuracy = {"dense": 0.9, "lth": 0.8, "rp": 0.7}
+    calibration = {"dense": 0.3, "lth": 0.2, "rp": 0.1}  # lower is better: the least accurate is the best
+    nll = {"dense": 1.0, "lth": 2.0, "rp": 3.0}
+    files = claims_pages([made({"test_accuracy": accuracy, "ece": calibration, "nll": nll}, noise=0)])
+    (ece,) = [line for line in files["rankings.md"].splitlines() if line.startswith("| ECE")]
+    assert ece == "| ECE ↓ | RP 10.00 %, LTH 20.00 %, dense 30.00 % |"
+    (first,) = [line for line in files["rankings.md"].splitlines() if line.startswith("| Accuracy")]
+    assert first == "| Accuracy ↑ | dense 90.00 %, LTH 80.00 %, RP 70.00 % |"
+    beside = dict(line.strip("| ").split(" | ") for line in files["beside-accuracy.md"].splitlines()[2:])
+    assert beside == {"ECE ↓": "-1.00", "NLL ↓": "+1.00"}
+    few = claims_pages([made({"test_accuracy": {"dense": 0.9, "rp": 0.7}, "ece": {"dense": 0.3, "rp": 0.1}})])
+    assert few["beside-accuracy.md"] == "No study has networks enough."

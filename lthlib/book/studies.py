@@ -12,8 +12,10 @@ from lthlib.core.errors import UserError
 from lthlib.metrics import METRICS
 from lthlib.results import verdict
 from lthlib.results.claims import CLAIMS, Claim, Finding
-from lthlib.results.claims_parts import FAILS, HOLDS, Evidence
+from lthlib.results.claims_parts import FAILS, HOLDS, Evidence, listed, mean_of, number, standing, titled
 from lthlib.tickets.study import Study
+
+FEW = 6  # networks from which on a correlation of ranks is told
 
 
 def passes(study: Study) -> int:
@@ -58,6 +60,46 @@ def _dense(e: Evidence, metric: str) -> float:
 
 def _side(temperature: float) -> str:
     return "too sure" if temperature > 1 else "too unsure"
+
+
+def rankings_table(studies: Sequence[Evidence]) -> str:
+    """Return who is best and who is worst in each metric of the paper, in the first study that has most of them."""
+    e = max(studies, key=lambda e: len(_asked(e)))
+    lines = []
+    for metric in _asked(e):
+        cells, methods = e.cells(metric), e.sparse(metric)
+        rounds = standing(cells, methods)
+        means = {name: mean_of(cells, [name], rounds) for name in ("dense", *methods)}
+        known = {name: mean.value for name, mean in means.items() if mean is not None}
+        order = sorted(known, key=known.get, reverse=METRICS[metric].higher_is_better)
+        said = ", ".join(f"{listed([name])} {number(metric, known[name])}" for name in order)
+        lines.append({"metric": titled(metric), "from the best to the worst": said})
+    return f"{plain(e.label)}, means over the sparsities at which all of these stand:\n\n{markdown.table(lines)}"
+
+
+def beside_accuracy_table(studies: Sequence[Evidence]) -> str:
+    """Return how each metric of the paper sorts networks beside how accuracy does, by the studies' numbers.
+
+    It is Spearman's correlation over all networks (seeds averaged) that have not collapsed: 1 where a metric sorts
+    them as accuracy does, each from its own worst to its best, -1 where the other way round.
+    """
+    columns = {}
+    for n, e in enumerate(studies, 1):
+        accuracy, found = e.cells("test_accuracy").mean(axis=1), {}
+        for metric in _asked(e):
+            values = e.cells(metric).mean(axis=1)
+            if metric != "test_accuracy" and len(values) >= FEW and min(values.nunique(), accuracy.nunique()) > 1:
+                way = 1 if METRICS[metric].higher_is_better else -1
+                found[titled(metric)] = f"{way * values.corr(accuracy, method='spearman'):+.2f}"
+        columns[str(n)] = found
+    metrics = dict.fromkeys(name for found in columns.values() for name in found)
+    lines = [{"metric": name, **{n: found.get(name, "–") for n, found in columns.items() if found}} for name in metrics]
+    return markdown.table(lines, "--:") if lines else "No study has networks enough."
+
+
+def _asked(e: Evidence) -> list[str]:
+    """Return the metrics of the paper that a study has of sparse networks."""
+    return [name for name, metric in METRICS.items() if metric.in_verdict and e.sparse(name)]
 
 
 def disagreements(studies: Sequence[Evidence], found: Mapping[str, Mapping[str, Finding]]) -> str:
