@@ -28,11 +28,13 @@ def passes(study: Study) -> int:
 
 
 def studies_table(studies: Sequence[Evidence]) -> str:
-    """Return what the studies differ in, by their numbers in the table of claims, as Markdown.
-
-    A *temperature* above 1 is what would calibrate a network that is too sure of itself.
-    """
-    return markdown.table(_line(n, e) for n, e in enumerate(studies, 1))
+    """Return what the studies differ in, by their numbers in the table of claims, as Markdown."""
+    told = (
+        "*Images seen*: in one training, those seen again counted again. *Dense*: its accuracy, and the temperature "
+        "*T* that would calibrate it: above 1 it is too sure of its answers, below 1 too unsure. Of the *sparse* "
+        "networks some *win* (are shown to keep everything), some *lose* (something, for certain)."
+    )
+    return f"{markdown.table(_line(n, e) for n, e in enumerate(studies, 1))}\n\n{told}"
 
 
 def _line(number: int, e: Evidence) -> dict[str, str]:
@@ -42,13 +44,13 @@ def _line(number: int, e: Evidence) -> dict[str, str]:
     return {
         "no.": str(number),
         "study": plain(e.label),
-        "images seen in training": f"{e.passes:,}" if e.passes else "–",
+        "images seen": f"{e.passes:,}" if e.passes else "–",
         "seeds": str(e.rows["seed"].nunique()),
-        "dense accuracy": f"{100 * _dense(e, 'test_accuracy'):.1f} %",
-        "the dense network is": "–" if math.isnan(temperature) else f"{_side(temperature)} (T = {temperature:.2f})",
-        "sparse networks": str(outcomes.sum()),
-        "keep everything": str(outcomes.get(verdict.KEPT, 0)),
-        "lose something": str(lost),
+        "dense": f"{100 * _dense(e, 'test_accuracy'):.1f} %",
+        "T": "–" if math.isnan(temperature) else f"{temperature:.2f}",
+        "sparse": str(outcomes.sum()),
+        "win": str(outcomes.get(verdict.KEPT, 0)),
+        "lose": str(lost),
     }
 
 
