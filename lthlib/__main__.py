@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--data", help="images: a folder or zip in $LTHLIB_DATA, perhaps with @size, or a built-in set")
     check.add_argument("--network", help="what makes them: a name of this book, torchvision or timm, module:function")
     check.add_argument("--normalise", help="pixels first: images, imagenet, none or MEAN,.../STD,...")
-    check.add_argument("--prunable", help="weights that count: conv, linear, all (default: conv, and what has zeros)")
+    check.add_argument("--prunable", help="weights that count: conv, linear, all (default: those that were pruned)")
     check.add_argument("--config", type=Path, help="YAML file with dimensions, thresholds, precision, train_size")
     check.add_argument("--report", type=Path, help="HTML file to write, which shows and explains everything")
     check.add_argument("--json", type=Path, help="file to write the verdict to, for machines")

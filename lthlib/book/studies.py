@@ -31,7 +31,7 @@ def studies_table(studies: Sequence[Evidence]) -> str:
     """Return what the studies differ in, by their numbers in the table of claims, as Markdown."""
     told = (
         "*Images seen*: in one training, those seen again counted again. *Dense*: its accuracy, and the temperature "
-        "*T* that would calibrate it: above 1 it is too sure of its answers, below 1 too unsure. Of the *sparse* "
+        "*τ* that would calibrate it: above 1 it is too sure of its answers, below 1 too unsure. Of the *sparse* "
         "networks some *win* (are shown to keep everything), some *lose* (something, for certain)."
     )
     return f"{markdown.table(_line(n, e) for n, e in enumerate(studies, 1))}\n\n{told}"
@@ -47,7 +47,7 @@ def _line(number: int, e: Evidence) -> dict[str, str]:
         "images seen": f"{e.passes:,}" if e.passes else "–",
         "seeds": str(e.rows["seed"].nunique()),
         "dense": f"{100 * _dense(e, 'test_accuracy'):.1f} %",
-        "T": "–" if math.isnan(temperature) else f"{temperature:.2f}",
+        "τ": "–" if math.isnan(temperature) else f"{temperature:.2f}",
         "sparse": str(outcomes.sum()),
         "win": str(outcomes.get(verdict.KEPT, 0)),
         "lose": str(lost),

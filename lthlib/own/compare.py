@@ -163,7 +163,7 @@ def compare(
         precision: Of the forward passes for logits and explanations; bfloat16 (``"auto"``: where that is faster)
             changes the answer to one image in some hundreds.
         train_size: Number of training images that flatness may draw from, None for all.
-        prunable: A name in `PRUNABLE`; by default ``"conv"``, and what else is pruned in one of the networks.
+        prunable: A name in `PRUNABLE`; by default what is pruned in one of the networks, ``"conv"`` if nothing is.
         thresholds: Of the verdict, see `lthlib.results.verdict.Thresholds`.
         normalised: How pixels are normalised, in words, for the report.
         again: How to run it again, for the report.
