@@ -27,6 +27,7 @@ from lthlib.core.forks import in_forks
 from lthlib.core.store import ROOT, Store, write_atomically
 from lthlib.figures import methods
 from lthlib.pruning import METHODS
+from lthlib.pruning.masks import sparsity_of
 from lthlib.results import verdict
 from lthlib.results.claims_parts import Evidence
 from lthlib.results.collect import rows_of
@@ -144,8 +145,8 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
     """Return what a study has to say: its rows, replicates and thresholds."""
     every = [e for some in found.values() for e in some]
     replicates: dict[str, dict] = {e.ticket.id: {} for e in every}
-    for e in every:
-        replicates[e.ticket.id].update(e.arrays)
+    for e in every:  # accuracy belongs to every dimension: the first one's rows count, and its replicates
+        replicates[e.ticket.id] = {**e.arrays, **replicates[e.ticket.id]}
     title = grid.title if len(grid.studies) == 1 else f"{grid.title}: {study_name(study)}"
     return Evidence(
         title,
@@ -200,10 +201,9 @@ def _scorecard(rows: pd.DataFrame, judged: pd.DataFrame, name: str) -> str:
     """Draw the paper's first figure of one study, folded away."""
     n = verdict.standing_round(judged)
     shown = rows[(rows["round"] == n) | (rows["method"] == "dense")]
-    sparsity = judged.loc[judged["round"] == n, "sparsity"].mean()
     caption = (
-        f"Each metric of the paper at {100 * sparsity:.1f} % sparsity, scaled so that the best network shown is at the "
-        "rim and the worst in the centre, whatever lies between them ([](#how-to-read))."
+        f"Each metric of the paper at {100 * sparsity_of(n):.1f} % sparsity, scaled so that the best network shown is at "
+        "the rim and the worst in the centre, whatever lies between them ([](#how-to-read))."
     )
     picture = _picture(figures.radar(verdict.scorecard(verdict.summarise(shown))), name, caption)
     return f"````{{dropdown}} At one sparsity, as the paper's first figure has it\n{picture}\n````"

@@ -61,11 +61,15 @@ def _dense(e: Evidence, metric: str) -> float:
 
 
 def _side(temperature: float) -> str:
+    if math.isnan(temperature):
+        return ""
     return "too sure" if temperature > 1 else "too unsure"
 
 
 def rankings_table(studies: Sequence[Evidence]) -> str:
     """Return who is best and who is worst in each metric of the paper, in the first study that has most of them."""
+    if not any(map(_asked, studies)):
+        return "No study has sparse networks to compare."
     e = max(studies, key=lambda e: len(_asked(e)))
     lines = []
     for metric in _asked(e):
@@ -119,7 +123,7 @@ def _disagreement(claim: Claim, studies: Sequence[Evidence], found: Mapping[str,
     line = f"- [{claim.title}](#claim-{claim.name}): holds in {_told(holds)}; fails in {_told(fails)}."
     sides = [{_side(_dense(e, "temperature")) for e in of.values()} for of in (holds, fails)]
     is_calibration = any(METRICS[name].dimension == "calibration" for name in claim.figure if name in METRICS)
-    if is_calibration and len(sides[0]) == len(sides[1]) == 1 and sides[0] != sides[1]:
+    if is_calibration and sorted(map(sorted, sides)) == [["too sure"], ["too unsure"]]:
         here, there = (side.pop() for side in sides)
         line += f" Where it holds the dense network is {here} of its answers, where it fails {there}."
     return line

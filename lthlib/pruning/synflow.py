@@ -2,9 +2,9 @@
 
 Make every parameter and every BN statistic absolute, feed an image of ones, and sum the outputs: R counts how much
 flows through the network, R = sum over paths of the product of ``|w|``. A weight's score w dR/dw is the flow through
-it. In a chain without biases each layer's scores sum to R, and what flows into a unit flows out of it; hence no layer is
-emptied as long as each step removes less than R, which small steps make likely: 100 rounds, each from the network that
-the last one left, with densities d^(k/100).
+it. In a chain without biases each layer's scores sum to R, and what flows into a unit flows out of it; hence no layer
+is emptied as long as each step removes less than R, which small steps make likely: 100 rounds, each from the network
+that the last one left, with densities d^(k/100).
 
 Known pitfalls. R grows like the product of the layers' widths: in float32 it overflows for WRN-28-10 (1.7e43) and
 ResNet-50 (8.9e69), and even where it does not, some weights change; so float64. The ones enter the first convolution,

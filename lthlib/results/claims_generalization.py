@@ -183,7 +183,7 @@ def _mean(e: Evidence, metric: str, methods: Sequence[str], rounds: Sequence[int
 def _lost(e: Evidence, metric: str, methods: Sequence[str], rounds: Sequence[int]) -> Mean | None:
     """Return which share of the distance from dense accuracy to guessing is lost."""
     dense, sparse = (_mean(e, metric, m, rounds) for m in (["dense"], methods))
-    if dense is None or sparse is None:
+    if dense is None or sparse is None or dense.value <= 1 / e.n_classes:
         return None
     return (dense - sparse) * (1 / (dense.value - 1 / e.n_classes))
 
