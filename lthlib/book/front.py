@@ -202,8 +202,8 @@ def _scorecard(rows: pd.DataFrame, judged: pd.DataFrame, name: str) -> str:
     n = verdict.standing_round(judged)
     shown = rows[(rows["round"] == n) | (rows["method"] == "dense")]
     caption = (
-        f"Each metric of the paper at {100 * sparsity_of(n):.1f} % sparsity, scaled so that the best network shown is at "
-        "the rim and the worst in the centre, whatever lies between them ([](#how-to-read))."
+        f"Each metric of the paper at {100 * sparsity_of(n):.1f} % sparsity, scaled so that the best network shown is "
+        "at the rim and the worst in the centre, whatever lies between them ([](#how-to-read))."
     )
     picture = _picture(figures.radar(verdict.scorecard(verdict.summarise(shown))), name, caption)
     return f"````{{dropdown}} At one sparsity, as the paper's first figure has it\n{picture}\n````"
