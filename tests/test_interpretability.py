@@ -20,6 +20,7 @@ from lthlib.metrics.interpretability.lime import fidelity_stability
 from lthlib.metrics.interpretability.measure import concept_set, dissect, measure
 from lthlib.metrics.interpretability.regions import activation_regions
 from lthlib.metrics.interpretability.superpixels import segment
+from lthlib.metrics.resampling import PREFIX
 from lthlib.networks import build
 from lthlib.results.collect import collect
 from lthlib.tickets.obtain import new_model
@@ -62,6 +63,19 @@ class TestMeasure:
         for name, value in {**explained[[*lime.SCORES]].mean(), **near[[*EXPO_SCORES]].mean()}.items():
             assert found[name] == pytest.approx(value, rel=1e-12)
         assert [v.n for v in measured[1][0] if v.metric in ("fidelity", "expo_fidelity")] == [4, 1]
+
+    def test_images_without_a_score_leave_no_resample_empty(self, subjects, monkeypatch):
+        def one_scored(*given, **named):
+            found = fidelity_stability(*given, **named)
+            found.loc[1:, [*lime.SCORES]] = np.nan  # as where an image is one superpixel
+            return found.assign(n_segments=[7, 1, 1, 1])
+
+        monkeypatch.setattr(lime, "fidelity_stability", one_scored)
+        values, arrays = measure(subjects[1], **{**SMALL, "n_expo": 0})
+        assert {v.n for v in values if v.metric == "fidelity"} == {1}
+        drawn = [array for name, array in arrays.items() if name.startswith(PREFIX)]
+        assert len(drawn) >= 3
+        assert all(np.isfinite(array).all() for array in drawn)
 
     def test_units_are_those_of_the_pure_functions(self, subjects, measured):
         concepts = scenes(28, 1, 40)

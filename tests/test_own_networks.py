@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from lthlib.networks.checkpoints import builder, load_network
 from lthlib.networks.inputs import as_input
 from lthlib.networks.layers import Normalize
 from lthlib.networks.weights import used_weights
-from lthlib.own.compare import _used
+from lthlib.own.compare import _used, in_memory
+from lthlib.own.subject import Label, OwnSubject
 from lthlib.own.words import as_json, conclusion, status
 
 FEW = {"calibration": {"n_test": 200, "n_corrupted": 5, "n_bootstrap": 10}}
@@ -99,10 +101,32 @@ def test_images_in_memory_give_the_numbers_of_the_same_images_by_name(dense, hal
     assert re.search(r"<strong>half, 50.0 % pruned: (kept|lost|not shown)", (tmp_path / "report.html").read_text())
 
 
+def test_a_network_beside_itself_loses_nothing(dense, images, store, tmp_path):
+    same = {"same": copy.deepcopy(dense), "again": copy.deepcopy(dense)}
+    found = own.compare(dense, same, as_input(images.pixels[::3]), images.labels[::3], dimensions=FEW, store=store)
+    assert set(found.judged["method"]) == {"same", "again"}
+    assert not found.judged["shortfall"].any()
+    assert "lost" not in set(found.judged["outcome"])
+    found.report(tmp_path / "report.html")
+
+
+def test_answers_are_asked_again_where_the_images_of_a_name_are_others(dense, images, store):
+    def answers(pixels, labels):
+        held = replace(in_memory(pixels, labels), name="a-folder")
+        return OwnSubject(Label("a-folder", "dense", 0, "0"), dense, None, store, images=held).logits("test", 200)
+
+    pixels, labels = as_input(images.pixels[:200]), images.labels[:200]
+    before, after = answers(pixels, labels), answers(pixels.flip(3), labels)
+    assert not np.allclose(before, after)
+    with torch.no_grad():
+        np.testing.assert_allclose(after[:5], dense(pixels.flip(3)[:5]), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda x, y: (2 * x - 1, y), r"from -1 to 1; pixels are uint8 or floats in \[0, 1\]"),
+        (lambda x, y: ((257 * 255 * x).long(), y), "pixels are uint8, or floats"),
         (lambda x, y: (x[:, 0], y), r"\(N, C, H, H\) is needed"),
         (lambda x, y: (x, y[1:]), "one whole number"),
         (lambda x, y: (x, None), "one whole number"),

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from lthlib.book import make
+from lthlib.book import front, make, plan
 from lthlib.core.store import MANIFEST, ROOT, sha256
 from lthlib.metrics import Value
+from lthlib.metrics.resampling import held
 from lthlib.results.evaluate import Evaluation
 from lthlib.results.recorded import RESULTS, read_records, write_records
 from lthlib.tickets.ticket import Ticket
@@ -73,6 +75,22 @@ def test_every_record_of_the_repository_can_be_read_whole():
 class _Named:
     def __init__(self, id):
         self.id = id
+
+
+def test_the_front_reads_what_there_is_and_judges_accuracy_by_the_replicates_of_its_rows():
+    (grid,) = [of for of in plan.recorded_grids("none") if of.name == "long-dense"]
+    (study,) = grid.studies
+    evidence = front._evidence(grid, study, front._recorded(grid, study))
+    lines = evidence.rows[evidence.rows["metric"] == "test_accuracy"]
+    assert lines["ticket"].is_unique
+    for line in lines.itertuples():
+        assert held(evidence.replicates[line.ticket], "test_accuracy", "none", 0)[0] == line.n
+    longer = replace(study, seeds=(*study.seeds, 77))  # somebody has edited the grid's file since
+    assert {name: len(of) for name, of in front._recorded(grid, longer).items()} == {
+        name: len(of) for name, of in front._recorded(grid, study).items()
+    }
+    twice = front._told_apart([(grid, study, evidence), (replace(grid, name="mine"), study, evidence)])
+    assert [e.label for _, _, e in twice] == [f"{grid.title} (long-dense)", f"{grid.title} (mine)"]
 
 
 def test_a_grid_recorded_in_pieces_keeps_what_another_machine_has_computed(tmp_path, monkeypatch):

@@ -319,6 +319,16 @@ def test_what_is_not_known_is_not_shown():
     assert "missing" in what_would_decide(alone)
 
 
+def test_a_resample_without_any_number_tells_nothing_of_other_images():
+    table = rows(("dense", 0, "ece", [0.1]), ("lth", 1, "ece", [0.2]), ("rp", 1, "ece", [0.2]))
+    found = known(table)
+    for array in found["lth10"].values():
+        array[5] = np.nan
+    judged = judge(table, found, 10)
+    assert outcome(judged, "rp", 1, "ece") == "lost"
+    assert outcome(judged, "lth", 1, "ece") == "not shown"
+
+
 @pytest.mark.parametrize(("n", "expected"), [(100, "not shown"), (400, "kept")])
 def test_answers_that_all_agree_show_only_what_their_number_shows(n, expected):
     """No image told the networks apart: that bounds the rate of those which would below 3/n, 0.75 points of 400."""

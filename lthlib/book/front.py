@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def write(
     studies = [(grid, study, _evidence(grid, study, measured(grid, study, store, undone))) for study in grid.studies]
     for other in recorded_grids(grid.name):
         studies += [(other, study, _evidence(other, study, _recorded(other, study))) for study in other.studies]
-    studies.sort(key=lambda of: -of[2].passes)  # those that have learned most come first
+    studies = _told_apart(sorted(studies, key=lambda of: -of[2].passes))  # those that have learned most come first
     told = [evidence for _, _, evidence in studies if not evidence.judged.empty]
     parts: dict[str, Callable[[], Mapping[str, str | bytes]]] = {
         "claims": lambda: claims_pages(told),
@@ -119,6 +120,14 @@ def _stub(page: PagePlan, grid_file: str) -> str:
     )
 
 
+def _told_apart(studies: Sequence[tuple[Grid, Study, Evidence]]) -> list[tuple[Grid, Study, Evidence]]:
+    """Add the grid's name to a label that another study has, too: findings are kept by label."""
+    labels = [e.label for _, _, e in studies]
+    return [
+        (g, s, e if labels.count(e.label) == 1 else replace(e, label=f"{e.label} ({g.name})")) for g, s, e in studies
+    ]
+
+
 # --- the answer --------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +146,8 @@ def _recorded(grid: Grid, study: Study) -> dict[str, list[Evaluation]]:
     records, found = read_records(ROOT / RESULTS), {}
     for name, given in grid.dimensions.items():
         asked = question(name, DIMENSIONS[name].parameters(given), grid.precision)
-        found[name] = [records[ticket.id, asked].evaluation(ticket) for ticket in study.tickets()]
+        there = ((ticket, records.get((ticket.id, asked))) for ticket in study.tickets())
+        found[name] = [record.evaluation(ticket) for ticket, record in there if record]  # pages say what is missing
     return found
 
 
@@ -147,10 +157,11 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
     replicates: dict[str, dict] = {e.ticket.id: {} for e in every}
     for e in every:  # accuracy belongs to every dimension: the first one's rows count, and its replicates
         replicates[e.ticket.id] = {**e.arrays, **replicates[e.ticket.id]}
+    rows = pd.concat([rows_of(some, dimension) for dimension, some in found.items()], ignore_index=True)
     title = grid.title if len(grid.studies) == 1 else f"{grid.title}: {study_name(study)}"
     return Evidence(
         title,
-        pd.concat([rows_of(some, dimension) for dimension, some in found.items()], ignore_index=True),
+        rows.drop_duplicates(["ticket", *verdict.CASE]),
         every[0].provenance["n_classes"] if every else 2,
         replicates,
         verdict.thresholds_from(grid.thresholds),
@@ -161,21 +172,19 @@ def _evidence(grid: Grid, study: Study, found: dict[str, list[Evaluation]]) -> E
 
 def _answers(grid: Grid, studies: Sequence[tuple[Grid, Study, Evidence]], undone: Sequence[Job]) -> str:
     """Return the answers of the studies that ask for everything, the first and the run's own open, others folded."""
-    asked = [of for of in studies if of[0] is grid or of[0].dimensions.keys() == DIMENSIONS.keys()]
+    everything = lambda of: of[0].dimensions.keys() == DIMENSIONS.keys() and not of[2].judged.empty
     parts = []
-    for of in asked:
+    for of in (of for of in studies if of[0] is grid or everything(of)):
         title, answer = plain(of[2].label), _answer(*of, undone if of[0] is grid else ())
-        is_open = of is asked[0] or of[0] is grid
+        is_open = not parts or of[0] is grid
         parts.append(f"## {title}\n\n{answer}" if is_open else f"`````{{dropdown}} {title}\n{answer}\n`````")
     return "\n\n".join(parts)
 
 
 def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job]) -> str:
     """Return the answer of one study as Markdown; its pictures are written beside it."""
-    parts = []
-    if undone:
-        names = ", ".join(job.name for job in undone)
-        parts.append(f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```")
+    names = ", ".join(job.name for job in undone)
+    parts = [f"```{{warning}}\nNot finished, and left out of this answer: {names}.\n```"] * bool(undone)
     rows, judged = evidence.rows, evidence.judged
     if judged.empty:  # of an unfinished grid
         return "\n\n".join(parts)

@@ -21,10 +21,10 @@ FEW = 6  # networks from which on a correlation of ranks is told
 def passes(study: Study) -> int:
     """Return how many images one training of a study sees, those seen again counted again; 0 where it is not known."""
     try:
-        n = study.train_size or sizes(study).n
+        steps = study.recipe.steps_per_epoch(study.train_size or sizes(study).n)
     except UserError:  # recorded elsewhere, on images that are not here
         return 0
-    return n * study.recipe.epochs
+    return study.recipe.epochs * steps * study.recipe.batch_size
 
 
 def studies_table(studies: Sequence[Evidence]) -> str:

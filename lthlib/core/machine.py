@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 @functools.cache
 def _is_faster_in_bfloat16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     cpu = torch.cpu.get_capabilities()

@@ -250,6 +250,8 @@ def in_memory(images: Tensor | np.ndarray, labels: object, classes: Sequence[str
                 "normalisation, and put it into the network (nn.Sequential with one in front)."
             )
         images = (255 * images.double()).round()
+    elif images.dtype != torch.uint8:
+        raise UserError(f"images is of {images.dtype}; pixels are uint8, or floats in [0, 1].")
     pixels = images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     names = tuple(map(str, classes or range(int(labels.max()) + 1)))
     if int(labels.max()) >= len(names):

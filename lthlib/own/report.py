@@ -116,7 +116,7 @@ def corruption_maps(found: Comparison) -> object:
 
 def classes(found: Comparison) -> Figure:
     """Draw by how much the recall of each class changes."""
-    tickets = found.rows.drop_duplicates("ticket")[["ticket", "method", "round", "seed"]]
+    tickets = found.rows.drop_duplicates("method")[["ticket", "method", "round", "seed"]]
     cases = [(name, round) for _, name, round, _ in tickets.itertuples(index=False) if name != DENSE]
     changes = recall_changes(tickets, found.arrays, cases)
     figure = recall_map(changes.rename(columns={case: case[0] for case in cases}))

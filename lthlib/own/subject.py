@@ -66,7 +66,8 @@ class OwnSubject(Subject):
             if name in names and (kind == "conv" or not weight.all())
         }
         sparse = any(not mask.all() for mask in found.values())
-        return Trained(self.ticket, self.network, found if sparse else None, {}, self.ticket.digest)
+        version = f"{self.ticket.digest}-{self.data.digest}"  # what it answers is about these images
+        return Trained(self.ticket, self.network, found if sparse else None, {}, version)
 
     @property
     def parent(self) -> nn.Module | None:

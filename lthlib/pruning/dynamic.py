@@ -89,6 +89,7 @@ class RigL:
         if step == 0 or step % self.options["delta_t"] or step >= end:
             return False
         weights = masking.weights_of(model, masks)
+        masks.update({name: mask.to(weights[name].device) for name, mask in masks.items()})  # they come on the CPU
         fraction, growth = self._fraction(step, end), self._growth(step, weights)
         regrow_dropped = self.options.get("regrow_dropped", False)
         for name, weight in weights.items():

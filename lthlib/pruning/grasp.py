@@ -89,7 +89,8 @@ def grasp(moment: Moment) -> Found:
     for name, module in model.named_modules():
         is_redrawn = isinstance(module, nn.Linear) and f"{name}.weight" not in pruned
         if is_redrawn and options["with_linear"] and options["reinit_linear"]:
-            nn.init.xavier_normal_(module.weight, generator=generator)
+            weight = torch.empty(module.weight.shape, dtype=module.weight.dtype)  # drawn alike on every device
+            module.weight.data.copy_(nn.init.xavier_normal_(weight, generator=generator))
     images, labels = moment.batch(per_class=options["samples_per_class"] * options["iterations"])
     batches = list(halves(images, labels, options["iterations"]))
     weights = {**masking.prunable(model, "all"), **pruned} if options["with_linear"] else pruned

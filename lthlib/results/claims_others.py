@@ -31,6 +31,7 @@ def harder_to_calibrate(e: Evidence) -> Finding:
     generalization. It fails where the reverse is true.
     """
     lines = verdict.votes(e.judged)
+    lines = lines[lines["method"].isin(e.sparse("test_accuracy"))]
     lines = lines[~lines["outcome"].isin(["", verdict.COLLAPSED])].drop_duplicates([*verdict.TICKET, *verdict.CASE])
     dimensions, shares = lines["metric"].map(lambda name: METRICS[name].dimension), {}
     for dimension in ("calibration", "generalization"):

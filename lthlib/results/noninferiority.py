@@ -112,12 +112,12 @@ def with_images(
     lines: pd.DataFrame, rows: pd.DataFrame, replicates: Mapping[str, Mapping[str, np.ndarray]]
 ) -> pd.DataFrame:
     """Add what resampled images say: ``images_variance``, ``bias``, ``step``, ``images``; NaN where nothing is kept."""
-    tickets = rows.drop_duplicates("ticket").groupby(TICKET, sort=False)["ticket"].agg(list).to_dict()
+    tickets = rows.drop_duplicates([*TICKET, "ticket"]).groupby(TICKET, sort=False)["ticket"].agg(list).to_dict()
     dense = {key[:2]: key for key in tickets if key[2] == "dense"}
 
     def of(ticket: tuple, case: tuple) -> np.ndarray | None:
         found = [held(replicates.get(name, {}), *case) for name in tickets[ticket]]
-        return None if any(one is None for one in found) else np.stack(found).astype(float)
+        return None if any(one is None or np.isnan(one).any() for one in found) else np.stack(found).astype(float)
 
     parent = cache(of)
     found = np.full((len(lines), 4), np.nan)

@@ -132,6 +132,8 @@ def hessian_trace(
     if not reasons:
         try:
             return _exact_trace(frozen)
+        except torch.OutOfMemoryError:  # says nothing of the network
+            raise
         except RuntimeError as error:
             cause = error
             reasons = [f"torch.func cannot follow its forward pass ({str(error).strip().splitlines()[0]})"]

@@ -119,9 +119,11 @@ def measure(
     scores = explained[[*lime.SCORES]]
     floors = lime.relative_change(scores.mean(), explain(subject.model, seed=1)[[*lime.SCORES]].mean())
     random = _random_weights(subject, [given, layer, precision], concepts, explain, look)
-    n_scored, n_concepts = int((explained["n_segments"] > 1).sum()), len(labelled)
-    counts = resamples(len(images))
-    again = {name: resampled_mean(scores[name], counts) for name in scores} | dissected.replicates
+    scored = explained["n_segments"] > 1  # whatever the network; the others have no score to draw again
+    n_scored, n_concepts = int(scored.sum()), len(labelled)
+    counts = resamples(max(1, n_scored))
+    again = {name: resampled_mean(scores.loc[scored, name], counts) for name in scores if n_scored}
+    again |= dissected.replicates
     found = values(scores.mean().dropna(), n_scored) + values(dissected.numbers(), n_concepts)
     replicates = [kept(value, again[value.metric]) for value in found if METRICS[value.metric].in_verdict]
     found += values(floors[[*FLOORED]].add_suffix("_seed_floor").dropna(), n_scored)
