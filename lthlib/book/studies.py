@@ -46,7 +46,7 @@ def _line(number: int, e: Evidence) -> dict[str, str]:
         "study": plain(e.label),
         "images seen": f"{e.passes:,}" if e.passes else "–",
         "seeds": str(e.rows["seed"].nunique()),
-        "dense": f"{100 * _dense(e, 'test_accuracy'):.1f} %",
+        "dense": f"{100 * _dense(e, 'test_accuracy'):.1f}\N{NO-BREAK SPACE}%",
         "τ": "–" if math.isnan(temperature) else f"{temperature:.2f}",
         "sparse": str(outcomes.sum()),
         "win": str(outcomes.get(verdict.KEPT, 0)),
@@ -96,7 +96,8 @@ def beside_accuracy_table(studies: Sequence[Evidence]) -> str:
             values = e.cells(metric).mean(axis=1)
             if metric != "test_accuracy" and len(values) >= FEW and min(values.nunique(), accuracy.nunique()) > 1:
                 way = 1 if METRICS[metric].higher_is_better else -1
-                found[titled(metric)] = f"{way * values.corr(accuracy, method='spearman'):+.2f}"
+                rho = way * values.corr(accuracy, method="spearman")
+                found[titled(metric)] = f"{rho:+.2f}".replace("0.", ".")  # ten columns have to fit on a page
         columns[str(n)] = found
     metrics = dict.fromkeys(name for found in columns.values() for name in found)
     lines = [{"metric": name, **{n: found.get(name, "–") for n, found in columns.items() if found}} for name in metrics]
