@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import lthlib
 from lthlib.core.errors import UserError
 from lthlib.pruning import METHODS, masks
 from lthlib.pruning.any_network import apply, prune, scores, sparsity
@@ -184,6 +186,28 @@ def test_masks_hold_in_training_until_they_are_let_go(make):
     assert not all(weights[k][~m].eq(0).all() for k, m in found.items())
 
 
+def test_a_frozen_layer_is_held_when_it_thaws():
+    net, (x, y) = lenet(), batch()
+    net.conv1.requires_grad_(False)
+    found = prune(net, "omp", sparsity=0.8)
+    apply(net, found)
+    assert not net.conv1.weight.requires_grad
+    net.conv1.requires_grad_(True)
+    F.cross_entropy(net(x), y).backward()
+    assert net.conv1.weight.grad[~found["conv1.weight"]].eq(0).all()
+    assert net.conv1.weight.grad[found["conv1.weight"]].ne(0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_labels_of_any_whole_number_and_names_from_a_generator(method, dtype):
+    x, y = batch()
+    plain = prune(lenet(), method, sparsity=0.5, batch=(x, y), prunable=["conv1.weight", "fc1.weight"])
+    names = (f"{name}.weight" for name in ("conv1", "fc1"))
+    other = prune(lenet(), method, sparsity=0.5, batch=(x, y.to(dtype)), prunable=names)
+    assert all(torch.equal(mask, other[name]) for name, mask in plain.items())
+
+
 def test_half_precision_is_scored_in_single():
     found = scores(lenet(torch.bfloat16), "snip", batch=batch(dtype=torch.float32))
     assert {s.dtype for s in found.values()} == {torch.float32}
@@ -200,8 +224,9 @@ def test_half_precision_is_scored_in_single():
     ],
 )
 def test_methods_that_need_more_than_a_network_say_what(method, reason):
-    with pytest.raises(UserError, match=rf"{reason}: describe it as a ticket.*obtain"):
+    with pytest.raises(UserError, match=rf"{reason}: describe it as a ticket") as told:
         prune(lenet(), method, sparsity=0.5)
+    assert all(hasattr(lthlib, name) for name in re.findall(r"lthlib\.(\w+)", str(told.value)))
     assert set(METHODS) - set(DIRECT) >= {method}
 
 
@@ -219,6 +244,7 @@ class Two(LeNet):
         ({"batch": None}, r"SNIP needs batch=\(images, labels\)\."),
         ({"batch": (batch()[0], batch()[1][:3])}, "20 images and labels of shape"),
         ({"batch": (batch()[0], torch.rand(20, 4))}, "one whole number per image"),
+        ({"batch": (batch()[0][:0], batch()[1][:0])}, "0 images and labels of shape"),
         ({"bn_mod": "eval"}, "Did you mean 'bn_mode'"),
         ({"bn_mode": "evil"}, "must be 'train' or 'eval'. Did you mean 'eval'"),
         ({"samples_per_class": 3}, "samples_per_class cannot be chosen here"),

@@ -18,12 +18,14 @@ import lthlib
 from lthlib import data, own
 from lthlib.core.errors import UserError
 from lthlib.networks.checkpoints import builder, load_network
+from lthlib.networks.checks import check_classifier
 from lthlib.networks.inputs import as_input
 from lthlib.networks.layers import Normalize
 from lthlib.networks.weights import used_weights
 from lthlib.own.compare import _used, in_memory
+from lthlib.own.report import density
 from lthlib.own.subject import Label, OwnSubject
-from lthlib.own.words import as_json, conclusion, status
+from lthlib.own.words import as_json, conclusion, status, summary
 
 FEW = {"calibration": {"n_test": 200, "n_corrupted": 5, "n_bootstrap": 10}}
 
@@ -194,6 +196,57 @@ def test_whole_networks_from_files_answer_as_the_networks_do(dense, half, images
     few = {**FEW, "flatness": {"n_weights": 4}}
     found = own.compare(dense, networks["script"], "mnist5k", dimensions=few, store=store)
     assert "TorchScript gives no layers to look into" in found.facts["not_measured"]["flatness"]
+
+
+class Flat(nn.Module):
+    """A convolution, a place for each of its numbers, and `view`, which refuses images that lie by pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.place = nn.Conv2d(3, 4, 3), nn.Linear(144, 10), nn.Parameter(torch.zeros(1, 4, 36))
+
+    def forward(self, x):
+        x = self.conv(x.view(-1, 192).view(-1, 3, 8, 8))
+        return self.fc((x.reshape(-1, 4, 36) + self.place).flatten(1))
+
+
+def test_a_script_says_its_weights_under_their_masks_and_nothing_else(tmp_path):
+    torch.manual_seed(0)
+    net = Flat().eval()
+    x = torch.rand(5, 3, 8, 8).to(memory_format=torch.channels_last)
+    prune.l1_unstructured(net.fc, "weight", amount=0.75)
+    with torch.no_grad():
+        torch.jit.trace(net, x[:2].contiguous()).save(tmp_path / "masked.pt")
+        network = load_network(tmp_path / "masked.pt").eval()
+        torch.testing.assert_close(network(x), net(x.contiguous()))
+    assert {name: kind for name, (kind, _) in network.used.items()} == {"conv.weight": "conv", "fc.weight": "linear"}
+    assert network.used["fc.weight"][1].count_nonzero() == 1440 / 4
+
+
+def test_weights_that_cannot_be_read_are_not_taken_for_pruned(dense, half, store, tmp_path):
+    torch.jit.script(half).save(tmp_path / "closed.pt")
+    closed = load_network(tmp_path / "closed.pt")
+    closed.used = {}
+    found = own.compare(dense, {"closed": closed, "half": half}, "mnist5k", dimensions=FEW, store=store)
+    assert found.pruned == ["half", "closed"]
+    assert found.facts["layers"]["closed"] == {} != found.facts["layers"]["half"]
+    assert "closed's weights cannot be read" in found.facts["assumed"]
+    assert summary(found, "closed").startswith("closed: weights cannot be read")
+    assert as_json(found)["networks"]["closed"]["sparsity"] is None
+    density(found)
+
+
+@pytest.mark.parametrize(("each", "refused"), [(1, False), (3, False), (30, True)])
+def test_the_order_of_classes_is_doubted_only_on_enough_images(each, refused):
+    labels = np.repeat(np.arange(10), each)
+    answers = labels.copy()
+    answers[labels == 1], answers[labels == 2] = 2, 3  # two of ten classes are taken for their neighbours
+    logits = 9.0 * np.eye(10)[answers] - 1
+    if refused:
+        with pytest.raises(UserError, match="classes seem to be in another order"):
+            check_classifier(logits, labels, "abcdefghij")
+    else:
+        check_classifier(logits, labels, "abcdefghij")
 
 
 def test_what_was_asked_for_and_cannot_be_measured_is_not_shown(dense, images, store, tmp_path):

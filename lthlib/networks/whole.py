@@ -95,8 +95,8 @@ def load_whole(path: Path) -> nn.Module | None:
             return _exported(path)
         if "constants.pkl" in names:
             script = torch.jit.load(path, map_location="cpu").float().eval()
-            ask = lambda x: script(x)  # a module in its place would become a part of the network
-            return Sealed(path, "TorchScript", ask, dict(script.named_parameters()), None, gradients=True)
+            ask = lambda x: script.to(x.device)(x.contiguous())  # a module here would become a part of the network
+            return Sealed(path, "TorchScript", ask, _scripted_weights(script), None, gradients=True)
     except UserError:
         raise
     except Exception as error:  # each reader raises errors of its own
@@ -109,6 +109,16 @@ def _exported(path: Path) -> Exported:
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     size = inputs[0].meta["val"].shape[0]
     return Exported(program.module(), size if isinstance(size, int) else None)
+
+
+def _scripted_weights(script: nn.Module) -> dict[str, Tensor]:
+    """Return what is called a weight, under the mask that `torch.nn.utils.prune` has put beside it."""
+    held, found = dict(script.named_buffers()), {}
+    for name, parameter in script.named_parameters():
+        plain = name.removesuffix("_orig")
+        if plain.endswith("weight"):
+            found[plain] = parameter.detach() * held.get(f"{plain}_mask", 1)
+    return found
 
 
 def _onnx(path: Path) -> Sealed:

@@ -56,8 +56,11 @@ def sparsity(used: Used, dense: Used, kind: str = "all") -> float:
     Args:
         used: What `lthlib.networks.weights.used_weights` says of the other.
         dense: The same of the dense one.
-        kind: A name in `PRUNABLE`; NaN where the dense network has no such weights.
+        kind: A name in `PRUNABLE`; NaN where the dense network has no such weights, and where none of the other can be
+            read.
     """
+    if not used:
+        return math.nan
     left = sum(int(weight.count_nonzero()) for of, weight in used.values() if of in PRUNABLE[kind])
     return 1 - left / (sum(weight.numel() for of, weight in dense.values() if of in PRUNABLE[kind]) or math.nan)
 
@@ -195,7 +198,7 @@ def compare(
     for name, value in sparsities.items():
         if value < sparsities[DENSE]:
             raise UserError(f"{name} has more weights that are not zero than dense: are the two in the right order?")
-    order = [DENSE, *sorted(pruned, key=sparsities.get)]
+    order = [DENSE, *sorted(pruned, key=lambda name: (math.isnan(sparsities[name]), sparsities[name]))]
     layers = _density_by_layer(used, order, prunable)
     assumed = _assumed(like, normalised, prunable, layers, sparsities)
     say(assumed)
@@ -296,7 +299,8 @@ def _pruned_kind(used: Mapping[str, Used]) -> str:
 def _density_by_layer(used: Mapping[str, Used], order: Sequence[str], kind: str) -> dict[str, dict[str, float]]:
     """Return network -> layer -> the share of the dense layer's weights that are there and not zero.
 
-    Layers of files that hold a whole network have names of their own; they are taken in the order of their use.
+    Layers of files that hold a whole network have names of their own; they are taken in the order of their use. A
+    network whose weights cannot be read has none.
     """
     dense = {layer: weight for layer, (of, weight) in used[DENSE].items() if of in PRUNABLE[kind]}
     found = {}
@@ -304,8 +308,8 @@ def _density_by_layer(used: Mapping[str, Used], order: Sequence[str], kind: str)
         mine = {layer: weight for layer, (of, weight) in used[name].items() if of in PRUNABLE[kind]}
         if not mine.keys() & dense.keys() and len(mine) == len(dense):
             mine = dict(zip(dense, mine.values(), strict=True))
-        left = {layer: int(mine[layer].count_nonzero()) if layer in mine else 0 for layer in dense}
-        found[name] = {layer.removesuffix(".weight"): left[layer] / w.numel() for layer, w in dense.items()}
+        left = {layer: int(mine[layer].count_nonzero()) if layer in mine else 0 for layer in dense if used[name]}
+        found[name] = {layer.removesuffix(".weight"): n / dense[layer].numel() for layer, n in left.items()}
     return found
 
 

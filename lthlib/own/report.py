@@ -169,10 +169,9 @@ def density(found: Comparison) -> Figure | Markdown:
         return Markdown("*The weights of these files cannot be read, so their density is not known.*")
     figure, axis = plt.subplots(figsize=(figures.WIDTH, 3.6), layout="constrained")
     for (name, of), colour in zip(layers.items(), ["black", *figures.shades(len(layers) - 1)], strict=True):
-        style = "--" if name == DENSE else "-"
-        axis.plot(
-            range(len(names)), [100 * share for share in of.values()], f"o{style}", ms=4, color=colour, label=name
-        )
+        shares, style = [100 * share for share in of.values()], "--" if name == DENSE else "-"
+        title = name if of else f"{name} (cannot be read)"
+        axis.plot(range(len(of)), shares, f"o{style}", ms=4, color=colour, label=title)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     axis.set(ylabel="weights that are left [%]", ylim=(-3, 103))
     axis.legend(frameon=False)

@@ -55,7 +55,9 @@ def status(found: Comparison) -> int:
 def summary(found: Comparison, name: str) -> str:
     """Return what is to be said of one pruned network, as text: every metric with a vote, and the verdict."""
     _, sentence, sparsity, votes = conclusion(found, name)
-    lines = [f"{name}: {100 * sparsity:.1f} % of the prunable weights are zero or gone", ""]
+    known = not math.isnan(sparsity)
+    share = f"{100 * sparsity:.1f} % of the prunable weights are zero or gone" if known else "weights cannot be read"
+    lines = [f"{name}: {share}", ""]
     lines.append(f"{'':<44}{'dense':>10}{'pruned':>10}{'worse by':>10}{'at most':>10}{'tolerated':>11}")
     for line in votes.to_dict("records"):
         numbers = "".join(f" {line[key]:>9.4g}" for key in ("dense", "mean", "shortfall", "most"))

@@ -79,8 +79,10 @@ def apply(net: nn.Module, masks: Masks) -> ExitStack:
     masking.apply_(net, masks)
     held = ExitStack()
     for name, weight in masking.weights_of(net, masks).items():
-        keep = masks[name].clone()
+        keep, trains = masks[name].clone(), weight.requires_grad
+        weight.requires_grad_(True)  # a frozen layer may thaw, and takes no hook before
         hook = weight.register_hook(lambda gradient, keep=keep: gradient.masked_fill(~keep.to(gradient.device), 0.0))
+        weight.requires_grad_(trains)
         held.callback(hook.remove)
     return held
 
@@ -107,12 +109,13 @@ def _run(
     if reason := _needs_training(entry):
         raise UserError(
             f"{entry.title} {reason}: describe it as a ticket and obtain that, "
-            f'lthlib.tickets.ticket.obtain(Ticket(method="{method}", ...), store).'
+            f'lthlib.obtain(lthlib.Ticket(method="{method}", ...), lthlib.Store()).'
         )
     for name in {"batch", "samples_per_class"} & set(options):
         raise UserError(
             f"All images of batch=(x, y) are used, so {name} cannot be chosen here: give as many as you want."
         )
+    prunable = prunable if isinstance(prunable, str) else tuple(prunable)  # it is gone through twice
     for name, weight in masking.prunable(net, prunable).items():
         if not isinstance(weight, nn.Parameter):
             raise UserError(
@@ -131,12 +134,12 @@ def _run(
         if batch is None:
             raise UserError(f"{entry.title} needs batch=(images, labels)" + (", for their shape." if n == 1 else "."))
         images, labels = batch
-        if len(images) != len(labels) or labels.dim() != 1 or labels.is_floating_point():
+        if not len(images) == labels.numel() > 0 or labels.dim() != 1 or labels.is_floating_point():
             raise UserError(
                 f"batch has {len(images)} images and labels of shape {tuple(labels.shape)}, {labels.dtype}: give one "
                 "whole number per image."
             )
-        return images.to(weight.device, weight.dtype), labels.to(weight.device)
+        return images.to(weight.device, weight.dtype), labels.to(weight.device, torch.long)
 
     moment = Moment(
         model=net,
@@ -148,7 +151,7 @@ def _run(
         options={**entry.options, **options},
         density=1 - sparsity,
     )
-    with torch.random.fork_rng(), machine.one_thread():
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []), machine.one_thread():
         torch.manual_seed(seed)
         return entry.run(moment)
 
