@@ -122,6 +122,8 @@ def test_the_published_fourteen_bins_are_reproduced():
     assert ece_lthpass(probs, labels) == pytest.approx(official_ece(probs, labels), abs=1e-12)
     assert ece_lthpass(probs, labels) == ece(probs, labels, n_bins=14)
     assert abs(ece_lthpass(probs, labels) - ece(probs, labels)) > 1e-3
+    rough = torch.from_numpy(probs).bfloat16().requires_grad_()
+    assert ece_lthpass(rough, labels) == ece_lthpass(rough.detach().float().numpy(), labels)
 
     probs[10:500] = [np.nextafter(np.float32(1), np.float32(2)), 0]  # never summed there
     assert ece_lthpass(probs, labels) == pytest.approx(official_ece(probs, labels), abs=1e-12)

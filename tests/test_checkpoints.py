@@ -155,6 +155,7 @@ def test_a_file_runs_no_code(tmp_path):
         ),
         (lambda w: {"state_dict": w, "args": argparse.Namespace(lr=1)}, "beside tensors it holds argparse.Namespace"),
         (lambda w: {**w, 3: torch.zeros(1)}, "has the key 3 among its tensors"),
+        (lambda w: {**w, 0: torch.zeros(1)}, "has the key 0 among its tensors"),
         (lambda w: {"epoch": 3}, "holds no state dict"),
         (lambda w: [w], "holds no state dict"),
         (lambda w: {k: v for k, v in w.items() if k != "fc.weight"}, "lacks fc.weight"),
@@ -181,6 +182,16 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content, suffix):
     path.write_bytes(content)
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(path)
+
+
+def test_an_archive_with_a_damaged_directory_is_one_sentence(tmp_path):
+    path = tmp_path / "mine.pt"
+    torch.save(Other().state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02")] = 0  # a signature in the list of files; its end is sound
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as a network"):
+        load_network(path, Other)
 
 
 def test_a_pipe_or_folder_is_no_file(tmp_path):

@@ -86,6 +86,23 @@ def masks(model):
     return {n: torch.rand(model.get_parameter(n).shape, generator=generator) < 0.5 for n in names}
 
 
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda model, x, y: weight_noise_tolerance(model, x, y, pairs=2).sigma,
+        lambda model, x, y: input_noise_tolerance(model, x, y, pairs=2).sigma,
+        lambda model, x, y: filter_normalised_surface(model, x, y, points=3).loss.sum(),
+        lambda model, x, y: adversarial_slice(model, x, y, points=3).loss.sum(),
+        lambda model, x, y: interpolate(model, model.state_dict(), model.state_dict(), x, y, points=3).loss.sum(),
+        lambda model, x, y: hessian_trace(model, x, y).total,
+        lambda model, x, y: input_hessian_trace(model, x, y).trace.sum(),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_may_be_any_whole_numbers(model, batch, measured, dtype):
+    assert measured(model, batch[0], batch[1].to(dtype)) == measured(model, *batch)
+
+
 def masked(model, masks):
     pruned = copy.deepcopy(model)
     for name, mask in masks.items():

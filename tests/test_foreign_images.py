@@ -309,6 +309,13 @@ def numbered(root, said=None):
         (root / "pets" / "test.txt").write_text(said)
 
 
+def test_class_names_may_begin_with_digits_of_any_script(root):
+    for part in ("train", "test"):
+        for name in ("\uff14b", "4b", "b4"):
+            save(root / "pets" / part / name / "x.png", np.zeros((8, 8), np.uint8))
+    assert load(root).classes == ("4b", "b4", "\uff14b")
+
+
 def labels(found):
     return {
         int(pixels[0, 0, 0]) // 20: int(label)

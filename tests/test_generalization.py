@@ -513,6 +513,12 @@ def table(values):
     return found
 
 
+def test_one_image_may_be_attacked_by_steps(subject):
+    value = table(measure(subject, **{**FEW, "n_pgd": 1})[0])
+    assert value["pgd_accuracy", "pgd", 8] in (0, 1)
+    assert value["fgsm_pgd_gap", "pgd", 8] in (-1, 0, 1)
+
+
 def test_corruption_rows_are_the_accuracies_of_the_same_weights_on_corrupted_images(subject, measured):
     value, test = table(measured[0]), subject.data.test
     which = sample(test.labels, 20)

@@ -194,8 +194,11 @@ def test_a_network_of_any_class_is_measured_and_left_as_it_was(other, store):
     assert dense.fc.weight.grad is not None
     with pytest.raises(UserError, match=r"seven: .*\(7,\); .* 10 logits"):
         own.compare(dense, {"seven": Other(7)}, "mnist5k", store=store, dimensions=FEW)
-    with pytest.raises(UserError, match="cannot be named"):
-        own.compare(dense, {"dense": pruned}, "mnist5k", store=store, dimensions=FEW)
+    for name in ("dense", "dense-long"):
+        with pytest.raises(UserError, match="cannot be named"):
+            own.compare(dense, {name: pruned}, "mnist5k", store=store, dimensions=FEW)
+    with pytest.raises(UserError, match="soft: The network returns probabilities"):
+        own.compare(dense, {"soft": nn.Sequential(pruned, nn.Softmax(1))}, "mnist5k", store=store, dimensions=FEW)
 
 
 class Masked(Other):

@@ -171,6 +171,24 @@ def test_a_transformer_is_measured_where_that_has_a_meaning(store):
     assert str(method) != "exact"
 
 
+def test_attention_over_other_sizes_has_its_three_projections_counted():
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ask, self.attend, self.fc = nn.Linear(4, 8), attention, nn.Linear(8, 3)
+
+        def forward(self, x):  # images (N, 1, 5, 10): five places of six numbers and four
+            x = x.flatten(1, 2)
+            return self.fc(self.attend(self.ask(x[..., 6:]), x[..., :6], x[..., 6:], need_weights=False)[0].mean(1))
+
+    used = used_weights(Pool().eval(), torch.rand(3, 1, 5, 10))
+    names = {f"attend.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")}
+    assert set(used) == {"ask.weight", "fc.weight", *names}
+    assert {kind for kind, _ in used.values()} == {"linear"}
+
+
 def test_layers_have_the_names_that_they_have_in_the_network_itself(dense, images):
     around = nn.Sequential(OrderedDict(normalize=Normalize([0.0], [1.0]), network=dense))
     few = as_input(images.pixels[:2])

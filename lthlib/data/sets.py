@@ -178,7 +178,7 @@ def load(name: str, store: Store, train_size: int | None = None) -> DataSet:
         if not len(classes) <= train_size <= len(train):
             raise UserError(f"train_size is {train_size}; {name} allows {len(classes)} to {len(train)} (all of them).")
         train = train.subset(torch.from_numpy(stratified(train.labels.numpy(), train_size, seed=0)[0]))
-    by_number = sorted(classes, key=lambda c: [int(w) if w.isdecimal() else w for w in re.split(r"([0-9]+)", c)])
+    by_number = sorted(classes, key=lambda c: [int(w) if i % 2 else w for i, w in enumerate(re.split(r"([0-9]+)", c))])
     if classes == sorted(classes) != by_number:
         say(
             f"{name}: the classes are in the order of text, {', '.join(classes[:4])} ...; for another order, of a "

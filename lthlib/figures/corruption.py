@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from lthlib.data.corruptions import CORRUPTIONS, common
 from lthlib.figures import WIDTH, colours, factor, heatmap, label, shades
 from lthlib.metrics import METRICS
+from lthlib.networks import ARCHITECTURES
 from lthlib.pruning import METHODS, masks
 
 
@@ -50,7 +51,8 @@ def corruption_map(judged: pd.DataFrame, metric: str, round: int) -> Figure:
             axis.set_xlabel("severity")
         figure.colorbar(shown, ax=list(mine), orientation="horizontal", pad=0.01, aspect=60, shrink=0.8)
     axes[0].tick_params(axis="y", labelsize=8)
-    at = f", sparse at {_percent(round)}" if methods[0] in METHODS else ""  # of a foreign network it need not be that
+    ours = set(part["arch"]) <= set(ARCHITECTURES)  # of a foreign network it need not be that
+    at = f", sparse at {_percent(round)}" if ours else ""
     figure.suptitle(f"{label(metric)}{at}", fontsize="medium")
     return figure
 

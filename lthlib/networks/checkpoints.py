@@ -72,8 +72,8 @@ def _state_in(content: object, path: Path) -> dict[str, Tensor]:
         content = content[found[0]]
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no state dict. {HOW}")
-    if odd := next((name for name in content if not isinstance(name, str)), None):
-        raise UserError(f"{path} has the key {odd!r} among its tensors; the keys of a state dict are names. {HOW}")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise UserError(f"{path} has the key {odd[0]!r} among its tensors; the keys of a state dict are names. {HOW}")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -134,6 +134,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def check_logits(logits: np.ndarray, name: str) -> None:
+    """Refuse a network whose outputs (N, C) are probabilities."""
+    if logits.min() >= 0 and logits.max() <= 1:
+        raise UserError(
+            f"{name}: The network returns probabilities (all numbers lie between 0 and 1), and logits are needed: "
+            "leave out the softmax or sigmoid at its end."
+        )
+
+
 def check_classifier(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
     """Refuse a dense network with which nothing can be compared, by its logits (N, C) for all test images.
 
@@ -141,11 +150,7 @@ def check_classifier(logits: np.ndarray, labels: np.ndarray, classes: Sequence[s
     than guessing (the most frequent class, and three standard errors).
     """
     order = f"here they are, in order: {', '.join(classes[:12])}{' ...' if len(classes) > 12 else ''}"
-    if logits.min() >= 0 and logits.max() <= 1:
-        raise UserError(
-            "The dense network returns probabilities (all numbers lie between 0 and 1), and logits are needed: leave "
-            "out the softmax or sigmoid at its end."
-        )
+    check_logits(logits, "dense")
     if np.abs(logsumexp(logits, axis=1)).max() < 1e-3:
         say("note: the network returns log-probabilities, not logits; scores of the logits' size (energy) are constant")
     counts = np.zeros((len(classes), len(classes)), int)

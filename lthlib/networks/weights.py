@@ -17,8 +17,14 @@ from lthlib.networks.checks import agree, answers, check_deterministic, check_ow
 KINDS = {"linear": "linear", "multi_head_attention_forward": "linear"} | {
     name: "conv" for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")
 }
-WEIGHTS = {"multi_head_attention_forward": ((5, "in_proj_weight"), (11, "out_proj_weight"))}
-"""Where a function's weights stand among its arguments, if not second."""
+WEIGHTS = {
+    "multi_head_attention_forward": (
+        (5, "in_proj_weight"),
+        (11, "out_proj_weight"),
+        *((18 + i, f"{name}_proj_weight") for i, name in enumerate("qkv")),
+    )
+}
+"""Where a function's weights stand among its arguments, if not second; one that is not used is None or left out."""
 
 Used = dict[str, tuple[str, Tensor]]
 """Name of a parameter -> "conv" or "linear", and the weights that such a layer multiplies with."""
@@ -52,7 +58,9 @@ class _Recorder(TorchFunctionMode):
         named = getattr(function, "__name__", "").partition(".")[0]  # conv2d.default of torch.export
         kind = KINDS.get(named)
         for place, argument in WEIGHTS.get(named, ((1, "weight"),)) if kind is not None else ():
-            weight = kwargs[argument] if argument in kwargs else args[place]
+            weight = kwargs[argument] if argument in kwargs else next(iter(args[place:]), None)
+            if weight is None:
+                continue
             name = self.names.get(id(weight)) or f"{self.inside[-1]}.weight".removeprefix(".")
             while name in self.found and not torch.equal(self.found[name][1], weight):
                 name += "'"  # one module, several weights that it computes

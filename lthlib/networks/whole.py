@@ -85,10 +85,10 @@ def load_whole(path: Path) -> nn.Module | None:
         UserError: Where it cannot be read, or what reads it is not installed.
     """
     names = set()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            names = {name.partition("/")[2] for name in file.namelist()}
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                names = {name.partition("/")[2] for name in file.namelist()}
         if path.suffix == ".onnx":
             return _onnx(path)
         if path.suffix == ".pt2" or "archive_format" in names:

@@ -27,10 +27,11 @@ from lthlib.core.store import Store, say
 from lthlib.data.corrupted import sample
 from lthlib.metrics import Value
 from lthlib.metrics.generalization.classes import disagreement, kept_answers
-from lthlib.networks.checks import check_classifier, check_deterministic
+from lthlib.networks.checks import check_classifier, check_deterministic, check_logits
 from lthlib.networks.weights import Used, plain_copy, used_weights
 from lthlib.networks.whole import sealed
 from lthlib.own.subject import Label, OwnSubject, digest, few_images
+from lthlib.pruning import METHODS
 from lthlib.results import verdict
 from lthlib.results.collect import table_of
 from lthlib.results.evaluate import DIMENSIONS, measured
@@ -179,8 +180,9 @@ def compare(
         UserError: For networks whose answers cannot be trusted (see `lthlib.networks.checks`), naming which.
     """
     pruned = sparse if isinstance(sparse, Mapping) else {"pruned": sparse}
-    if DENSE in pruned:
-        raise UserError(f"A pruned network cannot be named {DENSE!r}: that is its parent's name.")
+    for name in pruned:
+        if name in METHODS and METHODS[name].family == "dense":
+            raise UserError(f"A pruned network cannot be named {name!r}: that is the name of a dense one.")
     if prunable is not None:
         choose(prunable, PRUNABLE, "kind of prunable weights")
     limits, settings = verdict.thresholds_from(thresholds or {}), _settings(dimensions)
@@ -240,7 +242,8 @@ def in_memory(images: Tensor | np.ndarray, labels: object, classes: Sequence[str
     Raises:
         UserError: For pixels that are not in [0, 1] or uint8, other shapes, and labels that do not fit.
     """
-    images, labels = torch.as_tensor(images).detach().cpu(), torch.as_tensor(labels if labels is not None else [])
+    images = torch.as_tensor(images).detach().cpu()
+    labels = torch.as_tensor(labels if labels is not None else []).cpu()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         raise UserError(f"images has the shape {tuple(images.shape)}; (N, C, H, H) is needed, C 1 or 3, square.")
     if labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels) or int(labels.min()) < 0:
@@ -261,7 +264,7 @@ def in_memory(images: Tensor | np.ndarray, labels: object, classes: Sequence[str
         raise UserError(f"labels go up to {int(labels.max())}, and classes names {len(names)}.")
     share = pixels.flatten(0, 2).double() / 255
     content = hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
-    both = data.Images(pixels, labels.long().cpu())
+    both = data.Images(pixels, labels.long())
     mean, std = share.mean(0).tolist(), share.std(0).clamp_min(1e-4).tolist()
     return data.DataSet(f"images-{content[:8]}", names, both, None, both, tuple(mean), tuple(std), content)
 
@@ -383,6 +386,7 @@ def _answered(
     names, dense = np.array(like.classes), subjects[DENSE].logits("test", n).argmax(1)
     for name, subject in subjects.items():
         logits = subject.logits("test", n)
+        check_logits(logits, name)
         mine = arrays[subject.ticket.id] = kept_answers(logits, labels, like.classes)
         if name != DENSE:
             predicted = logits.argmax(1)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lthlib.core.errors import UserError, choose
-from lthlib.metrics.arrays import check_probs
+from lthlib.metrics.arrays import as_array, check_probs
 from lthlib.metrics.registry import metric
 
 N_BINS = 15  # Guo et al., 2017, section 5
@@ -89,7 +89,7 @@ def ece_lthpass(probs: ArrayLike, labels: ArrayLike) -> float:
     to reproduce its number.
     """
     confidence, hits = top(*check_probs(probs, labels))
-    counted = np.asarray(probs).max(axis=1) <= 1
+    counted = as_array(probs, "probabilities").max(axis=1) <= 1
     bins = bin_index(confidence, PUBLISHED_BINS)
     return _gaps(bins[counted], confidence[counted], hits[counted]) / len(hits)
 

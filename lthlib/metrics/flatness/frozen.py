@@ -46,7 +46,7 @@ class Frozen:
                 "Images must be a non-empty float tensor (N, channels, height, width) with pixels in [0, 1]; "
                 f"got {tuple(images.shape)} of {images.dtype}."
             )
-        self.model, self.images, self.labels = copied(model).eval().requires_grad_(False), images, labels
+        self.model, self.images = copied(model).eval().requires_grad_(False), images
         self.weights = dict(self.model.named_parameters())
         self.masks = {name: mask.to(images.device) for name, mask in (masks or {}).items()}
         apply_(self.model, self.masks)
@@ -60,6 +60,7 @@ class Frozen:
         check_own_weights(self.model, found)
         self.classes = found[0][1].shape[1]
         check_labels(labels, len(images), self.classes)
+        self.labels = labels.long()  # cross-entropy takes no other whole numbers
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             warnings.warn(
                 f"All {len(labels)} images have the label {int(labels[0])}: the result speaks of that class "

@@ -97,7 +97,8 @@ def interpolate(
         if statistics == "recompute":
             _measure_statistics(frozen.model, images)
         logits = frozen.logits()
-        rows.append((float(F.cross_entropy(logits, labels)), float((logits.argmax(1) != labels).double().mean())))
+        wrong = (logits.argmax(1) != frozen.labels).double().mean()
+        rows.append((float(F.cross_entropy(logits, frozen.labels)), float(wrong)))
     loss, error = np.array(rows).T
     check_finite(torch.from_numpy(loss[[0, -1]]))
     return LossPath(ts, np.where(np.isfinite(loss), loss, np.inf), error)
@@ -127,7 +128,7 @@ def filter_normalised_surface(
 
     def at(a: float, b: float) -> Tensor:
         moved = {name: frozen.weights[name] + a * first[name] + b * second[name] for name in first}
-        return F.cross_entropy(frozen.logits(moved), labels)
+        return F.cross_entropy(frozen.logits(moved), frozen.labels)
 
     return _surface(at, steps, steps)
 
@@ -144,7 +145,7 @@ def adversarial_slice(
     adversarial, signs = _gradient_signs(frozen), rademacher_like(images, seed)
 
     def at(a: float, b: float) -> Tensor:
-        return F.cross_entropy(frozen.logits(images=(images + a * adversarial + b * signs).clamp(0, 1)), labels)
+        return F.cross_entropy(frozen.logits(images=(images + a * adversarial + b * signs).clamp(0, 1)), frozen.labels)
 
     return _surface(at, np.linspace(0, span, points), np.linspace(-span, span, points))
 

@@ -61,9 +61,9 @@ def weight_noise_tolerance(
     def pair_mean(sigma: float, pair: int) -> float:
         noise = {n: w.abs() * normal_like(w, seed, pair, place) for place, (n, w) in enumerate(noisy.items())}
         signs = ({name: w + s * noise[name] for name, w in noisy.items()} for s in (sigma, -sigma))
-        return sum(float(loss(frozen.logits(moved), labels)) for moved in signs) / 2
+        return sum(float(loss(frozen.logits(moved), frozen.labels)) for moved in signs) / 2
 
-    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise=0.1, sigma_max=5.0, draws=pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), frozen.labels)), rise=0.1, sigma_max=5.0, draws=pairs)
 
 
 def input_noise_tolerance(
@@ -78,9 +78,9 @@ def input_noise_tolerance(
 
     def pair_mean(sigma: float, pair: int) -> float:
         signs = ((images + s * noise[pair]).clamp(0, 1) for s in (sigma, -sigma))
-        return sum(float(loss(frozen.logits(images=moved), labels)) for moved in signs) / 2
+        return sum(float(loss(frozen.logits(images=moved), frozen.labels)) for moved in signs) / 2
 
-    return largest_sigma(pair_mean, float(loss(frozen.logits(), labels)), rise=0.1, sigma_max=2.0, draws=pairs)
+    return largest_sigma(pair_mean, float(loss(frozen.logits(), frozen.labels)), rise=0.1, sigma_max=2.0, draws=pairs)
 
 
 def largest_sigma(

@@ -166,7 +166,7 @@ def _attacks(subject: Subject, n: int, n_pgd: int, epsilons: Sequence[float]) ->
     found = [Value("adversarial_accuracy", accuracy(z, labels), len(labels), "fgsm", e) for e, z in after.items()]
     pushed = pgd(subject.model, images[few], labels[few], 8 / 255)
     pushed = adversarial_logits(subject.model, pushed, labels[few], [0])[0]  # as they are
-    by_fgsm, by_pgd = accuracy(after[8][few], labels[few]), accuracy(pushed, labels[few])
+    by_fgsm, by_pgd = accuracy(after[8][few.numpy()], labels[few]), accuracy(pushed, labels[few])
     margin = true_class_margin(after[8], labels).mean()
     numbers = {"fgsm_accuracy": accuracy(after[8], labels), "adversarial_margin": margin}
     found += values(numbers, len(labels), "fgsm", 8)
