@@ -58,7 +58,14 @@ FLAT = {"dense": 1.0, "lth": 1.0, "snip": 2.0}
 FOUR = each(("ood_auroc", "ece", "fidelity", "weight_hessian_trace"), dense=0.5, lth=0.5)
 
 # Relative, so large that nothing is told; of accuracies so small that none collapses.
-NOISE = {"accuracy": 0.1, "generalization": 0.05, "calibrated": 1.0, "small-dense": 1.5}
+NOISE = {
+    "accuracy": 0.1,
+    "initialisation": 0.2,
+    "dynamic": 0.2,
+    "generalization": 0.05,
+    "calibrated": 1.0,
+    "small-dense": 1.5,
+}
 # name: (holds, fails, which method's absence leaves it unmeasured)
 ALONE_CASES = {
     "accuracy": (
@@ -112,6 +119,16 @@ ALONE_CASES = {
         each(("ece", "nll"), **{"lth": 0.1, "small-dense": 0.2}),
         each(("ece", "nll"), **{"lth": 0.2, "small-dense": 0.1}),
         "small-dense",
+    ),
+    "initialisation": (
+        {"test_accuracy": {"rp": 0.7, "snip": 0.8, "grasp": 0.8, "lth": 0.9}},
+        {"test_accuracy": {"rp": 0.7, "snip": 0.9, "grasp": 0.9, "lth": 0.8}},
+        "rp",
+    ),
+    "dynamic": (
+        {"test_accuracy": {"rp": 0.7, "snip": 0.7, "rigl": 0.8}},
+        {"test_accuracy": {"rp": 0.6, "snip": 0.8, "rigl": 0.7}},
+        "snip",
     ),
     "few-pay": (
         {WORST: {"dense": 0.8, "lth": 0.6}, "test_accuracy": {"dense": 0.9, "lth": 0.85}},

@@ -1,4 +1,4 @@
-"""What was claimed of calibration, interpretability, flatness, and all together, each claim above its rule."""
+"""What was claimed of calibration, interpretability, flatness, and all together, and by others, each above its rule."""
 
 # ruff: noqa: E501  # sentences, one a line
 
@@ -244,6 +244,46 @@ def beats_small(e: Evidence) -> Finding:
     outcome = CANNOT if bool(better) == bool(worse) else HOLDS if better else FAILS
     more = f"Of {len(told)} metrics LTH is shown ahead in {better} and behind in {worse}."
     return Finding(outcome, told, more)
+
+
+@claim(
+    "initialisation",
+    "Pruning at initialisation: above random, below magnitude",
+    "Networks pruned at initialisation are more accurate than randomly pruned ones, and less accurate than those that magnitude has pruned after training.",
+    "{cite:t}`frankle2021pruning`",
+    needs="accuracy of RP, LTH and at least one method at initialisation",
+    holds="The order is the published one. To look at weights before training helps, and to look at them after it helps more.",
+    fails="One half of the published order is turned round here. The published networks were trained for longer, and so their masks had more to lose.",
+    cannot="No half of the published order is shown to be false, but not both are shown to be true.",
+    figure=["test_accuracy"],
+    methods=["rp", *parts.PI, "lth"],
+)
+def between_random_and_magnitude(e: Evidence) -> Finding:
+    """The methods at initialisation are more accurate than RP, and LTH is more accurate than they are, at the same
+    sparsity. It fails where one of the two is the other way round.
+    """
+    pi = e.measured(parts.PI, "test_accuracy") or parts.PI
+    told = [parts.ahead(e, "test_accuracy", a, b) for a, b in ((pi, ["rp"]), (["lth"], pi))]
+    return parts.all_of(*told)
+
+
+@claim(
+    "dynamic",
+    "Masks that move beat masks that stay",
+    "Trained sparse from the start, RigL is more accurate than random masks and than those of SNIP.",
+    "{cite:t}`evci2020rigging`",
+    needs="accuracy of RigL, RP and SNIP",
+    holds="The order is the published one. Letting the mask move pays.",
+    fails="One of the fixed masks is the better one here. RigL's mask moves only as long as it trains, and these trainings are short beside the published ones.",
+    cannot="RigL is not surely different from one of the fixed masks. Its mask moves only as long as it trains, and these trainings are short beside the published ones.",
+    figure=["test_accuracy"],
+    methods=["rp", "snip", "rigl"],
+)
+def moving_beats_fixed(e: Evidence) -> Finding:
+    """RigL is more accurate than RP, and more accurate than SNIP, at the same sparsity. It fails where one of the two
+    is the other way round.
+    """
+    return parts.all_of(*(parts.ahead(e, "test_accuracy", ["rigl"], [other]) for other in ("rp", "snip")))
 
 
 @claim(
