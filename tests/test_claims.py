@@ -304,6 +304,23 @@ def test_studies_that_were_judged_together_are_told_together():
     assert "**Study 3, alone: – not measured.**" in section
 
 
+def test_of_each_foreign_set_chance_over_seeds_and_ranks_beside_accuracy_are_told():
+    accuracy = {"dense": 0.9, "lth": 0.8, "rp": 0.7}
+    study = made({"test_accuracy": accuracy, "ood_auroc": {"dense": 0.6, "lth": 0.7, "rp": 0.8}}, noise=0.01)
+    noise = study.rows[study.rows["metric"] == "ood_auroc"]
+    near = noise.assign(shift="near", value=1.5 - noise["value"] + 0.2 * (noise["seed"] % 2))
+    rows = pd.concat([study.rows[study.rows["metric"] == "test_accuracy"], noise.assign(shift="noise"), near])
+    said = claims_pages([replace(study, rows=rows), made({})])["foreign.md"].splitlines()[2:]
+    found = dict(line.strip("| ").split(" | ") for line in said)
+    assert [*found] == ["accuracy, seeds", "`near`, seeds", "`noise`, seeds", "`near`, ranks", "`noise`, ranks"]
+    for name, of in (("noise", noise), ("near", near)):
+        expected = 100 * of.groupby(["method", "round"])["value"].var().mean() ** 0.5
+        assert float(found[f"`{name}`, seeds"]) == pytest.approx(expected, abs=0.05)
+    assert float(found["`near`, seeds"]) > 5 * float(found["`noise`, seeds"])
+    assert float(found["`near`, ranks"]) > 0.5
+    assert float(found["`noise`, ranks"]) < -0.5
+
+
 def test_studies_that_disagree_are_named_with_the_side_on_which_they_are_miscalibrated():
     sure = each(("ece", "sce", "nll"), dense=0.3, rp=0.1, snip=0.1, grasp=0.1, synflow=0.1, lth=0.2, omp=0.2)
     unsure = {name: {m: 0.4 - value for m, value in of.items()} for name, of in sure.items()}

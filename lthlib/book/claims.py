@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lthlib.book import markdown
 from lthlib.book.markdown import plain
-from lthlib.book.studies import beside_accuracy_table, disagreements, rankings_table, studies_table
+from lthlib.book.studies import beside_accuracy_table, disagreements, foreign_table, rankings_table, studies_table
 from lthlib.figures.claims import claim_figure
 from lthlib.metrics import METRICS
 from lthlib.results.claims import CLAIMS, Claim, Finding, find_all, interpreted
@@ -30,6 +30,7 @@ def claims_pages(studies: Sequence[Evidence]) -> dict[str, str | bytes]:
         "disagreements.md": disagreements(studies, found),
         "rankings.md": rankings_table(studies),
         "beside-accuracy.md": beside_accuracy_table(studies),
+        "foreign.md": foreign_table(studies),
     }
     parts = []
     for claim in CLAIMS:

@@ -238,6 +238,8 @@ def _dimension_table(judged: pd.DataFrame, passes: pd.DataFrame) -> str:
     reached, ends = verdict.reach(judged, by="dimension"), verdict.ends(judged, by="dimension")
     titles, lines = [*(DIMENSIONS[name].title for name in reached), "everything"], []
     for method, line in reached.iterrows():
+        if METHODS[method].family == "dense":  # trained as long as a ticket: a control, no sparse network
+            continue
         mine = passes[passes["method"] == method].sort_values("round")
         kept = mine[mine["passed"].cumprod().astype(bool)]
         every = kept["sparsity"].iloc[-1] if len(kept) else float("nan")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
+
 from lthlib.book import markdown
 from lthlib.book.cost import sizes
 from lthlib.book.markdown import plain
@@ -16,6 +18,7 @@ from lthlib.results.claims_parts import FAILS, HOLDS, Evidence, listed, mean_of,
 from lthlib.tickets.study import Study
 
 FEW = 6  # networks from which on a correlation of ranks is told
+RANKS = ", ranks"  # ends the name of a line of such correlations
 
 
 def passes(study: Study) -> int:
@@ -96,11 +99,42 @@ def beside_accuracy_table(studies: Sequence[Evidence]) -> str:
             values = e.cells(metric).mean(axis=1)
             if metric != "test_accuracy" and len(values) >= FEW and min(values.nunique(), accuracy.nunique()) > 1:
                 way = 1 if METRICS[metric].higher_is_better else -1
-                rho = way * values.corr(accuracy, method="spearman")
-                found[titled(metric)] = f"{rho:+.2f}".replace("0.", ".")  # ten columns have to fit on a page
+                found[titled(metric)] = _sorted_alike(way * values, accuracy)
         columns[str(n)] = found
-    metrics = dict.fromkeys(name for found in columns.values() for name in found)
-    lines = [{"metric": name, **{n: found.get(name, "–") for n, found in columns.items() if found}} for name in metrics]
+    return _by_study("metric", columns)
+
+
+def foreign_table(studies: Sequence[Evidence]) -> str:
+    """Return of each set of foreign images what its ROC-AUC depends on, by the studies' numbers.
+
+    That is chance (the standard deviation over trainings that differ in nothing but their seed, in points, pooled over
+    networks that have not collapsed; that of accuracy in the first line) and, as above, accuracy.
+    """
+    columns = {}
+    for n, e in enumerate(studies, 1):
+        accuracy, rows = e.cells("test_accuracy"), e.rows[e.rows["metric"] == "ood_auroc"]
+        spreads, ranks = {"accuracy": accuracy} if len(rows) else {}, {}
+        for name, of in rows.groupby("shift"):
+            cells = of.pivot_table(index=["method", "round"], columns="seed", values="value")
+            spreads[f"`{name}`"] = cells = cells[cells.index.isin(accuracy.index)]
+            if len(cells) >= FEW:
+                ranks[f"`{name}`{RANKS}"] = _sorted_alike(cells.mean(axis=1), accuracy.mean(axis=1))
+        deviations = {name: 100 * cells.var(axis=1).mean() ** 0.5 for name, cells in spreads.items()}
+        told = {f"{name}, seeds": f"{value:.1f}" for name, value in deviations.items() if not math.isnan(value)}
+        columns[str(n)] = told | ranks
+    return _by_study("ROC-AUC of", columns)
+
+
+def _sorted_alike(values: pd.Series, accuracy: pd.Series) -> str:
+    """Return Spearman's correlation, short: ten columns have to fit on a page."""
+    return f"{values.corr(accuracy, method='spearman'):+.2f}".replace("0.", ".")
+
+
+def _by_study(first: str, columns: Mapping[str, Mapping[str, str]]) -> str:
+    """Return a table with a column a study that has anything to say, and a line for what any of them says."""
+    names = dict.fromkeys(name for found in columns.values() for name in found)
+    names = sorted(names, key=lambda name: name.endswith(RANKS))
+    lines = [{first: name, **{n: found.get(name, "–") for n, found in columns.items() if found}} for name in names]
     return markdown.table(lines, "--:") if lines else "No study has networks enough."
 
 

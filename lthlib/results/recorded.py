@@ -76,7 +76,8 @@ def check_records(folder: Path) -> list[str]:
             raise ValueError(f"{MANIFEST} cannot be read") from None
         check_files(folder, files)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        damage = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) else error
+        of_file = isinstance(error, OSError) and error.filename
+        damage = f"{Path(error.filename).name}: {error.strerror}" if of_file else error
         raise _damaged(folder, damage) from error
     return list(files)
 
