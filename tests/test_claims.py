@@ -304,6 +304,17 @@ def test_studies_that_were_judged_together_are_told_together():
     assert "**Study 3, alone: – not measured.**" in section
 
 
+def test_many_foreign_sets_weigh_no_more_than_one():
+    lost = {"dense": 0.5, "lth": 0.2}
+    kept = each(("corruption_error", "fgsm_accuracy", "ece"), dense=0.5, lth=0.5)
+    study = made({**kept, "ood_auroc": lost, "nll": {"dense": 0.5, "lth": 0.9}})
+    foreign = study.rows[study.rows["metric"] == "ood_auroc"]
+    sets = [foreign.assign(shift=name) for name in "abcde"]
+    more = replace(study, rows=pd.concat([study.rows.drop(foreign.index), *sets]))
+    for e in (study, more):  # one of two metrics lost in calibration, one of four in generalization
+        assert found("calibration-harder", e) == HOLDS
+
+
 def test_of_each_foreign_set_chance_over_seeds_and_ranks_beside_accuracy_are_told():
     accuracy = {"dense": 0.9, "lth": 0.8, "rp": 0.7}
     study = made({"test_accuracy": accuracy, "ood_auroc": {"dense": 0.6, "lth": 0.7, "rp": 0.8}}, noise=0.01)

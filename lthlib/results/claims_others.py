@@ -28,7 +28,8 @@ TRACES = ("weight_hessian_trace", "input_hessian_trace")
 )
 def harder_to_calibrate(e: Evidence) -> Finding:
     """The share of verdicts lost in calibration is larger than the share that is lost or not shown in
-    generalization. It fails where the reverse is true.
+    generalization. It fails where the reverse is true. In a dimension each metric weighs the same, on however many
+    sets of foreign images it was measured.
     """
     lines = verdict.votes(e.judged)
     lines = lines[lines["method"].isin(e.sparse("test_accuracy"))]
@@ -38,8 +39,9 @@ def harder_to_calibrate(e: Evidence) -> Finding:
         mine = lines[dimensions == dimension]
         if set(mine["metric"]) <= {"test_accuracy"}:
             return Finding(UNMEASURED)
+        by_metric = mine["outcome"].groupby(mine["metric"])
         outcomes = (verdict.KEPT, verdict.LOST, verdict.NOT_SHOWN)
-        shares[dimension] = [float((mine["outcome"] == outcome).mean()) for outcome in outcomes]
+        shares[dimension] = [float(by_metric.agg(lambda of, o=o: (of == o).mean()).mean()) for o in outcomes]
     (_, lost, still), (_, other_lost, other_still) = shares.values()
     outcome = HOLDS if lost > other_lost + other_still else FAILS if other_lost > lost + still else CANNOT
     said = [
