@@ -304,6 +304,11 @@ def test_studies_that_were_judged_together_are_told_together():
     assert "**Study 3, alone: – not measured.**" in section
 
 
+def test_where_there_is_no_ticket_there_is_no_verdict_on_tickets():
+    spec = {metric: {"dense": 0.5, "dense-long": 0.5} for metric in FOUR}
+    assert found("lth-pass", made(spec)) == UNMEASURED
+
+
 def test_many_foreign_sets_weigh_no_more_than_one():
     lost = {"dense": 0.5, "lth": 0.2}
     kept = each(("corruption_error", "fgsm_accuracy", "ece"), dense=0.5, lth=0.5)

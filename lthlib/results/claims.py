@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lthlib.results import claims_generalization, claims_others  # noqa: F401  # which fill CLAIMS, in this order
-from lthlib.results.claims_parts import ALONE, CANNOT, CLAIMS, UNMEASURED, WIDTHS, Claim, Evidence, Finding
+from lthlib.results.claims_parts import ALONE, CLAIMS, UNMEASURED, WIDTHS, Claim, Evidence, Finding
 
 __all__ = ["ALONE", "CLAIMS", "Claim", "Finding", "find_all", "interpreted"]
 
@@ -37,6 +37,6 @@ def interpreted(claim: Claim, finding: Finding) -> str:
     if finding.outcome == UNMEASURED:
         return f"Not measured here: the rule needs {claim.needs}."
     text = claim.says[finding.outcome]
-    if finding.outcome == CANNOT and any(part.seeds == 1 for part in finding.parts):
+    if any(part.seeds == 1 for part in finding.parts):
         text += " There is one seed, so that nothing is known of other trainings."
     return f"{text} {finding.more}".strip()

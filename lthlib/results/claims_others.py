@@ -48,7 +48,7 @@ def harder_to_calibrate(e: Evidence) -> Finding:
         f"{dimension}: {100 * k:.0f} % of verdicts kept, {100 * x:.0f} % lost, {100 * o:.0f} % not shown"
         for dimension, (k, x, o) in shares.items()
     ]
-    return Finding(outcome, [Part(outcome, "; ".join(said))])
+    return Finding(outcome, [Part(outcome, "; ".join(said), e.rows["seed"].nunique())])
 
 
 @claim(
@@ -214,11 +214,13 @@ def passes(e: Evidence) -> Finding:
         return Finding(UNMEASURED)
     found = verdict.lth_pass(e.judged)
     found = found[found["sparsity"].between(0.19, 0.9909)]
+    if found.empty:  # no sparse network, or none as sparse as that
+        return Finding(UNMEASURED)
     count = found["outcome"].value_counts()
     won, still = count.get(verdict.KEPT, 0), count.get(verdict.NOT_SHOWN, 0)
     outcome = HOLDS if won else CANNOT if still else FAILS
     said = f"of {len(found)} tickets {won} are shown to keep every metric, of {still} it is not shown, the others lose"
-    return Finding(outcome, [Part(outcome, said)])
+    return Finding(outcome, [Part(outcome, said, e.rows["seed"].nunique())])
 
 
 @claim(

@@ -269,10 +269,14 @@ def keeps(e: Evidence, methods: Sequence[str], metrics: Sequence[str]) -> Part:
     lost = lines["outcome"].isin([verdict.LOST, verdict.COLLAPSED])
     share = lost.groupby([lines["method"], lines["metric"], lines["shift"]]).mean()
     kept, still = ((lines["outcome"] == o).sum() for o in (verdict.KEPT, verdict.NOT_SHOWN))
-    what = ", ".join(METRICS[name].title for name in dict.fromkeys(lines.loc[lost, "metric"]))
+    named = lines.assign(title=lines["metric"].map(lambda name: METRICS[name].title))
+    foreign = named["metric"] == "ood_auroc"  # which has several sets, and noise is not like photographs
+    named.loc[foreign, "title"] += " on " + named.loc[foreign, "shift"]
+    what = ", ".join(dict.fromkeys(named.loc[lost, "title"]))
     said = f"{listed(methods)} up to {100 * lines['sparsity'].max():.1f} %: {kept} kept, {lost.sum()} lost"
     said += f" ({what})" * bool(what) + f", {still} not shown"
-    return Part(FAILS if share.max() > 0.5 else HOLDS if kept == len(lines) else CANNOT, said)
+    outcome = FAILS if share.max() > 0.5 else HOLDS if kept == len(lines) else CANNOT
+    return Part(outcome, said, e.rows["seed"].nunique())
 
 
 def all_of(*parts: Part, more: str = "") -> Finding:
