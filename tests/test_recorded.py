@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lthlib.book import front, make, plan
-from lthlib.core.store import MANIFEST, ROOT, sha256
+from lthlib.core.store import MANIFEST, ROOT, Store, sha256
 from lthlib.metrics import Value
 from lthlib.metrics.resampling import held
 from lthlib.results.evaluate import Evaluation
@@ -117,3 +117,14 @@ def test_a_grid_recorded_in_pieces_keeps_what_another_machine_has_computed(tmp_p
     assert trained == {"1"}
     shared = pd.read_csv(tmp_path / RESULTS / "pieces" / "overlaps.csv")
     assert len(shared) == shared["first"].nunique() == 2
+    monkeypatch.setenv("LTHLIB_STORE", str(tmp_path / "store-snip"))  # a third machine, which has one method alone
+    grid.write_text(text.replace("SEEDS", "[0, 1]").replace("[rp, omp]", "[omp, rp, snip]"))
+    make.record(str(grid))
+    again = pd.read_csv(tmp_path / RESULTS / "pieces" / "overlaps.csv")
+    assert again[:2].equals(shared)
+    assert (len(again), again[2:]["jaccard"].isna().sum(), again[2:]["chance"].isna().sum()) == (6, 4, 4)
+    known = {"recorded": tmp_path / RESULTS, "compute_missing": False}
+    (study,) = make.read_grid(str(grid)).studies
+    told = make.overlaps.compare(study, Store(tmp_path / "nothing"), **known)
+    of_snip = (told["a"] == "snip") | (told["b"] == "snip")
+    assert told["jaccard"].isna().equals(of_snip)

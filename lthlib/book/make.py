@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -251,10 +252,22 @@ def record(grid: str) -> None:
 
 
 def _overlaps(grid: Grid, store: Store, folder: Path) -> pd.DataFrame:
-    """Return the overlaps of all pairs whose masks the store has, and what was recorded in a folder of other pairs."""
+    """Return the overlaps of all pairs whose masks the store has, and what was recorded in a folder of other pairs.
+
+    Of networks that were trained on two machines the masks have never met: there it is NaN.
+    """
     here = {t.id for study in grid.studies for t in study.tickets() if store.path(f"tickets/{t.id}").exists()}
     found = [overlaps.compare(study, store, among=here) for study in grid.studies]
     if (folder / overlaps.FILE).exists():
         before = pd.read_csv(folder / overlaps.FILE)
         found.append(before[~(before["first"].isin(here) & before["second"].isin(here))])
-    return pd.concat(found, ignore_index=True)[list(overlaps.COLUMNS)]
+    told = pd.concat(found, ignore_index=True)[list(overlaps.COLUMNS)]
+    known = set(map(frozenset, zip(told["first"], told["second"], strict=True)))
+    pairs = [
+        (a.id, b.id)
+        for study in grid.studies
+        for round, seed in itertools.product(study.rounds, study.seeds)
+        for a, b in overlaps.pairs(study, round, seed)
+    ]
+    unknown = pd.DataFrame([pair for pair in pairs if frozenset(pair) not in known], columns=["first", "second"])
+    return pd.concat([told, unknown], ignore_index=True) if len(unknown) else told

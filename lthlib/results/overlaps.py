@@ -51,7 +51,8 @@ def compare(
 
     Returns:
         One line a pair: ``round``, ``seed``, ``a`` and ``b`` (methods), ``first`` and ``second`` (ids of tickets),
-        ``jaccard`` and ``chance``, see `lthlib.pruning.masks.jaccard` and `lthlib.pruning.masks.chance_jaccard`.
+        ``jaccard`` and ``chance``, see `lthlib.pruning.masks.jaccard` and `lthlib.pruning.masks.chance_jaccard`; both
+        are NaN of a pair that was recorded in parts, on two machines.
     """
     known = _recorded(recorded) if recorded else {}
     lines = []
