@@ -96,7 +96,7 @@ def _beside_long(cells: pd.DataFrame, ticket: Mean, round: int) -> str:
     SUMMARY % "Generalization Results, Discussion",
     needs="accuracy, OoD ROC-AUC, mCE and FGSM accuracy of dense, OMP and LTH",
     holds="Magnitude pruning keeps accuracy and robustness together. Nothing of what was measured has to be paid for sparsity.",
-    fails="Accuracy alone would not have shown the loss named above. Magnitude pruning does not win all of generalization here.",
+    fails="Accuracy alone would not have shown the loss named below. Magnitude pruning does not win all of generalization here.",
     cannot="No loss is certain, but not every metric is shown to be kept. What is open needs more images or seeds.",
     figure=["test_accuracy", "ood_auroc", "corruption_error", "fgsm_accuracy"],
     methods=["omp", "lth"],
