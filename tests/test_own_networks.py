@@ -258,13 +258,23 @@ def test_weights_that_cannot_be_read_are_not_taken_for_pruned(dense, half, store
 def test_the_order_of_classes_is_doubted_only_on_enough_images(each, refused):
     labels = np.repeat(np.arange(10), each)
     answers = labels.copy()
-    answers[labels == 1], answers[labels == 2] = 2, 3  # two of ten classes are taken for their neighbours
+    answers[(1 <= labels) & (labels <= 3)] = np.repeat([2, 3, 1], each)  # three of ten classes are taken for others
     logits = 9.0 * np.eye(10)[answers] - 1
     if refused:
         with pytest.raises(UserError, match="classes seem to be in another order"):
             check_classifier(logits, labels, "abcdefghij")
     else:
         check_classifier(logits, labels, "abcdefghij")
+
+
+def test_a_network_that_has_learned_little_is_not_said_to_have_its_classes_in_another_order():
+    labels = np.repeat(np.arange(10), 100)
+    answers = np.full_like(labels, 3)  # nearly all are the one class, and so are those that it takes its own for
+    answers[labels == 0] = 5
+    with pytest.raises(UserError, match="no better than guessing"):
+        check_classifier(9.0 * np.eye(10)[answers] - 1, labels, "abcdefghij")
+    answers[labels == 7] = 7
+    check_classifier(9.0 * np.eye(10)[answers] - 1, labels, "abcdefghij")
 
 
 def test_what_was_asked_for_and_cannot_be_measured_is_not_shown(dense, images, store, tmp_path):

@@ -118,7 +118,7 @@ def top_eigenvalue(
     """Compute the largest eigenvalue (of the weight Hessian: lower is flatter) with bounds on its error.
 
     Lanczos with full reorthogonalisation, until the error bound falls below ``tolerance`` times the largest magnitude
-    (`Extremes.converged`), or ``max_products``. Memory: one vector, in float64, per product. It starts ``near`` some
+    (`Extremes.converged`), or ``max_products``. Memory: one vector per product. It starts ``near`` some
     vector, for instance the gradient, which lies for a large part in the few sharp directions; as much of a random
     vector is added, for it may lack some of them.
     """
@@ -139,20 +139,20 @@ def lanczos(
     """Run Lanczos on B symmetric matrices at once; yield diagonals and off-diagonals (B, steps so far) after each step.
 
     The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that the Ritz
-    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``. Vectors are
-    kept in float64: sums over a million weights in float32 cost more digits than the products do.
+    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``, in which vectors
+    are kept, too. Sums are in float64: over a million weights in float32 they cost more digits than the products do.
     """
     vector, basis, alphas, betas = start.double(), [], [], []
-    vector = vector / vector.norm(dim=1, keepdim=True)
+    vector = (vector / vector.norm(dim=1, keepdim=True)).to(dtype)
     live = torch.ones(len(start), dtype=torch.bool, device=start.device)
     for _ in range(steps):
         basis.append(vector)
-        image = product(vector.to(dtype)).double()
+        image = product(vector).to(torch.float64, copy=True)  # which is changed below
         alpha = (vector * image).sum(1)
         # An exhausted matrix goes on with zeros; its first entry again is no new end of its spectrum.
         alphas.append(torch.where(live, alpha, alphas[0]) if alphas else alpha)
         for known in [*basis, *basis]:
-            image = image - (known * image).sum(1, keepdim=True) * known
+            image -= (known * image).sum(1, keepdim=True) * known
         beta = image.norm(dim=1)
         rounding = 10 * torch.finfo(dtype).eps * torch.stack([*alphas, *betas]).abs().amax(0)
         live = live & (beta > rounding) & (len(basis) < start.shape[1])
@@ -160,7 +160,8 @@ def lanczos(
         yield torch.stack(alphas, 1), torch.stack(betas, 1)
         if not live.any():
             return
-        vector = torch.where(live[:, None], image / beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None], 0.0)
+        image /= beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None]
+        vector = torch.where(live[:, None], image, 0.0).to(dtype)
 
 
 def tridiagonal(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
