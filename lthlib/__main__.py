@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     book.add_argument("--workers", type=int, default=1, help="how many pages are made at once")
     record = commands.add_parser("record", help="put a grid's results into book/results")
     record.add_argument("grid")
+    record.add_argument("--so-far", action="store_true", help="compute nothing: record what is measured by now")
     cost = commands.add_parser("estimate", help="say what training a grid costs, before it is run")
     cost.add_argument("grid")
     cost.add_argument(

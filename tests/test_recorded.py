@@ -119,12 +119,26 @@ def test_a_grid_recorded_in_pieces_keeps_what_another_machine_has_computed(tmp_p
     assert len(shared) == shared["first"].nunique() == 2
     monkeypatch.setenv("LTHLIB_STORE", str(tmp_path / "store-snip"))  # a third machine, which has one method alone
     grid.write_text(text.replace("SEEDS", "[0, 1]").replace("[rp, omp]", "[omp, rp, snip]"))
+    (study,) = make.read_grid(str(grid)).studies
+    make.record(str(grid), so_far=True)  # it has nothing yet, and trains nothing
+    assert {ticket for ticket, _ in read_records(tmp_path / RESULTS)} == set(recorded["[0, 1]"])
+    make.tickets(str(grid), "mnist5k-resnet8", "snip", 0)
+    make.record(str(grid), so_far=True)
+    held = {ticket for ticket, _ in read_records(tmp_path / RESULTS)}
+    assert (len(held), len(pd.read_csv(tmp_path / RESULTS / "pieces" / "overlaps.csv"))) == (7, 4)
+    shown = {
+        "all of seed 0": plan._so_far(study, held),
+        "two methods": plan._so_far(study, recorded["[0, 1]"]),
+        "nothing whole": plan._so_far(study, recorded["[0]"].keys() - {study.tickets()[0].id}),
+    }
+    assert (shown["all of seed 0"].methods, shown["all of seed 0"].seeds) == (("omp", "rp", "snip"), (0,))
+    assert (shown["two methods"].methods, shown["two methods"].seeds) == (("omp", "rp"), (0, 1))
+    assert shown["nothing whole"] == study
     make.record(str(grid))
     again = pd.read_csv(tmp_path / RESULTS / "pieces" / "overlaps.csv")
     assert again[:2].equals(shared)
     assert (len(again), again[2:]["jaccard"].isna().sum(), again[2:]["chance"].isna().sum()) == (6, 4, 4)
     known = {"recorded": tmp_path / RESULTS, "compute_missing": False}
-    (study,) = make.read_grid(str(grid)).studies
     told = make.overlaps.compare(study, Store(tmp_path / "nothing"), **known)
     of_snip = (told["a"] == "snip") | (told["b"] == "snip")
     assert told["jaccard"].isna().equals(of_snip)

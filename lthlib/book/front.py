@@ -197,7 +197,9 @@ def _answer(grid: Grid, study: Study, evidence: Evidence, undone: Sequence[Job])
     parts += [_passes(passes), _picture(picture, f"answer-{name}.svg", caption)]
     parts += [_dimension_table(judged, passes)]
     parts += [_scorecard(rows, judged, f"scorecard-{name}.svg")]
-    parts += [f"{rows['ticket'].nunique()} tickets, seeds {', '.join(map(str, study.seeds))}."]
+    lacking = f" The study's grid asks for {grid.lacking} more, which are not recorded yet." if grid.lacking else ""
+    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
+    parts += [f"{rows['ticket'].nunique()} tickets, {seeds}.{lacking}"]
     return "\n\n".join(parts)
 
 

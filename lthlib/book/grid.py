@@ -59,6 +59,7 @@ class Grid:
         precision: Of forward passes for logits.
         thresholds: Of the verdict.
         method_pages: Topics (dimensions, and "methods") with a page a method beside the comparison; by default all.
+        lacking: Of recorded results, the number of tickets that the grid asks for and that are not shown yet.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Grid:
     precision: str
     thresholds: Mapping[str, float]
     method_pages: tuple[str, ...]
+    lacking: int = 0
 
     def study(self, name: str) -> Study:
         """Return the study of a name as `study_name` gives it."""

@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,8 +221,8 @@ def _costs(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
     return found[[*which, *found.columns.drop(which)]]
 
 
-def record(grid: str) -> None:
-    """Put a grid's results into ``book/results/<grid>``, computing what is missing.
+def record(grid: str, so_far: bool = False) -> None:
+    """Put a grid's results into ``book/results/<grid>``, computing what is missing, or ``so_far`` what there is.
 
     What was recorded there before, and is not in the store, stays: a study may be run in pieces, on several machines.
     """
@@ -237,9 +237,13 @@ def record(grid: str) -> None:
         for ticket in tqdm(every, desc=dimension):
             here = store.path(evaluation_key(ticket, dimension, settings, asked.precision)).exists()
             before = None if here else known().get((ticket.id, name))
+            if so_far and not here and not before:
+                continue
             of = before.evaluation(ticket) if before else evaluate(ticket, dimension, store, settings, asked.precision)
             found[dimension].append((name, of))
-    shared = _overlaps(asked, store, folder)
+    if not all(found.values()):
+        raise UserError(f"Nothing of {asked.name} is measured so far in {', '.join(d for d in found if not found[d])}.")
+    shared = _overlaps(asked, store, folder, {of.ticket.id for pairs in found.values() for _, of in pairs})
     new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
     for left in (new, old):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -251,12 +255,12 @@ def record(grid: str) -> None:
     say(f"recorded {sum(map(len, found.values()))} evaluations in {folder.relative_to(ROOT)}")
 
 
-def _overlaps(grid: Grid, store: Store, folder: Path) -> pd.DataFrame:
-    """Return the overlaps of all pairs whose masks the store has, and what was recorded in a folder of other pairs.
+def _overlaps(grid: Grid, store: Store, folder: Path, among: Collection[str]) -> pd.DataFrame:
+    """Return the overlaps of all pairs ``among`` some tickets: of masks in the store, and of others as recorded before.
 
     Of networks that were trained on two machines the masks have never met: there it is NaN.
     """
-    here = {t.id for study in grid.studies for t in study.tickets() if store.path(f"tickets/{t.id}").exists()}
+    here = {ticket for ticket in among if store.path(f"tickets/{ticket}").exists()}
     found = [overlaps.compare(study, store, among=here) for study in grid.studies]
     if (folder / overlaps.FILE).exists():
         before = pd.read_csv(folder / overlaps.FILE)
@@ -268,6 +272,7 @@ def _overlaps(grid: Grid, store: Store, folder: Path) -> pd.DataFrame:
         for study in grid.studies
         for round, seed in itertools.product(study.rounds, study.seeds)
         for a, b in overlaps.pairs(study, round, seed)
+        if {a.id, b.id} <= {*among}
     ]
     unknown = pd.DataFrame([pair for pair in pairs if frozenset(pair) not in known], columns=["first", "second"])
     return pd.concat([told, unknown], ignore_index=True) if len(unknown) else told

@@ -250,8 +250,7 @@ def vocabulary() -> str:
 def recorded_grids(but: str) -> list[Grid]:
     """Return the grids of all recorded results, except the one of a name.
 
-    Where a grid asks for all methods, these are the methods of its results, not those added since; and its dimensions
-    are those of its results.
+    Its dimensions are those of its results; its methods and seeds are those of which all is recorded, see `_so_far`.
     """
     found, records = [], read_records(ROOT / RESULTS)
     for folder in sorted(p.parent for p in (ROOT / RESULTS).glob(f"[!.]*/{MANIFEST}")):
@@ -260,16 +259,19 @@ def recorded_grids(but: str) -> list[Grid]:
             continue
         if not path.exists():
             raise UserError(f"{folder} holds recorded results of a grid that has no file {path}.")
-        known = {r.entry["info"]["ticket"]["method"] for r in records.values() if r.folder == folder}
+        known = {ticket for (ticket, _), record in records.items() if record.folder == folder}
         grid = read_grid(path, recorded=True)
         held = {name: of for name, of in grid.dimensions.items() if (folder / f"{name}.json.gz").exists()}
-        studies = tuple(_with_methods(study, known) for study in grid.studies)
-        found.append(replace(grid, studies=studies, dimensions=held))
+        studies = tuple(_so_far(study, known) for study in grid.studies)
+        lacking = sum(len(a.tickets()) - len(b.tickets()) for a, b in zip(grid.studies, studies, strict=True))
+        found.append(replace(grid, studies=studies, dimensions=held, lacking=lacking))
     return found
 
 
-def _with_methods(study: Study, known: Collection[str]) -> Study:
-    """Return a study of all methods with those of a record alone, and any other study as it is."""
-    if set(study.methods) != set(METHODS) - {"dense"}:
-        return study
-    return replace(study, methods=tuple(name for name in study.methods if name in known))
+def _so_far(study: Study, recorded: Collection[str]) -> Study:
+    """Return the part of a study that is recorded whole: methods with its first seed, and seeds with all of these."""
+    tickets = study.tickets()
+    lacking = {(ticket.method, ticket.seed) for ticket in tickets if ticket.id not in recorded}
+    methods = tuple(name for name in study.methods if (name, study.seeds[0]) not in lacking)
+    seeds = tuple(seed for seed in study.seeds if not lacking & {(name, seed) for name in ("dense", *methods)})
+    return replace(study, methods=methods, seeds=seeds) if methods and seeds else study  # whose pages say what lacks

@@ -139,8 +139,8 @@ def lanczos(
     """Run Lanczos on B symmetric matrices at once; yield diagonals and off-diagonals (B, steps so far) after each step.
 
     The last off-diagonal entry couples to the next step; 0 says that the Krylov space is exhausted, so that the Ritz
-    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``, in which vectors
-    are kept, too. Sums are in float64: over a million weights in float32 they cost more digits than the products do.
+    values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``; so are vectors
+    kept. Sums are in float64: over a million weights in float32 they cost more digits than the products do.
     """
     vector, basis, alphas, betas = start.double(), [], [], []
     vector = (vector / vector.norm(dim=1, keepdim=True)).to(dtype)
