@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -21,6 +20,7 @@ from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import example_made_from, lab_made_from, labs, make_labs
 from lthlib.book.runner import execute, made_from
+from lthlib.core import lifeline
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks, last_line
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
@@ -117,7 +117,7 @@ def book(grid: str, workers: int = 1) -> int:
     front.write(asked, store, plans, undone, grid, workers)
     of = book_made_from(asked, made)
     logs = plan.BUILD / "logs"
-    for said in in_forks({"sphinx": _build}, logs, 1).values():
+    for said in in_forks({"sphinx": functools.partial(_build, workers)}, logs, 1).values():
         raise UserError(f"The book could not be built. {said} The whole of it: {logs / 'sphinx.log'}")
     for page in missing:
         say(f"missing: {page.title}: {page.missing}")
@@ -168,9 +168,9 @@ def job_log(grid: Grid, job: plan.Job) -> Path:
     return plan.BUILD / "logs" / grid.name / f"{job.name}.log"
 
 
-def _build() -> None:
+def _build(workers: int) -> None:
     """Let Jupyter Book build; it goes on from the last build, unless that was killed."""
-    from jupyter_book.cli.main import main
+    from jupyter_book.sphinx import build_sphinx  # its command builds on one core
 
     if BEGUN.exists():
         for folder in (HTML, DOCTREES):
@@ -178,14 +178,12 @@ def _build() -> None:
     for folder in (HTML / "_generated", HTML / "_sources" / "_generated"):  # of another grid, or marks of missing pages
         shutil.rmtree(folder, ignore_errors=True)
     write_atomically(BEGUN, "")
-    os.chdir(ROOT)
-    toc = plan.GENERATED / "_toc.yml"
-    options = ["--config", "_config.yml", "--toc", str(toc), "--path-output", ".", "-W", "-n", "--keep-going"]
-    with contextlib.suppress(SystemExit):
-        main(["build", "book", *options], standalone_mode=False)
-        BEGUN.unlink()
-    if BEGUN.exists():
+    os.register_at_fork(after_in_child=lifeline.watch)
+    toc = {"external_toc_path": str(plan.GENERATED / "_toc.yml"), "latex_individualpages": False, "nitpicky": True}
+    options = {"noconfig": True, "path_config": ROOT / "_config.yml", "confoverrides": toc, "jobs": workers}
+    if build_sphinx(ROOT / "book", HTML, warningiserror=True, keep_going=True, **options) != 0:
         raise UserError("Sphinx found faults, see above.")
+    BEGUN.unlink()
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -17,12 +17,17 @@ ROOMS = ("core", "data", "networks", "pruning", "training", "tickets", "metrics"
 
 
 def setup(app) -> dict[str, bool]:
-    """Let Sphinx show ``$x$`` in a docstring as a formula."""
+    """Let Sphinx show ``$x$`` in a docstring as a formula, and read pages in parallel."""
 
     def formulas(app, what, name, obj, options, lines: list[str]) -> None:
         lines[:] = re.sub(r"(?<!`)\$([^$`]+)\$", r":math:`\1`", "\n".join(lines)).split("\n")
 
+    def in_parallel(app) -> None:
+        # It numbers chapters, and does not say whether that is safe in parallel. No chapter here has a number.
+        app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
+
     app.connect("autodoc-process-docstring", formulas)
+    app.connect("builder-inited", in_parallel)
     return {"parallel_read_safe": True}
 
 
