@@ -1,6 +1,6 @@
 """Make the two pictures of README.md: the answer, from recorded results, and a page, from the built book.
 
-    .venv/bin/python benchmarks/pictures.py [--grid cifar10-smoke] [--html _build/html]
+    .venv/bin/python benchmarks/pictures.py [--grid cifar10-study] [--html _build/html]
 
 The page is drawn by Chromium, as `.ci/look.py` drives it. Both go to ``book/_assets/readme``, in few colours.
 """
@@ -19,7 +19,9 @@ from look import INSPECT, Browser
 
 from lthlib import figures
 from lthlib.book import front
-from lthlib.book.grid import read_grid, study_name
+from lthlib.book.grid import Grid, study_name
+from lthlib.book.plan import recorded_grids
+from lthlib.core.errors import choose
 from lthlib.core.store import ROOT
 from lthlib.results import verdict
 
@@ -27,9 +29,8 @@ FOLDER = ROOT / "book" / "_assets" / "readme"
 COLOURS, SHOWN = 64, "#reliability-diagrams"
 
 
-def answer(grid_name: str) -> Image.Image:
+def answer(grid: Grid) -> Image.Image:
     """Draw how far each method is shown to keep each metric in the first study of a recorded grid."""
-    grid = read_grid(ROOT / "workflow" / "grids" / f"{grid_name}.yml", recorded=True)
     study = grid.studies[0]
     judged = front._evidence(grid, study, front._recorded(grid, study)).judged
     figures.use_style()
@@ -38,10 +39,9 @@ def answer(grid_name: str) -> Image.Image:
     return Image.open(drawn)
 
 
-def page(html: Path, grid_name: str, folder: Path) -> Image.Image:
+def page(grid: Grid, html: Path, folder: Path) -> Image.Image:
     """Draw a screen of the page that compares all methods in calibration: its reliability diagrams."""
-    grid = read_grid(ROOT / "workflow" / "grids" / f"{grid_name}.yml", recorded=True)
-    file = html / "_generated" / grid_name / study_name(grid.studies[0]) / "calibration" / "comparison.html"
+    file = html / "_generated" / grid.name / study_name(grid.studies[0]) / "calibration" / "comparison.html"
     with Browser(60) as browser:
         session = browser.open(file.resolve())
         browser.evaluate(session, INSPECT)  # waits for pictures, which move what is below
@@ -52,11 +52,14 @@ def page(html: Path, grid_name: str, folder: Path) -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", default="cifar10-smoke", help="whose recorded results")
+    parser.add_argument("--grid", default="cifar10-study", help="whose recorded results")
     parser.add_argument("--html", type=Path, default=ROOT / "_build" / "html", help="the built book")
     options = parser.parse_args()
+    known = {grid.name: grid for grid in recorded_grids(but="")}
+    choose(options.grid, known, "recorded grid")
+    grid = known[options.grid]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, picture in {"page": page(options.html, options.grid, FOLDER), "answer": answer(options.grid)}.items():
+    for name, picture in {"page": page(grid, options.html, FOLDER), "answer": answer(grid)}.items():
         file = FOLDER / f"{name}.png"
         picture.convert("RGB").quantize(COLOURS).save(file, optimize=True)
         print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1000:.0f} kB")
