@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -42,6 +43,12 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def give_back_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it, 0.8 GB after the curvature of one ResNet-18."""
+    with contextlib.suppress(AttributeError):  # of a C library that has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache

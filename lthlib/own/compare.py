@@ -207,8 +207,7 @@ def compare(
     subjects = {}
     for rank, name in enumerate(order):
         label = Label(like.name, name, rank, digest(networks[name], few), train_size=train_size)
-        parent = networks[DENSE] if rank else None
-        subjects[name] = OwnSubject(label, networks[name], parent, store, precision, like)
+        subjects[name] = OwnSubject(label, networks[name], networks[DENSE] if rank else None, store, precision, like)
     logits = subjects[DENSE].logits("test", len(like.test))
     check_classifier(logits, like.test.labels.numpy(), like.classes)
     parts, arrays, lacking = _measure(subjects, settings, sparsities)
@@ -355,6 +354,7 @@ def _measure(
                 found.append((subject.ticket, sparsities[name], [*values, *also]))
                 arrays[subject.ticket.id].update(kept)
                 bar.update()
+                machine.give_back_memory()
         except (UserError, RuntimeError) as error:  # PyTorch's: an operation without the derivative that is needed
             said = str(error).strip().splitlines()[0]
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
