@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -259,9 +260,10 @@ def recorded_grids(but: str) -> list[Grid]:
             continue
         if not path.exists():
             raise UserError(f"{folder} holds recorded results of a grid that has no file {path}.")
-        known = {ticket for (ticket, _), record in records.items() if record.folder == folder}
         grid = read_grid(path, recorded=True)
         held = {name: of for name, of in grid.dimensions.items() if (folder / f"{name}.json.gz").exists()}
+        times = Counter(ticket for (ticket, _), record in records.items() if record.folder == folder)
+        known = {ticket for ticket, n in times.items() if n == len(held)}  # others were stopped while measured
         studies = tuple(_so_far(study, known) for study in grid.studies)
         lacking = sum(len(a.tickets()) - len(b.tickets()) for a, b in zip(grid.studies, studies, strict=True))
         found.append(replace(grid, studies=studies, dimensions=held, lacking=lacking))
