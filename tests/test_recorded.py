@@ -93,6 +93,18 @@ def test_the_front_reads_what_there_is_and_judges_accuracy_by_the_replicates_of_
     assert [e.label for _, _, e in twice] == [f"{grid.title} (long-dense)", f"{grid.title} (mine)"]
 
 
+def test_a_ticket_that_was_stopped_between_two_dimensions_is_not_shown(monkeypatch):
+    def shown() -> plan.Grid:
+        return next(of for of in plan.recorded_grids.__wrapped__("none") if of.name == "cifar10-study")
+
+    whole, records = shown(), read_records(plan.ROOT / RESULTS)
+    stopped = next(t.id for t in whole.studies[0].tickets() if t.method == "rigl")
+    last = max(name for ticket, name in records if ticket == stopped)
+    monkeypatch.setattr(plan, "read_records", lambda _: {k: r for k, r in records.items() if k != (stopped, last)})
+    assert set(whole.studies[0].methods) - set(shown().studies[0].methods) == {"rigl"}
+    assert shown().lacking == whole.lacking + 5
+
+
 def test_a_grid_recorded_in_pieces_keeps_what_another_machine_has_computed(tmp_path, monkeypatch):
     """Each piece on a machine of its own: the second has neither the tickets nor the evaluations of the first."""
     monkeypatch.setattr(make, "ROOT", tmp_path)
