@@ -3,11 +3,12 @@
 import gzip
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-from lthlib.book import front, make, plan
+from lthlib.book import front, make, pages, plan
 from lthlib.core.store import MANIFEST, ROOT, Store, sha256
 from lthlib.metrics import Value
 from lthlib.metrics.resampling import held
@@ -91,6 +92,23 @@ def test_the_front_reads_what_there_is_and_judges_accuracy_by_the_replicates_of_
     }
     twice = front._told_apart([(grid, study, evidence), (replace(grid, name="mine"), study, evidence)])
     assert [e.label for _, _, e in twice] == [f"{grid.title} (long-dense)", f"{grid.title} (mine)"]
+
+
+def test_a_page_names_every_machine_and_commit_behind_its_numbers():
+    made = {
+        (r.entry["provenance"]["processor"], r.entry["provenance"]["commit"])
+        for r in read_records(plan.ROOT / RESULTS).values()
+        if r.folder.name == "cifar10-study" and r.entry["question"].startswith("calibration")
+    }
+    (grid,) = [of for of in plan.recorded_grids("none") if of.name == "cifar10-study"]
+    study, every = grid.studies[0], front._recorded(grid, grid.studies[0])["calibration"]
+    line = pages.summary_line(
+        SimpleNamespace(study=study, results=SimpleNamespace(provenance=[e.provenance for e in every]))
+    )
+    assert len(made) > 1
+    assert all(line.data.count(f"{processor}, commit `{commit}`") == 1 for processor, commit in made)
+    alone = SimpleNamespace(study=study, results=SimpleNamespace(provenance=[every[0].provenance] * 3))
+    assert line.data.count("commit") == len(made) > pages.summary_line(alone).data.count("commit") == 1
 
 
 def test_a_ticket_that_was_stopped_between_two_dimensions_is_not_shown(monkeypatch):

@@ -143,15 +143,16 @@ def n_classes(results: Results) -> int:
 
 def summary_line(page: Page) -> Markdown:
     """Say on what the page's numbers were measured."""
-    study, first = page.study, page.results.provenance[0]
+    study, every = page.study, page.results.provenance
     seeds = ", ".join(map(str, study.seeds))
+    precisions = " or ".join(dict.fromkeys(of["precision"] for of in every))
+    made = "; ".join(dict.fromkeys(f"{of['processor']}, commit `{of['commit']}`, torch {of['torch']}" for of in every))
     title = data.title_of(study.data)
     size = f"{study.train_size:,} training images" if study.train_size else "all training images"
     return Markdown(
         f"Networks: **{study.arch}**, trained on **{title}** ({size}), seed{'s' * (len(study.seeds) > 1)} {seeds}, "
-        f"{study.recipe.epochs} epochs a training. Logits and explanations are computed in {first['precision']}; "
-        f"attacks, units and curvatures in float32. On {first['processor']}, commit `{first['commit']}`, torch "
-        f"{first['torch']}."
+        f"{study.recipe.epochs} epochs a training. Logits and explanations are computed in {precisions}; "
+        f"attacks, units and curvatures in float32. On {made}."
     )
 
 
