@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import shutil
@@ -20,7 +21,7 @@ from lthlib.book.cost import PAPER
 from lthlib.book.grid import Grid, read_grid
 from lthlib.book.labs import example_made_from, lab_made_from, labs, make_labs
 from lthlib.book.runner import execute, made_from
-from lthlib.core import lifeline
+from lthlib.core import lifeline, machine
 from lthlib.core.errors import UserError
 from lthlib.core.forks import in_forks, last_line
 from lthlib.core.store import MANIFEST, ROOT, Store, say, sha256, write_atomically
@@ -42,6 +43,7 @@ def tickets(grid: str, study: str, method: str, seed: int, done: Path | None = N
     if not mine:
         raise UserError(f"{method} with seed {seed} is not part of {study} in {grid}.")
     of = plan.job_made_from(asked, job, store)
+    machine.keep_memory()
     for ticket in tqdm(mine, desc=f"{method}, seed {seed}", unit="ticket"):
         for dimension, parameters in asked.dimensions.items():
             evaluate(ticket, dimension, store, parameters, asked.precision)
@@ -148,8 +150,10 @@ def make_pages(grid: Grid, undone: list[plan.Job], made: Mapping[plan.Job, str],
 
 
 def prepare() -> None:
-    """Do here what each page would do first, so that the forks have it: imports, versions of code, fonts."""
+    """Do here what each page would do first, so that the forks have it: imports, versions of code, records, fonts."""
     from lthlib.book import methods_page  # noqa: F401  # with it, what every page imports
+
+    read_records(ROOT / RESULTS)
 
     code_version(*(module for room in ("data", "pruning", "tickets", "metrics") for module in modules_of(room)))
     for dimension in DIMENSIONS.values():
@@ -157,6 +161,7 @@ def prepare() -> None:
     figures.use_style()
     figures.png(figures.power_curves(pd.DataFrame({"loss": [0.0, 2.0], "seeds": 1, "images": 1, "kept": 1.0})))
     plt.close("all")
+    gc.freeze()  # what is here by now lives as long as the forks: their collectors need not look through it
 
 
 def _make(page: plan.PagePlan, of: str) -> None:

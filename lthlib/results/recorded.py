@@ -60,10 +60,17 @@ def read_records(root: Path | str) -> dict[tuple[str, str], Record]:
     """Index all recorded evaluations below a folder by (ticket id, question); UserError where a file is damaged."""
     found = {}
     for folder in sorted(Path(root).glob("[!.]*/")):
-        for name in (name for name in check_records(folder) if name.endswith(".json.gz")):
-            for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
-                record = Record(folder, entry, name.replace(".json.gz", ".npz"))
-                found[entry["ticket"], entry["question"]] = record
+        found |= _index(folder, tuple(check_records(folder)), sha256(folder / MANIFEST))
+    return found
+
+
+@lru_cache(maxsize=32)
+def _index(folder: Path, files: Sequence[str], digest: str) -> dict[tuple[str, str], Record]:
+    """Index one folder, once for each content of its files: whoever forks pages has done so before."""
+    found = {}
+    for name in (name for name in files if name.endswith(".json.gz")):
+        for entry in json.loads(gzip.decompress((folder / name).read_bytes())):
+            found[entry["ticket"], entry["question"]] = Record(folder, entry, name.replace(".json.gz", ".npz"))
     return found
 
 

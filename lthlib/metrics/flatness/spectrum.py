@@ -122,11 +122,8 @@ def top_eigenvalue(
     vector, for instance the gradient, which lies for a large part in the few sharp directions; as much of a random
     vector is added, for it may lack some of them.
     """
-    start = normal_like(torch.empty(operator.shape[0], dtype=torch.float64, device=operator.device), seed)
-    if near is not None and bool(near.any()):
-        start = start / start.norm() + near.double() / near.double().norm()
     found = None
-    for alphas, betas in lanczos(_one(operator), start[None], max_products, operator.dtype):
+    for alphas, betas in lanczos(_one(operator), _start(operator, near, seed)[None], max_products, operator.dtype):
         found = _ends(alphas, betas, tolerance)
         if found.converged and alphas.shape[1] > 1:
             break
@@ -142,9 +139,10 @@ def lanczos(
     values are exact. ``product`` takes a vector for each matrix, (B, n), to their images, in ``dtype``; so are vectors
     kept. Sums are in float64: over a million weights in float32 they cost more digits than the products do.
     """
-    vector, basis, alphas, betas = start.double(), [], [], []
-    vector = (vector / vector.norm(dim=1, keepdim=True)).to(dtype)
+    n, basis, alphas, betas = start.shape[1], [], [], []
+    vector = (start / start.norm(dim=1, keepdim=True, dtype=torch.float64)).to(dtype)
     live = torch.ones(len(start), dtype=torch.bool, device=start.device)
+    del start  # as long as several vectors
     for _ in range(steps):
         basis.append(vector)
         image = product(vector).to(torch.float64, copy=True)  # which is changed below
@@ -155,18 +153,26 @@ def lanczos(
             image -= (known * image).sum(1, keepdim=True) * known
         beta = image.norm(dim=1)
         rounding = 10 * torch.finfo(dtype).eps * torch.stack([*alphas, *betas]).abs().amax(0)
-        live = live & (beta > rounding) & (len(basis) < start.shape[1])
+        live = live & (beta > rounding) & (len(basis) < n)
         betas.append(torch.where(live, beta, 0.0))
         yield torch.stack(alphas, 1), torch.stack(betas, 1)
         if not live.any():
             return
         image /= beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None]
         vector = torch.where(live[:, None], image, 0.0).to(dtype)
+        del image
 
 
 def tridiagonal(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues (B, k), ascending, and eigenvectors of what `lanczos` yields."""
     return torch.linalg.eigh(torch.diag_embed(alphas) + sum(torch.diag_embed(betas[:, :-1], i) for i in (-1, 1)))
+
+
+def _start(operator: WeightHessian | Tensor, near: Tensor | None, seed: int) -> Tensor:
+    start = normal_like(torch.empty(operator.shape[0], dtype=torch.float64, device=operator.device), seed)
+    if near is None or not bool(near.any()):
+        return start
+    return start / start.norm() + near.double() / near.double().norm()
 
 
 def _one(operator: WeightHessian | Tensor) -> Callable[[Tensor], Tensor]:
